@@ -1,0 +1,119 @@
+// What an update does to one element, defined once for host and device.
+//
+// Three ways of writing (1 - w) * a + w * s are in use, and differ in the last bits:
+//   lerp    torch.lerp: the product is formed on the side of the nearer end
+//   axpby   averaged.mul_(1 - w).add_(source, alpha=w)
+//   delta   averaged.add_(source - averaged, alpha=w)
+// A drop-in uses the one of the system it replaces. Products and sums are contracted here and
+// nowhere else (the build switches the compiler's own contraction off), as torch's kernels do where
+// the processor has a fused multiply-add.
+#pragma once
+
+#include "dtypes.h"
+#include "macros.h"
+
+namespace ema_fused {
+
+enum class Operation : std::uint8_t { kAverage = 0, kCopy = 1, kSwap = 2 };
+enum class Arithmetic : std::uint8_t { kLerp = 0, kAxpby = 1, kDelta = 2 };
+
+// x * y + z, rounded once where the hardware can.
+template <typename Compute>
+EMA_FUSED_HD Compute multiply_add(Compute x, Compute y, Compute z) {
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  if constexpr (sizeof(Compute) == sizeof(double)) {
+    return __builtin_fma(x, y, z);
+  } else {
+    return __builtin_fmaf(x, y, z);
+  }
+#else
+  return x * y + z;
+#endif
+}
+
+template <typename A, typename S>
+struct Lerp {
+  using Compute = ComputeType<A, S>;
+  static constexpr bool kReadsAveraged = true;
+  static constexpr bool kWritesSource = false;
+  Compute coefficient;
+  bool from_averaged;
+
+  EMA_FUSED_HD explicit Lerp(double weight) {
+    const Compute w = static_cast<Compute>(weight);
+    from_averaged = (w < Compute(0) ? -w : w) < Compute(0.5);
+    coefficient = from_averaged ? w : w - Compute(1);
+  }
+  EMA_FUSED_HD void operator()(A& averaged, S& source) const {
+    const Compute a = to_compute<Compute>(averaged);
+    const Compute s = to_compute<Compute>(source);
+    averaged = from_compute<A>(multiply_add(coefficient, s - a, from_averaged ? a : s));
+  }
+};
+
+template <typename A, typename S>
+struct Axpby {
+  using Compute = ComputeType<A, S>;
+  static constexpr bool kReadsAveraged = true;
+  static constexpr bool kWritesSource = false;
+  Compute keep;
+  Compute take;
+
+  // 1 - w in double, as Python computes it.
+  EMA_FUSED_HD explicit Axpby(double weight)
+      : keep(static_cast<Compute>(1.0 - weight)), take(static_cast<Compute>(weight)) {}
+  EMA_FUSED_HD void operator()(A& averaged, S& source) const {
+    // mul_ writes its product back into the averaged tensor, so it is rounded to that type.
+    const A kept = from_compute<A>(to_compute<Compute>(averaged) * keep);
+    averaged =
+        from_compute<A>(multiply_add(take, to_compute<Compute>(source), to_compute<Compute>(kept)));
+  }
+};
+
+template <typename A, typename S>
+struct Delta {
+  using Compute = ComputeType<A, S>;
+  static constexpr bool kReadsAveraged = true;
+  static constexpr bool kWritesSource = false;
+  Compute take;
+
+  EMA_FUSED_HD explicit Delta(double weight) : take(static_cast<Compute>(weight)) {}
+  EMA_FUSED_HD void operator()(A& averaged, S& source) const {
+    const Compute a = to_compute<Compute>(averaged);
+    Compute difference = to_compute<Compute>(source) - a;
+    if constexpr (std::is_same_v<A, S>) {
+      // The difference is a tensor of its own there, rounded to the common type.
+      difference = to_compute<Compute>(from_compute<A>(difference));
+    }
+    averaged = from_compute<A>(multiply_add(take, difference, a));
+  }
+};
+
+template <typename A, typename S>
+struct Copy {
+  static constexpr bool kReadsAveraged = false;
+  static constexpr bool kWritesSource = false;
+  EMA_FUSED_HD explicit Copy(double) {}
+  EMA_FUSED_HD void operator()(A& averaged, S& source) const {
+    if constexpr (std::is_same_v<A, S>) {
+      averaged = source;
+    } else {
+      averaged = from_compute<A>(to_compute<ComputeType<A, S>>(source));
+    }
+  }
+};
+
+template <typename A, typename S>
+struct Swap {
+  static_assert(std::is_same_v<A, S>, "a swap would lose bits between two types");
+  static constexpr bool kReadsAveraged = true;
+  static constexpr bool kWritesSource = true;
+  EMA_FUSED_HD explicit Swap(double) {}
+  EMA_FUSED_HD void operator()(A& averaged, S& source) const {
+    const A held = averaged;
+    averaged = source;
+    source = held;
+  }
+};
+
+}  // namespace ema_fused

@@ -1,0 +1,328 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <map>
+#include <stdexcept>
+#include <tuple>
+
+#include "update_cpu.h"
+#ifdef EMA_FUSED_HAVE_CUDA
+#include "update_cuda.cuh"
+#else
+// Lets the pointer to it be destroyed; none is ever made.
+namespace ema_fused::cuda {
+class DeviceTable {};
+}  // namespace ema_fused::cuda
+#endif
+
+namespace ema_fused {
+namespace {
+
+namespace py = pybind11;
+
+// As at::internal::GRAIN_SIZE: below this many elements a second thread costs more than it brings.
+constexpr std::int64_t kGrainElements = 32768;
+// What a chunk costs beside its elements, in elements: thousands of tiny tensors are work too.
+constexpr std::int64_t kChunkOverhead = 64;
+
+const char* describe(Conflict conflict) {
+  switch (conflict) {
+    case Conflict::kAveragedTwice:
+      return "averaged tensors overlap in memory";
+    case Conflict::kAveragedIsSource:
+      return "an averaged tensor overlaps a source tensor in memory";
+    case Conflict::kSourceTwice:
+      return "source tensors overlap in memory, and a swap writes them";
+    case Conflict::kNone:
+      break;
+  }
+  return "";
+}
+
+// Dense: the elements fill one block of memory, in some order of the dimensions.
+bool is_dense(const TensorFacts& facts) {
+  std::vector<std::pair<std::int64_t, std::int64_t>> steps;  // stride, size
+  for (std::size_t d = 0; d < facts.sizes.size(); ++d) {
+    if (facts.sizes[d] > 1) {
+      steps.emplace_back(facts.strides[d], facts.sizes[d]);
+    }
+  }
+  std::sort(steps.begin(), steps.end());
+  std::int64_t expected = 1;
+  for (const auto& [stride, size] : steps) {
+    if (stride != expected) {
+      return false;
+    }
+    expected *= size;
+  }
+  return true;
+}
+
+// Strides matter only along dimensions longer than one.
+bool same_strides(const TensorFacts& a, const TensorFacts& b) {
+  for (std::size_t d = 0; d < a.sizes.size(); ++d) {
+    if (a.sizes[d] > 1 && a.strides[d] != b.strides[d]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool is_host(const dlpack::Device& device) {
+  return device.type == dlpack::kCpu || device.type == dlpack::kCudaHost;
+}
+
+bool same_device(const dlpack::Device& a, const dlpack::Device& b) {
+  return (is_host(a) && is_host(b)) || (a.type == b.type && a.id == b.id);
+}
+
+bool is_aligned(const TensorFacts& facts) {
+  return facts.item_bytes == 0 || reinterpret_cast<std::uintptr_t>(facts.data) %
+                                          static_cast<std::uintptr_t>(facts.item_bytes) ==
+                                      0;
+}
+
+// Why one tensor can't be given to a kernel; empty where it can.
+std::string refusal_of(py::handle tensor, const char* which, TensorFacts& facts) {
+  const std::string name = which;
+  if (!torch_doors::is_tensor(tensor)) {
+    return "the " + name + " is not a torch.Tensor";
+  }
+  try {
+    facts = facts_of(tensor);
+  } catch (const std::invalid_argument& error) {
+    return "the " + name + " gives no access to its memory (" + error.what() + ")";
+  }
+  if (facts.elements > 0 && facts.data == nullptr) {
+    return "the " + name + " has no memory of its own";
+  }
+  if (facts.exact_dtype.code == dlpack::kComplex) {
+    return "complex tensors have no kernel";
+  }
+  if (facts.item_bytes == 0) {
+    return "the " + name + "'s elements are smaller than a byte";
+  }
+  if (!is_aligned(facts)) {
+    return "the " + name + " is not aligned to its element size";
+  }
+  if (torch_doors::is_negated(tensor)) {
+    return "the " + name + " has its negation pending (resolve_neg() materialises it)";
+  }
+  return {};
+}
+
+std::string refusal_of(const TensorFacts& averaged, const TensorFacts& source) {
+  if (averaged.sizes != source.sizes) {
+    return "the shapes differ";
+  }
+  if (!same_device(averaged.device, source.device)) {
+    return "the two tensors are on different devices";
+  }
+  const bool bytes = averaged.dtype == DType::kBytes || source.dtype == DType::kBytes;
+  const auto& a = averaged.exact_dtype;
+  const auto& s = source.exact_dtype;
+  if (bytes && (a.code != s.code || a.bits != s.bits || a.lanes != s.lanes)) {
+    return "this combination of dtypes has no kernel";
+  }
+  if (!is_dense(averaged)) {
+    return "the averaged tensor is not dense";
+  }
+  if (!same_strides(averaged, source)) {
+    return "the source's strides are not the averaged tensor's";
+  }
+  return {};
+}
+
+}  // namespace
+
+Inspection inspect(const py::list& averaged, const py::list& source) {
+  if (averaged.size() != source.size()) {
+    throw std::invalid_argument("the lists differ in length");
+  }
+  Inspection result;
+  std::map<std::pair<std::int32_t, std::int32_t>, std::vector<std::size_t>> devices;
+  for (std::size_t i = 0; i < averaged.size(); ++i) {
+    TensorFacts a;
+    TensorFacts s;
+    std::string refusal = refusal_of(averaged[i], "averaged tensor", a);
+    if (refusal.empty()) refusal = refusal_of(source[i], "source", s);
+    if (refusal.empty()) refusal = refusal_of(a, s);
+    if (refusal.empty()) {
+      const bool host = is_host(a.device);
+      devices[{host ? dlpack::kCpu : a.device.type, host ? 0 : a.device.id}].push_back(i);
+    } else {
+      result.refusals.emplace_back(i, std::move(refusal));
+    }
+  }
+  for (auto& [device, indices] : devices) {
+    result.devices.emplace_back(device.first, device.second, std::move(indices));
+  }
+  return result;
+}
+
+Plan::Plan(const py::list& averaged, const py::list& source, const std::vector<bool>& only_copy,
+           Arithmetic arithmetic)
+    : watch_(averaged + source), only_copy_(only_copy), arithmetic_(arithmetic) {
+  if (averaged.size() != size() || source.size() != size()) {
+    throw std::invalid_argument("the lists differ in length");
+  }
+  if (size() > 0) {
+    device_ = this->averaged(0).device;
+    if (is_host(device_)) {
+      device_ = {dlpack::kCpu, 0};
+    }
+  }
+#ifdef EMA_FUSED_HAVE_CUDA
+  if (is_cuda()) {
+    cuda_table_ = std::make_unique<cuda::DeviceTable>(device_.id);
+  }
+#endif
+  if (device_.type != dlpack::kCpu && cuda_table_ == nullptr && size() > 0) {
+    throw std::invalid_argument("this build has no kernel for the device of these tensors");
+  }
+  for (std::size_t i = 0; i < size(); ++i) {
+    can_average_ = can_average_ && (only_copy_[i] || this->averaged(i).dtype != DType::kBytes);
+  }
+  build_table();
+}
+
+Plan::~Plan() = default;
+
+std::int64_t Plan::table_bytes() const {
+  const auto entry = static_cast<std::int64_t>(sizeof(Chunk));
+  return chunk_count_ *
+         (is_cuda() ? entry : entry + static_cast<std::int64_t>(sizeof(std::int64_t)));
+}
+
+std::vector<Pair> Plan::pairs() const {
+  std::vector<Pair> pairs;
+  pairs.reserve(size());
+  for (std::size_t i = 0; i < size(); ++i) {
+    const TensorFacts& a = averaged(i);
+    const TensorFacts& s = source(i);
+    Pair pair{};
+    pair.averaged = a.data;
+    pair.source = s.data;
+    pair.count = a.dtype == DType::kBytes ? a.elements * a.item_bytes : a.elements;
+    pair.averaged_dtype = a.dtype;
+    pair.source_dtype = s.dtype;
+    pair.only_copy = only_copy_[i];
+    pair.index = static_cast<std::uint32_t>(i);
+    pairs.push_back(pair);
+  }
+  return pairs;
+}
+
+void Plan::build_table() {
+  table_is_stale_ = true;
+  swap_is_checked_ = false;
+  std::vector<Pair> todo = pairs();
+  const Conflicts conflicts = drop_repeated_pairs(todo, false);
+  if (conflicts.kind != Conflict::kNone) {
+    throw OverlapError{conflicts.first, conflicts.second, describe(conflicts.kind)};
+  }
+  elements_ = 0;
+  for (const Pair& pair : todo) {
+    elements_ += averaged(pair.index).elements;
+  }
+  std::vector<Chunk> chunks =
+      build_chunks(todo, is_cuda() ? kChunkElementsCuda : kChunkElementsCpu);
+  chunk_count_ = static_cast<std::int64_t>(chunks.size());
+#ifdef EMA_FUSED_HAVE_CUDA
+  if (is_cuda()) {
+    cuda_table_->upload(chunks, torch_doors::current_stream(device_.type, device_.id));
+    table_is_stale_ = false;
+    return;
+  }
+#endif
+  auto table = std::make_shared<CpuTable>();
+  table->chunks = std::move(chunks);
+  table->work_before.reserve(table->chunks.size());
+  for (const Chunk& chunk : table->chunks) {
+    table->work_before.push_back(table->work);
+    table->work += chunk.count + kChunkOverhead;
+  }
+  cpu_table_ = std::move(table);
+  table_is_stale_ = false;
+}
+
+// Follows tensors that have moved. False where one has changed in kind.
+bool Plan::refresh() {
+  const Change change = watch_.check();
+  if (change != Change::kNone) {
+    // Stays set if something is raised before the table is new: the watch has moved on already.
+    table_is_stale_ = true;
+  }
+  if (change == Change::kDifferent) {
+    return false;
+  }
+  if (table_is_stale_) {
+    build_table();
+  }
+  return true;
+}
+
+void Plan::require(Operation operation) {
+  if (operation == Operation::kAverage && !can_average_) {
+    throw std::invalid_argument("only floating-point pairs can be averaged");
+  }
+  if (operation == Operation::kSwap && !swap_is_checked_) {
+    std::vector<Pair> todo = pairs();
+    const Conflicts conflicts = drop_repeated_pairs(todo, true);
+    if (conflicts.kind != Conflict::kNone) {
+      throw OverlapError{conflicts.first, conflicts.second, describe(conflicts.kind)};
+    }
+    for (const Pair& pair : todo) {
+      if (pair.averaged_dtype != pair.source_dtype) {
+        throw std::invalid_argument("only pairs of one dtype can be swapped");
+      }
+    }
+    swap_is_checked_ = true;
+  }
+}
+
+bool Plan::run(Operation operation, double weight, const std::vector<double>& weights) {
+  if (!weights.empty() && weights.size() != size()) {
+    throw std::invalid_argument("one weight a pair is needed");
+  }
+  if (!refresh()) {
+    return false;
+  }
+  require(operation);
+  Launch launch{operation, arithmetic_, weight, nullptr};
+#ifdef EMA_FUSED_HAVE_CUDA
+  if (is_cuda()) {
+    void* stream = torch_doors::current_stream(device_.type, device_.id);
+    cuda_table_->run(launch, weights, stream);
+    return true;
+  }
+#endif
+  launch.weights = weights.empty() ? nullptr : weights.data();
+  run_on_cpu(launch);
+  return true;
+}
+
+void Plan::run_on_cpu(const Launch& launch) const {
+  struct Context {
+    const CpuTable* table;
+    const Launch* launch;
+    UpdateChunks update_chunks;
+  };
+  const std::shared_ptr<const CpuTable> table = cpu_table_;
+  Context context{table.get(), &launch, cpu_kernel().update_chunks};
+
+  const py::gil_scoped_release release;
+  torch_doors::parallel_for(
+      table->work, kGrainElements,
+      [](std::int64_t begin, std::int64_t end, void* opaque) {
+        // A part of the work takes the chunks that begin in it.
+        const auto& [table, launch, update_chunks] = *static_cast<const Context*>(opaque);
+        const auto& before = table->work_before;
+        const auto first = std::lower_bound(before.begin(), before.end(), begin);
+        const auto last = std::lower_bound(first, before.end(), end);
+        update_chunks(table->chunks.data(), first - before.begin(), last - before.begin(), *launch);
+      },
+      &context);
+}
+
+}  // namespace ema_fused

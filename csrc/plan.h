@@ -1,0 +1,93 @@
+// The prepared update of one device: pairs -> chunk table -> one launch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "chunk_table.h"
+#include "tensor_watch.h"
+
+namespace ema_fused {
+
+namespace cuda {
+class DeviceTable;
+}
+
+// Pairs whose memory overlaps so that the result would depend on their order. Becomes the Python
+// exception OverlapError(first, second, what).
+struct OverlapError {
+  std::uint32_t first;
+  std::uint32_t second;
+  const char* what;
+};
+
+// A pair that the native kernels don't serve, and why.
+using Refusal = std::pair<std::size_t, std::string>;
+
+// Looks at fresh lists: which pairs have a kernel, by device. Nothing is kept.
+struct Inspection {
+  std::vector<Refusal> refusals;
+  // (device type as DLPack numbers it, device index, indices of the pairs)
+  std::vector<std::tuple<std::int32_t, std::int32_t, std::vector<std::size_t>>> devices;
+};
+Inspection inspect(const pybind11::list& averaged, const pybind11::list& source);
+
+class Plan {
+ public:
+  // Every pair must have passed inspect() and be on one device.
+  Plan(const pybind11::list& averaged, const pybind11::list& source,
+       const std::vector<bool>& only_copy, Arithmetic arithmetic);
+  ~Plan();
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // True where run() would find every tensor of the planned kind.
+  bool ready() { return refresh(); }
+
+  // Checks every pointer, rebuilds the table where tensors have moved, and launches. False, with
+  // nothing done, where a tensor's type, shape, strides or device has changed.
+  bool run(Operation operation, double weight, const std::vector<double>& weights);
+
+  std::int64_t elements() const { return elements_; }
+  std::int64_t chunks() const { return chunk_count_; }
+  std::int64_t tensors() const { return static_cast<std::int64_t>(size()); }
+  std::int64_t table_bytes() const;
+
+ private:
+  struct CpuTable {
+    std::vector<Chunk> chunks;
+    std::vector<std::int64_t> work_before;  // elements before each chunk, to split evenly
+    std::int64_t work = 0;
+  };
+
+  bool is_cuda() const { return device_.type == dlpack::kCuda; }
+  bool refresh();
+  std::vector<Pair> pairs() const;
+  void build_table();
+  void require(Operation operation);
+  void run_on_cpu(const Launch& launch) const;
+
+  std::size_t size() const { return only_copy_.size(); }
+  const TensorFacts& averaged(std::size_t i) const { return watch_.facts()[i]; }
+  const TensorFacts& source(std::size_t i) const { return watch_.facts()[size() + i]; }
+
+  TensorWatch watch_;  // all averaged tensors, then all sources
+  std::vector<bool> only_copy_;
+  Arithmetic arithmetic_;
+  dlpack::Device device_{};
+  bool can_average_ = true;
+  bool table_is_stale_ = true;
+  bool swap_is_checked_ = false;
+  std::int64_t elements_ = 0;
+  std::int64_t chunk_count_ = 0;
+  // Shared, so that a launch without the GIL keeps its table while another thread builds the next.
+  std::shared_ptr<const CpuTable> cpu_table_;
+  std::unique_ptr<cuda::DeviceTable> cuda_table_;
+};
+
+}  // namespace ema_fused

@@ -1,0 +1,212 @@
+#include "tensor_watch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <stdexcept>
+
+namespace ema_fused {
+namespace {
+
+using torch_doors::shim;
+
+// A tensor is checked in about 10 ns, a second thread costs one to two microseconds.
+constexpr std::int64_t kTensorsAThread = 512;
+
+DType dtype_from(const dlpack::DataType& dtype) {
+  if (dtype.lanes == 1 && dtype.code == dlpack::kFloat) {
+    if (dtype.bits == 64) return DType::kFloat64;
+    if (dtype.bits == 32) return DType::kFloat32;
+    if (dtype.bits == 16) return DType::kFloat16;
+  }
+  if (dtype.lanes == 1 && dtype.code == dlpack::kBfloat && dtype.bits == 16) {
+    return DType::kBFloat16;
+  }
+  return DType::kBytes;
+}
+
+bool same_kind(const TensorFacts& a, const TensorFacts& b) {
+  return a.exact_dtype.code == b.exact_dtype.code && a.exact_dtype.bits == b.exact_dtype.bits &&
+         a.exact_dtype.lanes == b.exact_dtype.lanes && a.device.type == b.device.type &&
+         a.device.id == b.device.id && a.sizes == b.sizes && a.strides == b.strides;
+}
+
+}  // namespace
+
+TensorFacts facts_of(pybind11::handle tensor) {
+  dlpack::Tensor description{};
+  std::string why_not;
+  if (!torch_doors::describe(tensor, description, why_not)) {
+    throw std::invalid_argument(why_not);
+  }
+  TensorFacts facts;
+  facts.data = description.data == nullptr
+                   ? nullptr
+                   : static_cast<char*>(description.data) + description.byte_offset;
+  facts.exact_dtype = description.dtype;
+  facts.dtype = dtype_from(description.dtype);
+  facts.item_bytes =
+      static_cast<std::int64_t>(description.dtype.bits) * description.dtype.lanes / 8;
+  facts.device = description.device;
+  facts.sizes.assign(description.shape, description.shape + description.ndim);
+  facts.strides.assign(description.strides, description.strides + description.ndim);
+  facts.elements = 1;
+  for (const std::int64_t size : facts.sizes) {
+    facts.elements *= size;
+  }
+  return facts;
+}
+
+TensorWatch::TensorWatch(const pybind11::list& tensors) : tensors_(tensors) {
+  facts_.reserve(tensors.size());
+  for (const pybind11::handle tensor : tensors) {
+    facts_.push_back(facts_of(tensor));
+  }
+  if (!shim().complete) {
+    return;
+  }
+  const std::vector<torch_doors::Handle> handles = torch_doors::make_handles(tensors);
+  expected_.reserve(handles.size());
+  for (std::size_t i = 0; i < handles.size(); ++i) {
+    const TensorFacts& facts = facts_[i];
+    Expected expected{};
+    expected.handle = handles[i];
+    expected.elements = facts.elements;
+    expected.dim = static_cast<std::int32_t>(facts.sizes.size());
+    expected.stride = facts.strides.empty() ? 0 : facts.strides.back();
+    expected.layout = layouts_.size();
+    layouts_.insert(layouts_.end(), facts.sizes.begin(), facts.sizes.end());
+    layouts_.insert(layouts_.end(), facts.strides.begin(), facts.strides.end());
+    shim().dtype(handles[i], &expected.dtype);
+    // The pointer as the shim tells it: of a tensor without elements DLPack may tell another.
+    shim().data_ptr(handles[i], &expected.data);
+    expected_.push_back(expected);
+  }
+}
+
+TensorWatch::~TensorWatch() {
+  for (const Expected& expected : expected_) {
+    shim().free_tensor(expected.handle);
+  }
+}
+
+Change TensorWatch::check() {
+  if (!shim().complete) {
+    return check_through_dlpack();
+  }
+  struct Context {
+    const TensorWatch* watch;
+    std::atomic<Change> worst{Change::kNone};
+  } context{this};
+  // Only reads, and none of a Python object: torch's threads may share it while this one holds the
+  // GIL.
+  torch_doors::parallel_for(
+      static_cast<std::int64_t>(expected_.size()), kTensorsAThread,
+      [](std::int64_t begin, std::int64_t end, void* opaque) {
+        auto& [watch, worst] = *static_cast<Context*>(opaque);
+        const torch_doors::Shim& torch = shim();
+        Change change = Change::kNone;
+        for (std::int64_t i = begin; i < end; ++i) {
+          change = std::max(change, watch->compare(torch, static_cast<std::size_t>(i)));
+        }
+        Change seen = worst.load();
+        while (seen < change && !worst.compare_exchange_weak(seen, change)) {
+        }
+      },
+      &context);
+  if (context.worst != Change::kMoved) {
+    return context.worst;
+  }
+  for (std::size_t i = 0; i < expected_.size(); ++i) {
+    if (compare(shim(), i) != Change::kNone && !adopt(i)) {
+      return Change::kDifferent;
+    }
+  }
+  return Change::kMoved;
+}
+
+Change TensorWatch::compare(const torch_doors::Shim& torch, std::size_t i) const {
+  const Expected& expected = expected_[i];
+  std::int64_t elements = -1;
+  std::int32_t dtype = -1;
+  void* data = nullptr;
+  torch.numel(expected.handle, &elements);
+  torch.dtype(expected.handle, &dtype);
+  if (elements != expected.elements || dtype != expected.dtype || !same_layout(torch, expected) ||
+      torch.data_ptr(expected.handle, &data) != 0) {
+    return Change::kDifferent;
+  }
+  return data == expected.data ? Change::kNone : Change::kMoved;
+}
+
+// Sizes and strides against what is remembered. With one dimension and a known element count the
+// stride alone tells, which saves two of the three questions for the many small tensors of a model.
+bool TensorWatch::same_layout(const torch_doors::Shim& torch, const Expected& expected) const {
+  std::int64_t* strides = nullptr;
+  if (expected.elements <= 1) {
+    return true;
+  }
+  if (expected.dim == 1) {
+    torch.strides(expected.handle, &strides);
+    return strides[0] == expected.stride;
+  }
+  std::int64_t dim = -1;
+  std::int64_t* sizes = nullptr;
+  torch.dim(expected.handle, &dim);
+  if (dim != expected.dim) {
+    return false;
+  }
+  torch.sizes(expected.handle, &sizes);
+  torch.strides(expected.handle, &strides);
+  const std::int64_t* planned_sizes = layouts_.data() + expected.layout;
+  const std::int64_t* planned_strides = planned_sizes + expected.dim;
+  for (std::int32_t d = 0; d < expected.dim; ++d) {
+    if (sizes[d] != planned_sizes[d] || (sizes[d] > 1 && strides[d] != planned_strides[d])) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// Takes over another pointer. False where the memory is of another kind (device, pending negation).
+bool TensorWatch::adopt(std::size_t i) {
+  void* data = nullptr;
+  shim().data_ptr(expected_[i].handle, &data);
+  if (facts_[i].elements > 0) {
+    const pybind11::handle tensor = tensors_[i];
+    dlpack::Tensor now{};
+    std::string why_not;
+    if (data == nullptr || !torch_doors::describe(tensor, now, why_not) ||
+        now.device.type != facts_[i].device.type || now.device.id != facts_[i].device.id ||
+        torch_doors::is_negated(tensor)) {
+      return false;
+    }
+    facts_[i].data = data;
+  }
+  expected_[i].data = data;
+  return true;
+}
+
+Change TensorWatch::check_through_dlpack() {
+  Change change = Change::kNone;
+  for (std::size_t i = 0; i < facts_.size(); ++i) {
+    TensorFacts now;
+    try {
+      now = facts_of(tensors_[i]);
+    } catch (const std::invalid_argument&) {
+      return Change::kDifferent;
+    }
+    if (!same_kind(now, facts_[i])) {
+      return Change::kDifferent;
+    }
+    if (now.data != facts_[i].data) {
+      if (now.elements > 0 && (now.data == nullptr || torch_doors::is_negated(tensors_[i]))) {
+        return Change::kDifferent;
+      }
+      facts_[i].data = now.data;
+      change = Change::kMoved;
+    }
+  }
+  return change;
+}
+
+}  // namespace ema_fused

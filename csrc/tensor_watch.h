@@ -1,0 +1,72 @@
+// Remembers what a list of tensors was (memory, type, shape, device), and tells in nanoseconds
+// whether it still is: parameters are moved, replaced through `.data` and given new storage while a
+// plan for them lives.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "dtypes.h"
+#include "torch_doors.h"
+
+namespace ema_fused {
+
+struct TensorFacts {
+  void* data = nullptr;
+  std::int64_t elements = 0;
+  std::int64_t item_bytes = 0;
+  DType dtype = DType::kBytes;
+  dlpack::DataType exact_dtype{};
+  dlpack::Device device{};
+  std::vector<std::int64_t> sizes;
+  std::vector<std::int64_t> strides;
+};
+
+// Throws std::invalid_argument with torch's reason where the tensor is not exported.
+TensorFacts facts_of(pybind11::handle tensor);
+
+enum class Change : std::uint8_t {
+  kNone,
+  kMoved,  // other memory, the same type, shape, strides and device; facts() has the new pointers
+  kDifferent,  // anything else
+};
+
+class TensorWatch {
+ public:
+  explicit TensorWatch(const pybind11::list& tensors);
+  ~TensorWatch();
+  TensorWatch(const TensorWatch&) = delete;
+  TensorWatch& operator=(const TensorWatch&) = delete;
+
+  // Compares every tensor with what is remembered. Holds the GIL.
+  Change check();
+
+  const std::vector<TensorFacts>& facts() const { return facts_; }
+
+ private:
+  // What the shim is asked for at every check, side by side in memory.
+  struct Expected {
+    torch_doors::Handle handle;
+    void* data;
+    std::int64_t elements;
+    std::int64_t stride;  // of the only dimension, where there is one
+    std::int32_t dtype;
+    std::int32_t dim;
+    std::size_t layout;  // where layouts_ has the sizes, then the strides
+  };
+
+  Change compare(const torch_doors::Shim& torch, std::size_t i) const;
+  bool same_layout(const torch_doors::Shim& torch, const Expected& expected) const;
+  bool adopt(std::size_t i);
+  Change check_through_dlpack();
+
+  pybind11::list tensors_;
+  std::vector<TensorFacts> facts_;
+  std::vector<Expected> expected_;  // empty where the shim is missing
+  std::vector<std::int64_t> layouts_;
+};
+
+}  // namespace ema_fused

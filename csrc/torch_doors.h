@@ -1,0 +1,63 @@
+// All that is asked of torch, at run time and through interfaces that hold across its releases:
+//   1. the DLPack exchange table: what a tensor is, and a device's current stream
+//   2. the C shim of libtorch_cpu: the pointer, type and shape of a tensor in a few nanoseconds
+//   3. torch_parallel_for, in the same library: torch's own thread pool
+// No torch header, no torch symbol at link time. Every function here needs the GIL, but for
+// parallel_for, which must be called without it.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "dlpack_abi.h"
+
+namespace ema_fused::torch_doors {
+
+namespace py = pybind11;
+
+// An owned reference to a tensor, as the C shim knows it.
+using Handle = void*;
+
+// Finds the doors. `library` is the path of libtorch_cpu, already loaded; `make_handles` is
+// torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors or None.
+void connect(py::type tensor_type, const std::string& library, py::object make_handles);
+
+// What is missing, in words, for a report; empty where every door was found.
+std::string missing();
+
+bool is_tensor(py::handle object);
+
+// False where torch does not export this tensor, with its reason.
+bool describe(py::handle tensor, dlpack::Tensor& description, std::string& why_not);
+
+// tensor.is_neg(): a lazy negation that the description does not tell.
+bool is_negated(py::handle tensor);
+
+void* current_stream(std::int32_t device_type, std::int32_t device_id);
+
+// The C shim: functions return 0 on success. Null members: not there, go through describe().
+struct Shim {
+  int (*data_ptr)(Handle, void**) = nullptr;
+  int (*numel)(Handle, std::int64_t*) = nullptr;
+  int (*dtype)(Handle, std::int32_t*) = nullptr;
+  int (*dim)(Handle, std::int64_t*) = nullptr;
+  int (*sizes)(Handle, std::int64_t**) = nullptr;
+  int (*strides)(Handle, std::int64_t**) = nullptr;
+  int (*device_type)(Handle, std::int32_t*) = nullptr;
+  int (*device_index)(Handle, std::int32_t*) = nullptr;
+  int (*free_tensor)(Handle) = nullptr;
+  bool complete = false;
+};
+const Shim& shim();
+
+// New handles, one a tensor; the caller frees them with shim().free_tensor. Needs shim().complete.
+std::vector<Handle> make_handles(const py::list& tensors);
+
+// body(begin, end, context) over parts of [0, size), on torch's threads.
+using ParallelBody = void (*)(std::int64_t begin, std::int64_t end, void* context);
+void parallel_for(std::int64_t size, std::int64_t grain, ParallelBody body, void* context);
+
+}  // namespace ema_fused::torch_doors

@@ -1,0 +1,34 @@
+// The CPU loop around the arithmetic, compiled once per instruction set and chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "chunk_table.h"
+
+namespace ema_fused {
+
+// Updates chunks[begin, end) on the calling thread.
+using UpdateChunks = void (*)(const Chunk* chunks, std::int64_t begin, std::int64_t end,
+                              const Launch& launch);
+
+namespace baseline {
+void update_chunks(const Chunk* chunks, std::int64_t begin, std::int64_t end, const Launch& launch);
+}
+namespace avx2 {
+void update_chunks(const Chunk* chunks, std::int64_t begin, std::int64_t end, const Launch& launch);
+}
+namespace avx512 {
+void update_chunks(const Chunk* chunks, std::int64_t begin, std::int64_t end, const Launch& launch);
+}
+
+struct CpuKernel {
+  const char* isa;
+  UpdateChunks update_chunks;
+};
+
+// The widest instruction set that was compiled, that this processor has, and that torch's own
+// variable ATEN_CPU_CAPABILITY (default, avx2, avx512) doesn't forbid: results then follow torch's
+// to the bit, which has no fused multiply-add at "default".
+CpuKernel cpu_kernel();
+
+}  // namespace ema_fused

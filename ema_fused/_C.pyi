@@ -1,0 +1,74 @@
+"""The compiled core. ``ema_fused.backends.native()`` hands it out; nothing else imports it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+class OverlapError(ValueError):
+    """Pairs overlap in memory: args are (first pair, second pair, what overlaps)."""
+
+class Operation:
+    AVERAGE: Operation
+    COPY: Operation
+    SWAP: Operation
+
+class Arithmetic:
+    LERP: Arithmetic
+    AXPBY: Arithmetic
+    DELTA: Arithmetic
+
+class Plan:
+    """Pairs of one device that inspect() accepted."""
+
+    def __init__(
+        self,
+        averaged: list[Tensor],
+        source: list[Tensor],
+        only_copy: Sequence[bool],
+        arithmetic: Arithmetic,
+    ) -> None: ...
+    def ready(self) -> bool:
+        """False where a tensor's dtype, shape, strides or device has changed."""
+    def run(
+        self, operation: Operation, weight: float = ..., weights: Sequence[float] = ...
+    ) -> bool:
+        """Checks, rebuilds the table where tensors have moved, launches. False: as ready()."""
+    @property
+    def elements(self) -> int: ...
+    @property
+    def chunks(self) -> int: ...
+    @property
+    def tensors(self) -> int: ...
+    @property
+    def table_bytes(self) -> int: ...
+
+class SlotWatch:
+    """Whether dictionaries still hold the objects they held."""
+
+    def __init__(self, dictionaries: list[dict[str, Any]]) -> None: ...
+    def changed(self) -> bool: ...
+
+def connect(
+    tensor_type: type[Tensor],
+    library: str,
+    make_handles: Callable[[Sequence[Tensor]], Sequence[object]] | None,
+) -> None:
+    """Finds the doors into torch. ImportError where this torch lacks the DLPack exchange table."""
+
+def missing_doors() -> str: ...
+def build_info() -> dict[str, str]: ...
+def cpu_isa() -> str: ...
+def cuda_devices() -> tuple[int, str]: ...
+def why_not_on_cuda(device: int) -> str: ...
+def chunk_elements(cuda: bool) -> int: ...
+def chunk_table(
+    pairs: Sequence[tuple[int, int, int, int, int]], chunk_elements: int
+) -> list[tuple[int, int, int, int]]:
+    """(averaged address, source address, elements, pair) of every chunk of pairs given as
+    (averaged address, source address, elements, averaged dtype code, source dtype code)."""
+
+def inspect(
+    averaged: list[Tensor], source: list[Tensor]
+) -> tuple[list[tuple[int, str]], list[tuple[int, int, list[int]]]]:
+    """(refused pairs with reasons, (DLPack device type, device index, pairs) for the others)."""

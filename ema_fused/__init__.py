@@ -1,0 +1,11 @@
+"""Averaged copies of a model (EMA, SWA, mean teacher) at the speed of memory."""
+
+from __future__ import annotations
+
+from ema_fused.backends import SlowPathWarning
+from ema_fused.ops import copy_, lerp_, swap_
+from ema_fused.plan import Plan
+
+__version__ = "0.1.0"
+
+__all__ = ["Plan", "SlowPathWarning", "copy_", "lerp_", "swap_"]

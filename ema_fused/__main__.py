@@ -1,0 +1,5 @@
+import sys
+
+from ema_fused.cli import main
+
+sys.exit(main())

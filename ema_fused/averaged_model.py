@@ -1,0 +1,289 @@
+"""An averaged copy of a model: updated, saved, swapped in. Subclasses say how it averages."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from ema_fused import backends, swapping
+from ema_fused.checks import check_integer
+from ema_fused.copying import FrozenShares, averaged_copy
+from ema_fused.pairing import Pairing
+from ema_fused.plan import Plan
+from ema_fused.step_count import StepCount
+from ema_fused.swapping import refuse_while_swapped
+
+_IN_VAIN_BEFORE_WARNING = 3
+
+Device = torch.device | str | int | None
+
+
+class Options(TypedDict, total=False):
+    """The arguments of :class:`BaseAveragedModel` that mmengine's don't have."""
+
+    averaged_dtype: torch.dtype | None
+    share_frozen: bool
+    begin_step: int
+    backend: str | None
+
+
+class BaseAveragedModel(nn.Module):
+    """A copy of ``model`` whose weights are a running average of the model's.
+
+    The first :meth:`update_parameters` copies everything; later ones average when
+    ``steps % interval == 0``. Whatever isn't averaged follows the model by copy at every call:
+    integer tensors always, buffers unless ``update_buffers``.
+
+    A subclass says how to average in one of two ways; the one defined nearer to it counts:
+
+    * :meth:`momentum_at` gives the weight of the new value, and everything is updated in one launch
+      a device, by the class's ``arithmetic`` (see :class:`~ema_fused.Plan`);
+    * :meth:`avg_func` averages one tensor in place, as mmengine's subclasses do.
+
+    ``state_dict()`` holds what mmengine's holds: ``steps`` and ``module.*``.
+
+    Args:
+        model: the model to average; deep-copied. Wrappers around it or its parts
+            (DistributedDataParallel, ``torch.compile``, activation checkpointing) may come and go
+            later.
+        interval: calls from one average to the next.
+        device: of the averaged copy; None keeps the model's.
+        update_buffers: average persistent floating-point buffers as well. Otherwise they follow by
+            copy.
+        averaged_dtype: of the floating-point tensors of the copy, say ``torch.float32`` for a
+            bfloat16 model; None keeps the model's.
+        share_frozen: parameters that need no gradient take no memory in the copy: they are views of
+            the model's, in its dtype and on its device, and follow it when it is moved. Loading a
+            checkpoint into the copy writes them in the model too. One that becomes trainable gets
+            memory of its own at the next update, from its value then, and is averaged.
+        begin_step: the call that makes the first copy count, as ``begin_iter`` of mmengine's
+            ``EMAHook``: calls before it copy everything and average nothing. ``steps`` is negative
+            until then (minus the calls still to wait), so a checkpoint resumes the wait as well.
+        backend: ``"cuda"``, ``"cpu"`` or ``"foreach"`` pins one; None takes the best there is.
+
+    Attributes:
+        module: the averaged copy. No parameter of it requires a gradient.
+        steps: int64 scalar buffer, the calls counted so far; may be written.
+
+    Raises:
+        TypeError: neither ``momentum_at`` nor ``avg_func`` is defined, or an argument is of a wrong
+            type.
+        ValueError: an argument is out of its range.
+        RuntimeError: the backend asked for can't be used here.
+    """
+
+    arithmetic: ClassVar[str] = "lerp"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+        *,
+        averaged_dtype: torch.dtype | None = None,
+        share_frozen: bool = False,
+        begin_step: int = 0,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_integer("interval", interval, least=1)
+        check_integer("begin_step", begin_step, least=0)
+        if averaged_dtype is not None and not averaged_dtype.is_floating_point:
+            raise ValueError(
+                f"averaged_dtype is {averaged_dtype}; a floating-point dtype is expected"
+            )
+        if backend is not None:
+            backends.pinned(backend)
+        self._one_by_one = _averages_one_by_one(type(self))
+        self.module, shared = averaged_copy(
+            model, device, averaged_dtype, share_frozen=share_frozen
+        )
+        self.interval = interval
+        self.update_buffers = update_buffers
+        self.backend = backend
+        waiting = max(0, begin_step - 1)
+        self.register_buffer("steps", torch.tensor(-waiting, dtype=torch.long, device=device))
+        self._step_count = StepCount()
+        self._shares = FrozenShares(shared, device, averaged_dtype)
+        self._pairing: Pairing | None = None
+        self._in_vain = 0  # pairings in a row that served a single update
+        self._warned_of_losses = False
+
+    def momentum_at(self, steps: int) -> float:
+        """The weight of the model's values in the average made after ``steps`` updates.
+
+        Returns:
+            A number in [0, 1].
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no momentum_at")
+
+    def avg_func(self, averaged_param: Tensor, source_param: Tensor, steps: Tensor) -> None:
+        """Averages one tensor in place.
+
+        Args:
+            averaged_param: floating-point.
+            source_param: of the same shape, dtype and device.
+            steps: the buffer :attr:`steps`.
+        """
+        plan = Plan(
+            [averaged_param], [source_param], arithmetic=self.arithmetic, backend=self.backend
+        )
+        plan.lerp_(self._checked_momentum(int(steps)))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the averaged copy."""
+        refuse_while_swapped("the averaged model was called", self)
+        return self.module(*args, **kwargs)
+
+    def update_parameters(self, model: nn.Module) -> None:
+        """Takes the present weights of ``model`` into the average.
+
+        Doesn't wait for the device. Call it after each ``optimizer.step()``.
+
+        Args:
+            model: the model that was averaged from the start, or another of the same structure;
+                wrapped or not.
+
+        Raises:
+            KeyError: names of parameters or buffers don't match those of the average.
+            ValueError: a shape differs, or the momentum is outside [0, 1].
+            TypeError: one side of a pair is floating-point and the other isn't.
+            RuntimeError: inside a :meth:`swapped` block.
+            The averages are unchanged then.
+        """
+        refuse_while_swapped("update_parameters() was called", self, model)
+        pairing = self._paired_with(model)
+        buffer = self._buffers["steps"]
+        assert buffer is not None
+        steps = self._step_count.read(buffer)
+        if steps <= 0:
+            pairing.copy_()
+        elif steps % self.interval:
+            pairing.follow_()
+        elif self._one_by_one:
+            for pair in pairing.averaging_pairs():
+                source = pair.source.data.to(device=pair.averaged.device, dtype=pair.averaged.dtype)
+                self.avg_func(pair.averaged.data, source, buffer)
+            pairing.follow_()
+        else:
+            weight = self._checked_momentum(steps)
+            if weight < pairing.lossy_below:
+                self._warn_of_losses(weight)
+            pairing.average_(weight)
+        self._step_count.write(buffer, steps + 1)
+
+    def copy_from(self, model: nn.Module) -> None:
+        """Sets the average to the present weights and buffers of ``model``; ``steps`` stays.
+
+        Raises:
+            KeyError, ValueError, TypeError, RuntimeError: as :meth:`update_parameters`.
+        """
+        refuse_while_swapped("copy_from() was called", self, model)
+        self._paired_with(model).copy_()
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Writes the averaged weights and buffers into ``model``, in the model's dtypes.
+
+        Raises:
+            KeyError, ValueError, TypeError, RuntimeError: as :meth:`update_parameters`; nothing is
+                written then.
+        """
+        refuse_while_swapped("copy_to() was called", self, model)
+        swapping.copy_to(self.module, model, shares=self._shares, backend=self.backend)
+
+    def swapped(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """``with averaged.swapped(model):`` runs ``model`` with the averaged weights and buffers.
+
+        They are taken out again at the end of the block, whatever is raised in it. Tensors are
+        swapped in place, so it takes no memory, and optimizers, hooks and compiled graphs keep
+        their parameters. Where ``averaged_dtype`` differs from the model's dtype a swap would lose
+        bits: there the model's tensors are kept aside for the length of the block, at the cost of
+        their own size on the average's device.
+
+        Inside the block the model holds the averages and the average holds the model's weights, so
+        saving, loading, updating, calling the average and swapping again are refused. Call
+        ``model.eval()`` yourself: batch norm in training mode would update the averaged statistics.
+
+        Returns:
+            A context manager that gives ``model``.
+
+        Raises:
+            KeyError, ValueError, TypeError: as :meth:`update_parameters`; nothing is swapped then.
+            RuntimeError: a refused action; or, at the end of the block, the model's weights can't
+                be put back because their dtypes, shapes or names were changed inside it.
+        """
+        return swapping.swapped(self, self.module, model, shares=self._shares, backend=self.backend)
+
+    @property
+    def avg_parameters(self) -> dict[str, Tensor]:
+        """The averaged tensors by name, as in mmengine: with buffers if ``update_buffers``."""
+        if self.update_buffers:
+            return dict(self.module.state_dict())
+        return dict(self.module.named_parameters())
+
+    def _paired_with(self, model: nn.Module) -> Pairing:
+        known = self._pairing
+        if known is not None and known.holds(model, self.update_buffers):
+            return known
+        pairing = Pairing(
+            self.module,
+            model,
+            update_buffers=self.update_buffers,
+            arithmetic=self.arithmetic,
+            backend=self.backend,
+            shares=self._shares,
+        )
+        self._pairing = pairing
+        self._in_vain = 0 if known is None or known.was_reused else self._in_vain + 1
+        if known is not None and self._in_vain == _IN_VAIN_BEFORE_WARNING:
+            warnings.warn(
+                f"the model is walked again at every update ({pairing.difference(known)}), which "
+                f"takes longer than averaging it. Write buffers in place, buffer.copy_(value), and "
+                f"keep to one model object for each average",
+                backends.SlowPathWarning,
+                stacklevel=3,
+            )
+        return pairing
+
+    def _checked_momentum(self, steps: int) -> float:
+        weight = float(self.momentum_at(steps))
+        if not 0.0 <= weight <= 1.0:
+            raise ValueError(
+                f"{type(self).__name__} has momentum {weight!r} at step {steps}; a number in "
+                f"[0, 1] is expected: the weight of the model's values in the average"
+            )
+        return weight
+
+    def _warn_of_losses(self, weight: float) -> None:
+        if weight == 0.0 or self._warned_of_losses:
+            return
+        self._warned_of_losses = True
+        warnings.warn(
+            f"averages are kept in 16 bits and the momentum is {weight:.3g}: changes this small "
+            f"are mostly rounded away, and the average stays where it is. Pass "
+            f"averaged_dtype=torch.float32",
+            stacklevel=3,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: everything but the plans, which hold the model itself."""
+        refuse_while_swapped("the averaged model was copied or pickled", self)
+        return self.__dict__ | {"_pairing": None, "_step_count": StepCount()}
+
+
+def _averages_one_by_one(cls: type) -> bool:
+    """Whether ``cls`` averages by ``avg_func`` rather than by ``momentum_at``."""
+    for base in cls.__mro__[: cls.__mro__.index(BaseAveragedModel)]:
+        if "momentum_at" in vars(base):
+            return False
+        if "avg_func" in vars(base):
+            return True
+    raise TypeError(
+        f"{cls.__name__} doesn't say how to average: define momentum_at(self, steps), the weight "
+        f"of the new value, or avg_func(self, averaged_param, source_param, steps)"
+    )

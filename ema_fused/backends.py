@@ -1,0 +1,112 @@
+"""Which backend serves which tensors, and why not another.
+
+``cuda`` and ``cpu`` are the native kernels of the compiled extension; ``foreach`` is torch's own
+``_foreach_*`` functions, which need nothing built and work on every device.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+BACKENDS = ("cuda", "cpu", "foreach")
+
+
+class SlowPathWarning(UserWarning):
+    """Some pairs are served by torch's functions where a native kernel was to be expected."""
+
+
+def _connect() -> tuple[ModuleType | None, str | None]:
+    """The compiled extension with its doors into torch open, or the reason why there is none."""
+    try:
+        from ema_fused import _C
+    except ImportError as error:
+        return None, f"the compiled extension is missing ({error})"
+    aoti = getattr(torch._C, "_aoti", None)
+    make_handles = getattr(aoti, "unsafe_alloc_void_ptrs_from_tensors", None)
+    library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:
+        _C.connect(torch.Tensor, str(library), make_handles)
+    except ImportError as error:
+        return None, f"the compiled extension can't reach torch {torch.__version__} ({error})"
+    return _C, None
+
+
+_native, _why_no_native = _connect()
+_warned: set[str] = set()
+
+
+def native() -> ModuleType | None:
+    """The compiled extension, or None in a pure-Python install."""
+    return _native
+
+
+def why_not(backend: str) -> str | None:
+    """Why ``backend`` can't be used in this process; None where it can.
+
+    Raises:
+        ValueError: no backend has this name.
+    """
+    check_name(backend)
+    if backend == "foreach":
+        return None
+    if _native is None:
+        return _why_no_native
+    if backend == "cpu":
+        return None
+    count, reason = _native.cuda_devices()
+    return None if count else str(reason)
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """Why no native kernel serves tensors on ``device``; None where one does."""
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernel is built for device type {device.type!r}"
+    if device.type == "cuda" and torch.version.hip is not None:
+        return "no kernel is built for ROCm"
+    reason = why_not(device.type)
+    if reason is None and device.type == "cuda" and _native is not None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        reason = _native.why_not_on_cuda(index) or None
+    return reason
+
+
+def check_name(backend: str) -> None:
+    """Raises ValueError unless ``backend`` names one."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+
+
+def pinned(backend: str | None) -> str | None:
+    """The backend asked for: by the argument, else by the variable EMA_FUSED_BACKEND, else None.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the backend can't be used here, with the reason.
+    """
+    name = backend or os.environ.get("EMA_FUSED_BACKEND") or None
+    if name is None:
+        return None
+    check_name(name)
+    reason = why_not(name)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} was asked for and can't be used: {reason}")
+    return name
+
+
+def warn_slow_path(reason: str, example: str, pairs: int, total: int) -> None:
+    """Says once a process and reason that pairs go to ``foreach``."""
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    warnings.warn(
+        f"{pairs} of {total} pairs are updated by torch's foreach functions instead of a native "
+        f"kernel of ema_fused, because {reason} (first: {example}). Results are right, only "
+        f"slower; backend='foreach' says that this is meant.",
+        SlowPathWarning,
+        stacklevel=2,
+    )

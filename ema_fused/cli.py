@@ -1,0 +1,91 @@
+"""The command ``python -m ema_fused info``: what a bug report should hold."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+
+import ema_fused
+from ema_fused import backends
+
+Line = tuple[str, str]
+
+
+def _versions() -> Iterator[Line]:
+    yield "ema_fused", ema_fused.__version__
+    yield "python", f"{platform.python_version()} on {platform.platform()}"
+    cuda = torch.version.cuda or torch.version.hip
+    yield "torch", f"{torch.__version__} ({f'CUDA {cuda}' if cuda else 'no CUDA'})"
+
+
+def _compiled() -> Iterator[Line]:
+    native = backends.native()
+    if native is None:
+        yield "compiled", f"no: {backends.why_not('cpu')}"
+        return
+    built = native.build_info()
+    yield "compiled", f"{built['version']}, {built['compiler']}, {built['build_type']}"
+    isas = built["cpu_isas"].replace(";", ", ")
+    yield "cpu kernels", f"{isas}; this processor gets {native.cpu_isa()}"
+    architectures = built["cuda_architectures"].replace(";", ", ")
+    compiler = built["cuda_compiler"]
+    yield "cuda kernels", f"{compiler}: {architectures}" if compiler else "not compiled"
+    if native.missing_doors():
+        yield "missing in torch", native.missing_doors()
+
+
+def _devices() -> Iterator[Line]:
+    yield "cpu", f"{platform.machine()}, torch uses {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            capability = f"{properties.major}.{properties.minor}"
+            yield f"cuda:{index}", f"{properties.name}, compute capability {capability}"
+    else:
+        yield "cuda", "no device that torch can use"
+
+
+def _served() -> Iterator[Line]:
+    """Which backend serves tensors on the CPU and on CUDA, and why not the native one."""
+    devices = [torch.device("cpu")]
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices += [torch.device("cuda", index) for index in range(count)]
+    for device in devices:
+        reason = backends.why_not_on(device)
+        yield (
+            f"{device} tensors",
+            f"{device.type} (native kernel)" if reason is None else f"foreach, because {reason}",
+        )
+    if not count:
+        yield "cuda tensors", f"none can exist here: {backends.why_not('cuda')}"
+    try:
+        pinned = backends.pinned(None)
+    except (RuntimeError, ValueError) as error:
+        yield "EMA_FUSED_BACKEND", str(error)
+    else:
+        if pinned is not None:
+            yield "EMA_FUSED_BACKEND", f"{pinned} for everything"
+
+
+def info() -> str:
+    """Versions, what was compiled, the devices seen, and which backend serves which tensors."""
+    sections = (_versions(), _compiled(), _devices(), _served())
+    blocks = [list(section) for section in sections]
+    width = max(len(name) for block in blocks for name, _ in block)
+    return "\n\n".join(
+        "\n".join(f"{name:<{width}}  {value}" for name, value in block) for block in blocks
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m ema_fused", description=ema_fused.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="what is installed, compiled and used: for a bug report")
+    parser.parse_args(arguments)
+    sys.stdout.write(info() + "\n")
+    return 0

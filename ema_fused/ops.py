@@ -1,0 +1,95 @@
+"""Stateless updates of lists of tensors, as torch's foreach functions are called.
+
+Each call plans anew. Where the same tensors are updated at every step, a :class:`~ema_fused.Plan`
+made once is the fast way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ema_fused.pairs import check_lists, check_pair, label
+from ema_fused.plan import Plan
+
+
+def lerp_(
+    averaged: Sequence[Tensor],
+    source: Sequence[Tensor],
+    weight: float | Sequence[float] | Sequence[Tensor] | Tensor,
+) -> None:
+    """``averaged = averaged + weight * (source - averaged)``, in place, for every pair.
+
+    Takes what ``torch._foreach_lerp_`` takes and gives its result to the bit on equal dtypes.
+    Beyond it: dtypes may differ within a pair and from pair to pair (computed in the wider of the
+    two, at least float32), devices too (one launch a device), and a pair listed twice is updated
+    once. Never recorded by autograd.
+
+    Args:
+        averaged: floating-point tensors, updated in place.
+        source: as many tensors, each of its averaged tensor's shape.
+        weight: of the source: a number, a 0-dim tensor, a list of one number a pair, or a list of
+            one weight tensor a pair (elementwise, by torch itself).
+
+    Raises:
+        TypeError: a pair that is not floating-point (use :func:`copy_`), or not plain tensors.
+        ValueError: lists, shapes or weights that don't match; tensors that overlap.
+        The exception names the pair's index; nothing has been updated then.
+    """
+    if isinstance(weight, Sequence) and any(isinstance(item, Tensor) for item in weight):
+        _lerp_by_tensors(averaged, source, weight)
+        return
+    Plan(averaged, source).lerp_(weight)  # type: ignore[arg-type]
+
+
+def _lerp_by_tensors(
+    averaged: Sequence[Tensor],
+    source: Sequence[Tensor],
+    weights: Sequence[Tensor] | Sequence[float],
+) -> None:
+    check_lists(averaged, source)
+    if len(weights) != len(averaged):
+        raise ValueError(
+            f"{len(weights)} weights for {len(averaged)} pairs; one a pair is expected"
+        )
+    tensors: list[Tensor] = []
+    for i, (a, s, weight) in enumerate(zip(averaged, source, weights, strict=True)):
+        check_pair(a, s, label(i, None))
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"{label(i, None)}: the weight is {weight!r}, where others are tensors")
+        if not a.dtype == s.dtype == weight.dtype:
+            raise TypeError(
+                f"{label(i, None)}: dtypes {a.dtype} (averaged), {s.dtype} (source) and "
+                f"{weight.dtype} (weight); with weight tensors all three must be equal"
+            )
+        try:
+            weight.expand_as(a)
+        except RuntimeError:
+            raise ValueError(
+                f"{label(i, None)}: a weight of shape {tuple(weight.shape)} doesn't broadcast to "
+                f"{tuple(a.shape)}"
+            ) from None
+        tensors.append(weight)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(averaged), list(source), tensors)
+
+
+def copy_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    """Copies every source into its averaged tensor, converting dtypes and crossing devices.
+
+    Raises:
+        TypeError, ValueError: as :func:`lerp_`, but any dtype is fine.
+    """
+    Plan(averaged, source).copy_()
+
+
+def swap_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    """Exchanges the contents of every pair, in place and without a temporary.
+
+    Raises:
+        TypeError: the dtypes of a pair differ.
+        ValueError: as :func:`lerp_`; also where two sources overlap.
+    """
+    Plan(averaged, source).swap_()

@@ -1,0 +1,266 @@
+"""The tensors of an averaged module beside those of its model: found by name, checked, planned."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ema_fused.copying import FrozenShares
+from ema_fused.naming import match_names
+from ema_fused.plan import Plan
+from ema_fused.watch import ModuleWatch
+
+
+class Pair(NamedTuple):
+    """An averaged tensor and its source. ``averages`` is False where it follows by copy."""
+
+    name: str
+    averaged: Tensor
+    source: Tensor
+    averages: bool
+
+
+class Pairs(NamedTuple):
+    """``updated``: what an update writes. ``shared``: one memory on both sides, nothing to do."""
+
+    updated: list[Pair]
+    shared: list[Pair]
+
+
+class _Slot(NamedTuple):
+    tensor: Tensor
+    is_buffer: bool
+    # A non-persistent buffer is a cache that each module fills for itself.
+    is_cache: bool
+
+
+def _slots(root: nn.Module) -> dict[str, _Slot]:
+    """All parameters and buffers by name, tied ones under each of their names."""
+    slots = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                slots[prefix + name] = _Slot(parameter, False, False)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                is_cache = name in module._non_persistent_buffers_set
+                slots[prefix + name] = _Slot(buffer, True, is_cache)
+    return slots
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_floating_point():
+        return "floating-point"
+    if tensor.is_complex():
+        return "complex"
+    return "bool" if tensor.dtype == torch.bool else "integer"
+
+
+def pair_up(
+    averaged: nn.Module, model: nn.Module, *, update_buffers: bool, shares: FrozenShares
+) -> Pairs:
+    """The pairs of both modules, tied ones once.
+
+    Parameters are averaged, and with ``update_buffers`` the persistent buffers; what has no average
+    (integers, bool) and all other buffers follow by copy. A non-persistent buffer without a partner
+    of its shape and kind is left alone.
+
+    Raises:
+        KeyError: names don't match.
+        ValueError: shapes differ.
+        TypeError: one side is floating-point and the other isn't, or the like.
+        Nothing has been changed then.
+    """
+    ours, theirs = _slots(averaged), _slots(model)
+    names = match_names(
+        {name: not slot.is_cache for name, slot in ours.items()},
+        {name: not slot.is_cache for name, slot in theirs.items()},
+    )
+    pairs: list[Pair] = []
+    for name, source_name in names.items():
+        slot, source = ours[name], theirs[source_name].tensor
+        if slot.is_cache and not _is_like(slot.tensor, source):
+            continue
+        _check(name, slot.tensor, source)
+        wanted = not slot.is_buffer or (update_buffers and not slot.is_cache)
+        has_average = _kind(slot.tensor) in ("floating-point", "complex")
+        pairs.append(Pair(name, slot.tensor, source, wanted and has_average))
+
+    updated: dict[tuple[int, int], Pair] = {}
+    shared: list[Pair] = []
+    for pair in pairs:
+        if shares.settle(pair.name, pair.averaged, pair.source):
+            shared.append(pair)
+        else:
+            updated.setdefault((id(pair.averaged), id(pair.source)), pair)
+    return Pairs(list(updated.values()), shared)
+
+
+def _is_like(averaged: Tensor, source: Tensor) -> bool:
+    return averaged.shape == source.shape and _kind(averaged) == _kind(source)
+
+
+def _check(name: str, averaged: Tensor, source: Tensor) -> None:
+    if averaged.shape != source.shape:
+        raise ValueError(
+            f"{name!r} has shape {tuple(averaged.shape)} in the average and {tuple(source.shape)} "
+            f"in the model; equal shapes are expected. If the model was resized on purpose, build "
+            f"a new average of it"
+        )
+    if _kind(averaged) != _kind(source):
+        raise TypeError(
+            f"{name!r} is {averaged.dtype} in the average and {source.dtype} in the model; "
+            f"{_kind(averaged)} and {_kind(source)} tensors don't pair up. Convert the model back, "
+            f"or build a new average of it"
+        )
+
+
+def plan_of(pairs: list[Pair], *, arithmetic: str = "lerp", backend: str | None) -> Plan:
+    """The plan that updates ``pairs``; errors name the parameters."""
+    return Plan(
+        [pair.averaged for pair in pairs],
+        [pair.source for pair in pairs],
+        arithmetic=arithmetic,
+        only_copy=[not pair.averages for pair in pairs],
+        backend=backend,
+        names=[pair.name for pair in pairs],
+    )
+
+
+class Pairing:
+    """What an averaged module does with one model: prepared once, run at every update.
+
+    Follows the tensors: :meth:`holds` tells when slots hold other objects; tensors that got another
+    dtype in place (``module.double()``) are paired anew when a plan refuses them.
+
+    Args:
+        averaged: the module with the averages.
+        model: the module they are averages of.
+        update_buffers: whether persistent floating-point buffers are averaged too.
+        arithmetic: of the averages, as in :class:`~ema_fused.Plan`.
+        backend: as in :class:`~ema_fused.Plan`.
+        shares: the parameters that share memory with ``model``.
+
+    Raises:
+        KeyError, TypeError: as :func:`pair_up` and the plan, from every method too.
+        ValueError: also where a trainable parameter is the average's own memory.
+    """
+
+    def __init__(
+        self,
+        averaged: nn.Module,
+        model: nn.Module,
+        *,
+        update_buffers: bool,
+        arithmetic: str,
+        backend: str | None,
+        shares: FrozenShares,
+    ) -> None:
+        self.averaged = averaged
+        self.model = model
+        self.update_buffers = update_buffers
+        self.was_reused = False
+        self._arithmetic = arithmetic
+        self._backend = backend
+        self._shares = shares
+        self._prepare()
+
+    def _prepare(self) -> None:
+        slots_changed = ModuleWatch(self.averaged, self.model).changed
+        pairs, shared = pair_up(
+            self.averaged, self.model, update_buffers=self.update_buffers, shares=self._shares
+        )
+        everything = plan_of(pairs, arithmetic=self._arithmetic, backend=self._backend)
+        for pair in pairs:
+            _check_own_memory(pair)
+        # Nothing above is kept if any of it has raised.
+        self._slots_changed = slots_changed
+        self._pairs = pairs
+        self._shared = [(pair.averaged, pair.source) for pair in shared]
+        self._everything = everything
+        self._followers: Plan | None = None
+        halves = {pair.averaged.dtype for pair in pairs if _is_half(pair)}
+        # With a smaller weight, half a unit in the last place is more than a whole new value moves.
+        self.lossy_below = max((torch.finfo(dtype).eps / 2 for dtype in halves), default=0.0)
+
+    def holds(self, model: nn.Module, update_buffers: bool) -> bool:
+        """Whether the pairs are still those of ``model``: some nanoseconds a slot."""
+        if model is not self.model or update_buffers is not self.update_buffers:
+            return False
+        if self._slots_changed():
+            return False
+        for averaged, source in self._shared:
+            if source.requires_grad or averaged.data_ptr() != source.data_ptr():
+                return False
+        self.was_reused = True
+        return True
+
+    def difference(self, other: Pairing) -> str:
+        """What distinguishes this pairing from ``other``, an earlier one."""
+        if self.model is not other.model:
+            return "another model object is passed in turn"
+        known = {pair.name: pair for pair in other._pairs}
+        for pair in self._pairs:
+            before = known.get(pair.name)
+            if before is None or pair.averaged is not before.averaged:
+                return f"{pair.name!r} of the average is replaced"
+            if pair.source is not before.source:
+                return f"{pair.name!r} of the model is replaced by a new tensor"
+        return "modules or frozen parameters are replaced"
+
+    def copy_(self) -> None:
+        """Copies every source into its average."""
+        try:
+            return self._everything.copy_()
+        except ValueError:
+            pass
+        self._prepare()
+        self._everything.copy_()
+
+    def average_(self, weight: float) -> None:
+        """Averages what has an average and copies the rest, in one launch a device."""
+        try:
+            return self._everything.lerp_(weight)
+        except ValueError:
+            pass
+        self._prepare()
+        self._everything.lerp_(weight)
+
+    def follow_(self) -> None:
+        """Copies only what isn't averaged."""
+        if self._followers is not None:
+            try:
+                return self._followers.copy_()
+            except ValueError:
+                self._prepare()
+        followers = [pair for pair in self._pairs if not pair.averages]
+        self._followers = plan_of(followers, backend=self._backend)
+        self._followers.copy_()
+
+    def averaging_pairs(self) -> list[Pair]:
+        """The pairs to average, their shapes known to be equal."""
+        pairs = [pair for pair in self._pairs if pair.averages]
+        if all(pair.averaged.shape == pair.source.shape for pair in pairs):
+            return pairs
+        self._prepare()
+        return [pair for pair in self._pairs if pair.averages]
+
+
+def _is_half(pair: Pair) -> bool:
+    return pair.averages and pair.averaged.is_floating_point() and pair.averaged.itemsize <= 2
+
+
+def _check_own_memory(pair: Pair) -> None:
+    """An average in its model's own memory would look right and never average anything."""
+    name, averaged, source, averages = pair
+    if not averages or not source.requires_grad or averaged.device != source.device:
+        return
+    if averaged.numel() and averaged.data_ptr() == source.data_ptr():
+        raise ValueError(
+            f"{name!r} of the average is the model's own memory, so it can't differ from it; give "
+            f"the average tensors of its own (load_state_dict(..., assign=True) takes over the "
+            f"tensors that it is given: pass it a deep copy)"
+        )

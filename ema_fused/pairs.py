@@ -1,0 +1,114 @@
+"""What a pair (averaged tensor, source tensor) must be, and the errors that say so.
+
+The compiled inspection accepts the ordinary pairs in bulk; what it doesn't accept comes here, and
+is either refused with an error or left to ``foreach``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def label(index: int, names: Sequence[str] | None) -> str:
+    """How messages call a pair: by the parameter's name where there is one."""
+    return f"pair {index}" if names is None else f"{names[index]!r}"
+
+
+def kinds(tensors: Iterable[Tensor]) -> list[tuple[torch.dtype, torch.Size, torch.device]]:
+    """What a plan is made for: a tensor whose kind changes needs a new one."""
+    return [(tensor.dtype, tensor.shape, tensor.device) for tensor in tensors]
+
+
+def check_lists(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+    """Raises ValueError unless the lists pair up, TypeError where one is a lone tensor."""
+    for which, tensors in (("averaged", averaged), ("source", source)):
+        if isinstance(tensors, Tensor):
+            raise TypeError(f"{which} is one tensor; a list of tensors is expected: [{which}]")
+    if len(averaged) != len(source):
+        raise ValueError(
+            f"averaged has {len(averaged)} tensors and source has {len(source)}: pair "
+            f"{min(len(averaged), len(source))} is incomplete; they must pair up one to one"
+        )
+
+
+def _check_tensor(tensor: object, which: str, pair: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(
+            f"{pair}: the {which} is a {type(tensor).__name__}; a torch.Tensor is expected"
+        )
+    kind = type(tensor).__name__
+    if hasattr(tensor, "to_local") and hasattr(tensor, "device_mesh"):
+        raise TypeError(
+            f"{pair}: the {which} is a {kind}, whose elements are spread over a device mesh; "
+            f"pass the local shards of both sides: tensor.to_local()"
+        )
+    if tensor.device.type == "meta":
+        raise ValueError(
+            f"{pair}: the {which} is on the meta device and has no elements to average; "
+            f"materialise it first: module.to_empty(device=...) and load its weights"
+        )
+    if kind in ("FakeTensor", "FunctionalTensor"):
+        raise TypeError(
+            f"{pair}: the {which} is a {kind}, a stand-in without elements; "
+            f"call this outside of tracing"
+        )
+    if tensor.is_nested:
+        raise TypeError(f"{pair}: the {which} is a nested tensor; pass its values: tensor.values()")
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{pair}: the {which} has layout {tensor.layout}; a strided tensor is expected: "
+            f"tensor.to_dense()"
+        )
+    if tensor.is_quantized:
+        raise TypeError(
+            f"{pair}: the {which} is quantized; a plain tensor is expected: tensor.dequantize()"
+        )
+
+
+def check_pair(averaged: Tensor, source: Tensor, pair: str) -> None:
+    """Raises where no backend can serve this pair.
+
+    Raises:
+        TypeError: not a tensor, or of a kind without plain strided elements.
+        ValueError: shapes differ, no data (meta), or the averaged tensor overlaps itself.
+    """
+    _check_tensor(averaged, "averaged tensor", pair)
+    _check_tensor(source, "source", pair)
+    if averaged.shape != source.shape:
+        raise ValueError(
+            f"{pair}: the averaged tensor has shape {tuple(averaged.shape)} and the source "
+            f"{tuple(source.shape)}; they must be equal"
+        )
+    for size, stride in zip(averaged.shape, averaged.stride(), strict=True):
+        if size > 1 and stride == 0 and averaged.numel() > 0:
+            raise ValueError(
+                f"{pair}: several elements of the averaged tensor share one place in memory "
+                f"(shape {tuple(averaged.shape)}, strides {averaged.stride()}); an expanded tensor "
+                f"can't be written: averaged.contiguous()"
+            )
+
+
+def can_average(averaged: Tensor, source: Tensor) -> bool:
+    """Whether the pair has an average: both floating-point, or both complex."""
+    if averaged.is_complex() or source.is_complex():
+        return averaged.dtype == source.dtype
+    return averaged.is_floating_point() and source.is_floating_point()
+
+
+def refuse_average(averaged: Tensor, source: Tensor, pair: str) -> TypeError:
+    """The error for a pair that lerp_ can't average."""
+    return TypeError(
+        f"{pair}: {averaged.dtype} (averaged) and {source.dtype} (source) have no average; "
+        f"floating-point tensors are expected. To carry such tensors along, copy_() them"
+    )
+
+
+def refuse_swap(averaged: Tensor, source: Tensor, pair: str) -> TypeError:
+    """The error for a pair that swap_ can't exchange."""
+    return TypeError(
+        f"{pair}: {averaged.dtype} (averaged) and {source.dtype} (source) can't be swapped without "
+        f"losing bits; equal dtypes are expected"
+    )

@@ -1,0 +1,28 @@
+"""The reference: what an update means, in float64 NumPy, for tests and for readers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+def average(averaged: ArrayLike, source: ArrayLike, weight: float) -> NDArray[np.float64]:
+    """``(1 - weight) * averaged + weight * source`` in float64, whatever the shapes' dtype.
+
+    Every arithmetic of a Plan ("lerp", "axpby", "delta") is this, up to rounding.
+    """
+    a = np.asarray(averaged, dtype=np.float64)
+    s = np.asarray(source, dtype=np.float64)
+    return (1.0 - weight) * a + weight * s
+
+
+def tolerance(epsilon: float, *terms: Any) -> NDArray[np.float64]:
+    """How far an update in arithmetic of machine epsilon ``epsilon`` may be from the reference.
+
+    Each of its at most four roundings errs by half an epsilon of a value no larger than the sum of
+    the magnitudes of ``terms`` (the averaged tensor, the source, their weighted difference).
+    """
+    total = sum(np.abs(np.asarray(term, dtype=np.float64)) for term in terms)
+    return np.asarray(2.0 * epsilon * total + np.finfo(np.float64).tiny)

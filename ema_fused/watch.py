@@ -1,0 +1,53 @@
+"""Watching modules for change: are their parameters, buffers and children still the same objects?
+
+Walking a module for its named parameters takes longer than updating their average, so it is done
+only when one of these slots has changed.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from torch import nn
+
+from ema_fused import backends
+
+
+class _Watch(Protocol):
+    def changed(self) -> bool: ...
+
+
+class _PythonSlotWatch:
+    """What the compiled SlotWatch does, for an install without it."""
+
+    def __init__(self, dictionaries: list[dict[str, Any]]) -> None:
+        self._remembered = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
+
+    def changed(self) -> bool:
+        for dictionary, remembered in self._remembered:
+            if len(dictionary) != len(remembered):
+                return True
+            for name, value in remembered.items():
+                if dictionary.get(name, self) is not value:
+                    return True
+        return False
+
+
+class ModuleWatch:
+    """Tells whether any parameter, buffer or child slot of ``modules`` holds another object.
+
+    Replaced, added and removed slots are seen; a tensor that changes in place (``.data = ...``) is
+    not: a Plan sees that.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        dictionaries: list[dict[str, Any]] = []
+        for root in modules:
+            for module in root.modules():
+                dictionaries += [module._parameters, module._buffers, module._modules]
+        native = backends.native()
+        self._slots: _Watch = (
+            _PythonSlotWatch(dictionaries) if native is None else native.SlotWatch(dictionaries)
+        )
+        # Bound once: asked before every update.
+        self.changed = self._slots.changed
