@@ -7,6 +7,7 @@ Environment:
                           0: without
     TORCH_CUDA_ARCH_LIST  architectures, as torch spells them: "8.0;9.0+PTX"
     CXX, CUDA_HOME        which compiler and toolkit
+    CMAKE_ARGS            more arguments for CMake: "-DEMA_FUSED_PTXAS_VERBOSE=ON"
 """
 
 from __future__ import annotations
@@ -142,6 +143,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DEMA_FUSED_VERSION={version()}",
             f"-DEMA_FUSED_CUDA={switch('EMA_FUSED_CUDA')}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
         if architectures.strip():

@@ -17,7 +17,7 @@ from ema_fused.plan import Plan
 from ema_fused.step_count import StepCount
 from ema_fused.swapping import refuse_while_swapped
 
-_IN_VAIN_BEFORE_WARNING = 3
+_IN_VAIN_BEFORE_WARNING = 5
 
 Device = torch.device | str | int | None
 

@@ -42,9 +42,9 @@ class Plan:
     Raises:
         TypeError: an item is not a tensor, or a kind without plain strided elements (sparse,
             quantized, nested, DTensor, FakeTensor).
-        ValueError: lists of different length, shapes that differ within a pair, tensors without data
-            (meta), averaged tensors that overlap themselves or other tensors, an unknown arithmetic
-            or backend.
+        ValueError: lists of different length, shapes that differ within a pair, tensors without
+            data (meta), averaged tensors that overlap themselves or other tensors, an unknown
+            arithmetic or backend.
         RuntimeError: the backend asked for can't serve these tensors here.
     """
 
@@ -136,9 +136,9 @@ class Plan:
             ValueError: a tensor's dtype or shape has changed, or the weights are not one a pair.
             Nothing has been updated then.
         """
-        if type(weight) is float and self._average_at_once is not None:
-            if self._average_at_once(self._AVERAGE, weight):
-                return
+        at_once = self._average_at_once
+        if type(weight) is float and at_once is not None and at_once(self._AVERAGE, weight):
+            return
         self._average(weight)
 
     def _average(self, weight: float | Sequence[float] | Tensor) -> None:

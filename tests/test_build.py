@@ -1,0 +1,232 @@
+"""Building and installing: wheels, source archives, switches, and what the binary depends on.
+
+Each build starts from a copy of the tracked files, so that nothing lying about in the working tree
+gets into it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HAS_NVCC = shutil.which("nvcc") is not None or "CUDA_HOME" in os.environ
+
+USE = """
+import warnings
+import torch, ema_fused
+from ema_fused import backends
+warnings.simplefilter("ignore")
+averaged = [torch.randn(n) for n in (1, 1000, 40_000)]
+source = [torch.randn_like(tensor) for tensor in averaged]
+expected = [tensor.clone() for tensor in averaged]
+ema_fused.lerp_(averaged, source, 0.3)
+torch._foreach_lerp_(expected, source, 0.3)
+assert all(torch.equal(a, e) for a, e in zip(averaged, expected))
+print(ema_fused.__file__, ema_fused.Plan(averaged, source).backends)
+"""
+
+
+def run(
+    command: Sequence[str | Path], folder: Path, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stdout
+    return done
+
+
+def source_tree(folder: Path) -> Path:
+    """The files that belong to the project: all that git doesn't ignore."""
+    tree = folder / "source"
+    listed = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], ROOT).stdout
+    for name in listed.splitlines():
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
+def build_wheel(
+    source: Path, folder: Path, *, isolated: bool = False, check: bool = True, **environment: str
+) -> tuple[Path | None, str]:
+    """(the wheel, what the build printed)."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-v", "-w", folder, source]
+    if not isolated:
+        command.append("--no-build-isolation")
+    done = run(command, folder.parent, check=check, **environment)
+    return next(iter(folder.glob("*.whl")), None), done.stdout
+
+
+def contents(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def use(wheel: Path, folder: Path) -> str:
+    """Unpacks a wheel and uses it in a new process under this environment's torch."""
+    site = folder / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    # -S: without the .pth files of this environment, one of which leads to the working tree.
+    path = os.pathsep.join([str(site), sysconfig.get_path("purelib")])
+    printed = run([sys.executable, "-S", "-c", USE], folder, PYTHONPATH=path).stdout
+    assert str(site) in printed, "another ema_fused was imported"
+    return printed
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A wheel with everything this machine can compile, and the log of its build."""
+    folder = tmp_path_factory.mktemp("built")
+    report = "-DEMA_FUSED_PTXAS_VERBOSE=ON"
+    wheel, log = build_wheel(source_tree(folder), folder / "wheel", CMAKE_ARGS=report)
+    assert wheel is not None
+    return wheel, log
+
+
+def test_wheel_holds_the_package_its_stubs_and_the_extension(built: tuple[Path, str]) -> None:
+    names = contents(built[0])
+    expected = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ema_fused").rglob("*.py")}
+    expected |= {"ema_fused/py.typed", "ema_fused/_C.pyi"}
+    assert expected <= names
+    extensions = [name for name in names if re.fullmatch(r"ema_fused/_C\..+\.so", name)]
+    assert len(extensions) == 1
+    assert not any(name.startswith(("csrc/", "tests/", "benchmarks/")) for name in names)
+
+
+def test_wheel_works_under_this_torch(built: tuple[Path, str], tmp_path: Path) -> None:
+    assert "('cpu',)" in use(built[0], tmp_path)
+
+
+def test_extension_links_neither_torch_nor_cuda(built: tuple[Path, str], tmp_path: Path) -> None:
+    readelf = shutil.which("readelf")
+    assert readelf is not None, "readelf comes with every compiler's binutils"
+    zipfile.ZipFile(built[0]).extractall(tmp_path)
+    (extension,) = (tmp_path / "ema_fused").glob("_C.*.so")
+    printed = run([readelf, "--dynamic", "--wide", extension], tmp_path).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.+?)\]", printed)
+    assert "libc.so.6" in needed, printed
+    assert not [name for name in needed if re.search(r"torch|c10|cuda|nvidia", name)], needed
+
+
+@pytest.mark.skipif(not HAS_NVCC, reason="no nvcc on this machine")
+def test_every_default_architecture_compiles_without_spills(built: tuple[Path, str]) -> None:
+    log = built[1]
+    assert not re.findall(r".*(?:warning #\d|warning:.*\[-W|ptxas warning).*", log)
+    kernels = re.findall(r"Compiling entry function '\S*update_kernel\S*' for 'sm_(\d+)'", log)
+    listed = run(["nvcc", "--list-gpu-arch"], ROOT).stdout
+    known = set(re.findall(r"compute_(\d+)", listed)) & {"75", "80", "86", "89", "90", "100", "120"}
+    assert set(kernels) == known
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(spills) >= len(kernels) > 0
+    assert {("0", "0")} == set(spills)
+    assert set(re.findall(r"(\d+) bytes stack frame", log)) == {"0"}
+
+
+def test_source_archive_builds_the_same_wheel_without_torch(
+    built: tuple[Path, str], tmp_path: Path
+) -> None:
+    """In pip's own build environment, which holds the declared requirements and no torch."""
+    tree = source_tree(tmp_path)
+    run(
+        [sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", tmp_path, tree], tmp_path
+    )
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").glob("*.*")} <= names
+
+    wheel, _ = build_wheel(archive, tmp_path / "wheel", isolated=True, EMA_FUSED_CUDA="0")
+    assert wheel is not None
+    assert contents(wheel) == contents(built[0])
+    use(wheel, tmp_path)
+
+
+@pytest.mark.parametrize("why", ["EMA_FUSED_NATIVE=0", "no compiler"])
+def test_pure_python_wheel_runs_on_foreach(why: str, tmp_path: Path) -> None:
+    if why == "no compiler":
+        environment = {"PATH": str(tmp_path / "empty"), "CXX": ""}
+    else:
+        environment = {"EMA_FUSED_NATIVE": "0"}
+    wheel, log = build_wheel(source_tree(tmp_path), tmp_path / "wheel", **environment)
+    assert wheel is not None
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in contents(wheel) if name.endswith(".so")]
+    assert ("no C++ compiler was found" in log) == (why == "no compiler")
+    assert "('foreach',)" in use(wheel, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"EMA_FUSED_NATIVE": "1", "PATH": "", "CXX": ""}, "no C++ compiler was found"),
+        ({"EMA_FUSED_CUDA": "1", "CUDACXX": "/nowhere/nvcc"}, "no working nvcc was found"),
+        ({"EMA_FUSED_CUDA": "perhaps"}, "EMA_FUSED_CUDA='perhaps': 0, 1 or auto is expected"),
+        ({"EMA_FUSED_NATIVE": "0", "EMA_FUSED_CUDA": "1"}, "EMA_FUSED_CUDA=1 needs"),
+        ({"CXX": "/nowhere/c++", "EMA_FUSED_NATIVE": "1"}, "no C++ compiler was found"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_built_is_refused(
+    environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    wheel, log = build_wheel(source_tree(tmp_path), tmp_path / "wheel", check=False, **environment)
+    assert wheel is None
+    assert message in " ".join(log.split())
+
+
+def test_a_compile_error_is_not_hidden(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path)
+    (tree / "csrc" / "watch.cpp").write_text("this is no C++\n")
+    wheel, log = build_wheel(tree, tmp_path / "wheel", check=False, EMA_FUSED_CUDA="0")
+    assert wheel is None
+    assert "building the extension failed" in log
+
+
+@pytest.fixture(scope="module")
+def setup_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8.0", ["80-real"]),
+        ("8.0;9.0+PTX", ["80-real", "90-real", "90-virtual"]),
+        ("7.5 8.6,8.6", ["75-real", "86-real"]),
+        ("9.0a 10.0+PTX", ["90a-real", "100-real", "100-virtual"]),
+        ("Ampere Hopper+PTX", ["80-real", "86-real", "90-real", "90-virtual"]),
+    ],
+)
+def test_torch_cuda_arch_list_is_read(
+    setup_script: ModuleType, text: str, expected: list[str]
+) -> None:
+    assert setup_script.cuda_architectures(text) == expected
+
+
+@pytest.mark.parametrize("text", ["8", "sm_80", "8.0+SASS", "8.0+", "nine", "8.0.1"])
+def test_what_is_no_architecture_is_refused(setup_script: ModuleType, text: str) -> None:
+    with pytest.raises(setup_script.SetupError, match="is not an architecture"):
+        setup_script.cuda_architectures(text)
