@@ -73,7 +73,7 @@ def environment() -> dict[str, str | int]:
         "torch": torch.__version__,
         "ema_fused": ema_fused.__version__,
         "backend": ", ".join(ema_fused.Plan([torch.zeros(1)], [torch.ones(1)]).backends),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": shlex.join(["python", *sys.argv]),
     }
 

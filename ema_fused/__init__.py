@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from ema_fused.averaged_model import BaseAveragedModel
+from ema_fused.averages import (
+    CosineEMA,
+    ExpMomentumEMA,
+    ExponentialMovingAverage,
+    MomentumAnnealingEMA,
+    StochasticWeightAverage,
+)
 from ema_fused.backends import SlowPathWarning
 from ema_fused.ops import copy_, lerp_, swap_
 from ema_fused.plan import Plan
 
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "SlowPathWarning", "copy_", "lerp_", "swap_"]
+__all__ = [
+    "BaseAveragedModel",
+    "CosineEMA",
+    "ExpMomentumEMA",
+    "ExponentialMovingAverage",
+    "MomentumAnnealingEMA",
+    "Plan",
+    "SlowPathWarning",
+    "StochasticWeightAverage",
+    "copy_",
+    "lerp_",
+    "swap_",
+]

@@ -51,7 +51,7 @@ def averaged_copy(
                 memo[id(parameter)] = nn.Parameter(moved, requires_grad=False)
     # Not module.to(): it would give shared parameters memory of their own.
     module = copy.deepcopy(model, memo).requires_grad_(False)
-    module._apply(converted)  # type: ignore[no-untyped-call]
+    module._apply(converted)
     names = {
         name
         for name, parameter in module.named_parameters(remove_duplicate=False)

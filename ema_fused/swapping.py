@@ -138,8 +138,8 @@ def swapped(
     hooks = []
     for module in modules:
         hooks += [
-            module.register_state_dict_pre_hook(_refuse_saving),  # type: ignore[no-untyped-call]
-            module.register_load_state_dict_pre_hook(_refuse_loading),  # type: ignore[no-untyped-call]
+            module.register_state_dict_pre_hook(_refuse_saving),
+            module.register_load_state_dict_pre_hook(_refuse_loading),
         ]
     try:
         exchange.put_in()
