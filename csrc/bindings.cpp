@@ -107,6 +107,9 @@ PYBIND11_MODULE(_C, module) {
       .def("ready", &Plan::ready)
       .def("run", &Plan::run, py::arg("operation"), py::arg("weight") = 0.0,
            py::arg("weights") = std::vector<double>())
+      .def("changed", &Plan::changed)
+      .def_property_readonly("no_average", &Plan::no_average)
+      .def_property_readonly("no_swap", &Plan::no_swap)
       .def_property_readonly("elements", &Plan::elements)
       .def_property_readonly("chunks", &Plan::chunks)
       .def_property_readonly("tensors", &Plan::tensors)

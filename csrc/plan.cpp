@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <map>
 #include <stdexcept>
-#include <tuple>
 
 #include "update_cpu.h"
 #ifdef EMA_FUSED_HAVE_CUDA
@@ -180,8 +179,14 @@ Plan::Plan(const py::list& averaged, const py::list& source, const std::vector<b
   if (device_.type != dlpack::kCpu && cuda_table_ == nullptr && size() > 0) {
     throw std::invalid_argument("this build has no kernel for the device of these tensors");
   }
-  for (std::size_t i = 0; i < size(); ++i) {
-    can_average_ = can_average_ && (only_copy_[i] || this->averaged(i).dtype != DType::kBytes);
+  for (std::size_t i = size(); i-- > 0;) {
+    const TensorFacts& a = this->averaged(i);
+    if (!only_copy_[i] && a.dtype == DType::kBytes) {
+      no_average_ = static_cast<std::int64_t>(i);
+    }
+    if (a.dtype != this->source(i).dtype) {
+      no_swap_ = static_cast<std::int64_t>(i);
+    }
   }
   build_table();
 }
@@ -192,6 +197,15 @@ std::int64_t Plan::table_bytes() const {
   const auto entry = static_cast<std::int64_t>(sizeof(Chunk));
   return chunk_count_ *
          (is_cuda() ? entry : entry + static_cast<std::int64_t>(sizeof(std::int64_t)));
+}
+
+std::tuple<std::int64_t, bool, std::string> Plan::changed() const {
+  const auto [tensor, planned] = watch_.changed_kind();
+  const auto count = static_cast<std::int64_t>(size());
+  if (tensor < 0) {
+    return {-1, false, ""};
+  }
+  return {tensor % count, tensor >= count, planned};
 }
 
 std::vector<Pair> Plan::pairs() const {
@@ -263,7 +277,7 @@ bool Plan::refresh() {
 }
 
 void Plan::require(Operation operation) {
-  if (operation == Operation::kAverage && !can_average_) {
+  if (operation == Operation::kAverage && no_average_ >= 0) {
     throw std::invalid_argument("only floating-point pairs can be averaged");
   }
   if (operation == Operation::kSwap && !swap_is_checked_) {
@@ -272,10 +286,8 @@ void Plan::require(Operation operation) {
     if (conflicts.kind != Conflict::kNone) {
       throw OverlapError{conflicts.first, conflicts.second, describe(conflicts.kind)};
     }
-    for (const Pair& pair : todo) {
-      if (pair.averaged_dtype != pair.source_dtype) {
-        throw std::invalid_argument("only pairs of one dtype can be swapped");
-      }
+    if (no_swap_ >= 0) {
+      throw std::invalid_argument("only pairs of one dtype can be swapped");
     }
     swap_is_checked_ = true;
   }

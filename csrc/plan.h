@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -58,6 +59,14 @@ class Plan {
   std::int64_t tensors() const { return static_cast<std::int64_t>(size()); }
   std::int64_t table_bytes() const;
 
+  // The first pair that can't be averaged and isn't only copied; the first of two dtypes. -1: none.
+  std::int64_t no_average() const { return no_average_; }
+  std::int64_t no_swap() const { return no_swap_; }
+
+  // The first tensor whose dtype or shape is not what was planned: (its pair or -1, whether it is
+  // the source, what was planned).
+  std::tuple<std::int64_t, bool, std::string> changed() const;
+
  private:
   struct CpuTable {
     std::vector<Chunk> chunks;
@@ -80,7 +89,8 @@ class Plan {
   std::vector<bool> only_copy_;
   Arithmetic arithmetic_;
   dlpack::Device device_{};
-  bool can_average_ = true;
+  std::int64_t no_average_ = -1;
+  std::int64_t no_swap_ = -1;
   bool table_is_stale_ = true;
   bool swap_is_checked_ = false;
   std::int64_t elements_ = 0;

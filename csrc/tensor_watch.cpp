@@ -24,10 +24,46 @@ DType dtype_from(const dlpack::DataType& dtype) {
   return DType::kBytes;
 }
 
-bool same_kind(const TensorFacts& a, const TensorFacts& b) {
+bool same_dtype(const TensorFacts& a, const TensorFacts& b) {
   return a.exact_dtype.code == b.exact_dtype.code && a.exact_dtype.bits == b.exact_dtype.bits &&
-         a.exact_dtype.lanes == b.exact_dtype.lanes && a.device.type == b.device.type &&
-         a.device.id == b.device.id && a.sizes == b.sizes && a.strides == b.strides;
+         a.exact_dtype.lanes == b.exact_dtype.lanes;
+}
+
+bool same_kind(const TensorFacts& a, const TensorFacts& b) {
+  return same_dtype(a, b) && a.device.type == b.device.type && a.device.id == b.device.id &&
+         a.sizes == b.sizes && a.strides == b.strides;
+}
+
+// As Python tells a dtype and a shape: "float32 of shape (3, 4)".
+std::string in_words(const TensorFacts& facts) {
+  std::string words;
+  switch (facts.exact_dtype.code) {
+    case dlpack::kInt:
+      words = "int";
+      break;
+    case dlpack::kUInt:
+      words = "uint";
+      break;
+    case dlpack::kFloat:
+      words = "float";
+      break;
+    case dlpack::kBfloat:
+      words = "bfloat";
+      break;
+    case dlpack::kBool:
+      words = "bool";
+      break;
+    default:
+      words = "bits";
+  }
+  if (facts.exact_dtype.code != dlpack::kBool) {
+    words += std::to_string(facts.exact_dtype.bits);
+  }
+  words += " of shape (";
+  for (std::size_t d = 0; d < facts.sizes.size(); ++d) {
+    words += (d > 0 ? ", " : "") + std::to_string(facts.sizes[d]);
+  }
+  return words + (facts.sizes.size() == 1 ? ",)" : ")");
 }
 
 }  // namespace
@@ -207,6 +243,22 @@ Change TensorWatch::check_through_dlpack() {
     }
   }
   return change;
+}
+
+std::pair<std::int64_t, std::string> TensorWatch::changed_kind() const {
+  for (std::size_t i = 0; i < facts_.size(); ++i) {
+    const TensorFacts& planned = facts_[i];
+    try {
+      const TensorFacts now = facts_of(tensors_[i]);
+      if (same_dtype(now, planned) && now.sizes == planned.sizes) {
+        continue;
+      }
+    } catch (const std::invalid_argument&) {
+      // Not even readable any more.
+    }
+    return {static_cast<std::int64_t>(i), in_words(planned)};
+  }
+  return {-1, ""};
 }
 
 }  // namespace ema_fused

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "dtypes.h"
@@ -43,6 +44,10 @@ class TensorWatch {
 
   // Compares every tensor with what is remembered. Holds the GIL.
   Change check();
+
+  // The first tensor whose dtype or shape differs from what is remembered, with what that is, in
+  // words; -1 where there is none.
+  std::pair<std::int64_t, std::string> changed_kind() const;
 
   const std::vector<TensorFacts>& facts() const { return facts_; }
 

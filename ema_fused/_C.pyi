@@ -34,6 +34,14 @@ class Plan:
         self, operation: Operation, weight: float = ..., weights: Sequence[float] = ...
     ) -> bool:
         """Checks, rebuilds the table where tensors have moved, launches. False: as ready()."""
+    def changed(self) -> tuple[int, bool, str]:
+        """(the first pair with a changed dtype or shape, or -1; is it the source; as planned)."""
+    @property
+    def no_average(self) -> int:
+        """The first pair that has no average and isn't only copied, or -1."""
+    @property
+    def no_swap(self) -> int:
+        """The first pair of two dtypes, or -1."""
     @property
     def elements(self) -> int: ...
     @property

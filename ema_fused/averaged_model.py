@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
+import weakref
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, TypedDict
 
@@ -227,16 +229,19 @@ class BaseAveragedModel(nn.Module):
         return dict(self.module.named_parameters())
 
     def _paired_with(self, model: nn.Module) -> Pairing:
+        averaged = self._modules["module"]
+        assert averaged is not None
         known = self._pairing
-        if known is not None and known.holds(model, self.update_buffers):
+        if known is not None and known.holds(averaged, model, self.update_buffers):
             return known
         pairing = Pairing(
-            self.module,
+            averaged,
             model,
             update_buffers=self.update_buffers,
             arithmetic=self.arithmetic,
             backend=self.backend,
             shares=self._shares,
+            when_model_is_gone=functools.partial(_let_go, weakref.ref(self)),
         )
         self._pairing = pairing
         self._in_vain = 0 if known is None or known.was_reused else self._in_vain + 1
@@ -274,6 +279,13 @@ class BaseAveragedModel(nn.Module):
         """What is copied and pickled: everything but the plans, which hold the model itself."""
         refuse_while_swapped("the averaged model was copied or pickled", self)
         return self.__dict__ | {"_pairing": None, "_step_count": StepCount()}
+
+
+def _let_go(owner: weakref.ref[BaseAveragedModel], _: object) -> None:
+    """Lets the pairing of ``owner`` go: it would keep the tensors of a deleted model alive."""
+    averaged_model = owner()
+    if averaged_model is not None:
+        averaged_model._pairing = None
 
 
 def _averages_one_by_one(cls: type) -> bool:

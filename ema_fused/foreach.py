@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ema_fused.pairs import can_average, kinds
+from ema_fused.pairs import can_average
+from ema_fused.parts import ListedPart
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -56,25 +57,10 @@ def _average_mixed(averaged: Tensor, source: Tensor, weight: float, arithmetic: 
     averaged.copy_(result)
 
 
-class ForeachPart:
-    """Pairs served by torch. ``indices`` are their places in the plan's lists."""
+class ForeachPart(ListedPart):
+    """Pairs served by torch where they are."""
 
     backend = "foreach"
-
-    def __init__(
-        self,
-        averaged: Sequence[Tensor],
-        source: Sequence[Tensor],
-        only_copy: Sequence[bool],
-        arithmetic: str,
-        indices: Sequence[int],
-    ) -> None:
-        self.indices = list(indices)
-        self._averaged = list(averaged)
-        self._source = list(source)
-        self._only_copy = list(only_copy)
-        self._arithmetic = arithmetic
-        self._kinds = kinds((*self._averaged, *self._source))
 
     def _distinct(self) -> list[int]:
         """Places of the pairs to update: tied ones once, those of one and the same memory never."""
@@ -91,14 +77,6 @@ class ForeachPart:
             seen.add(key)
             places.append(place)
         return places
-
-    def ready(self) -> bool:
-        """Whether every tensor still has the dtype, shape and device it was planned with."""
-        return kinds((*self._averaged, *self._source)) == self._kinds
-
-    @property
-    def tensors(self) -> int:
-        return len(self._averaged)
 
     @property
     def elements(self) -> int:

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ema_fused.pairs import kinds
+from ema_fused.parts import ListedPart
 
 # Sources are brought over in groups of about this size: enough to keep a link busy, and all the
 # memory that this way ever takes beside the largest single tensor.
 _GROUP_BYTES = 32 << 20
 
 
-class MovedPart:
+class MovedPart(ListedPart):
     """Brings the sources to the averaged tensors' device, a group at a time, and updates there."""
 
     backend = "moved"
@@ -28,25 +28,12 @@ class MovedPart:
         indices: Sequence[int],
         backend: str | None,
     ) -> None:
-        self.indices = list(indices)
-        self._averaged = list(averaged)
-        self._source = list(source)
-        self._only_copy = list(only_copy)
-        self._arithmetic = arithmetic
-        self._kinds = kinds((*self._averaged, *self._source))
+        super().__init__(averaged, source, only_copy, arithmetic, indices)
         self._backend = backend
-
-    @property
-    def tensors(self) -> int:
-        return len(self._averaged)
 
     @property
     def elements(self) -> int:
         return sum(tensor.numel() for tensor in self._averaged)
-
-    def ready(self) -> bool:
-        """Whether every tensor still has the dtype, shape and device it was planned with."""
-        return kinds((*self._averaged, *self._source)) == self._kinds
 
     def _groups(self) -> Iterator[list[int]]:
         group: list[int] = []

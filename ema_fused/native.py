@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ema_fused import backends
 from ema_fused.pairs import label
+from ema_fused.parts import Changed
 
 
 class NativePart:
@@ -38,6 +39,11 @@ class NativePart:
             )
         except extension.OverlapError as error:
             raise self._explained(error) from None
+        self.no_average = self._index(self._plan.no_average)
+        self.no_swap = self._index(self._plan.no_swap)
+
+    def _index(self, place: int) -> int | None:
+        return None if place < 0 else self.indices[place]
 
     def _explained(self, error: Exception) -> ValueError:
         first, second, what = error.args
@@ -62,9 +68,9 @@ class NativePart:
     def ready(self) -> bool:
         return bool(self._plan.ready())
 
-    @property
-    def tensors(self) -> int:
-        return int(self._plan.tensors)
+    def changed(self) -> Changed | None:
+        place, is_source, planned = self._plan.changed()
+        return None if place < 0 else Changed(self.indices[place], is_source, planned)
 
     @property
     def elements(self) -> int:

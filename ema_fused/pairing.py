@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -136,9 +138,12 @@ class Pairing:
     Follows the tensors: :meth:`holds` tells when slots hold other objects; tensors that got another
     dtype in place (``module.double()``) are paired anew when a plan refuses them.
 
+    The plans hold the model's tensors: whoever holds a pairing lets it go when the model is gone.
+
     Args:
         averaged: the module with the averages.
-        model: the module they are averages of.
+        model: the module they are averages of; not kept alive.
+        when_model_is_gone: called once no one else holds ``model``.
         update_buffers: whether persistent floating-point buffers are averaged too.
         arithmetic: of the averages, as in :class:`~ema_fused.Plan`.
         backend: as in :class:`~ema_fused.Plan`.
@@ -158,20 +163,23 @@ class Pairing:
         arithmetic: str,
         backend: str | None,
         shares: FrozenShares,
+        when_model_is_gone: Callable[[object], None],
     ) -> None:
         self.averaged = averaged
-        self.model = model
         self.update_buffers = update_buffers
         self.was_reused = False
+        self._model = weakref.ref(model, when_model_is_gone)
         self._arithmetic = arithmetic
         self._backend = backend
         self._shares = shares
         self._prepare()
 
     def _prepare(self) -> None:
-        slots_changed = ModuleWatch(self.averaged, self.model).changed
+        model = self._model()
+        assert model is not None, "a pairing is only used with its model at hand"
+        slots_changed = ModuleWatch(self.averaged, model).changed
         pairs, shared = pair_up(
-            self.averaged, self.model, update_buffers=self.update_buffers, shares=self._shares
+            self.averaged, model, update_buffers=self.update_buffers, shares=self._shares
         )
         everything = plan_of(pairs, arithmetic=self._arithmetic, backend=self._backend)
         for pair in pairs:
@@ -186,21 +194,23 @@ class Pairing:
         # With a smaller weight, half a unit in the last place is more than a whole new value moves.
         self.lossy_below = max((torch.finfo(dtype).eps / 2 for dtype in halves), default=0.0)
 
-    def holds(self, model: nn.Module, update_buffers: bool) -> bool:
-        """Whether the pairs are still those of ``model``: some nanoseconds a slot."""
-        if model is not self.model or update_buffers is not self.update_buffers:
+    def holds(self, averaged: nn.Module, model: nn.Module, update_buffers: bool) -> bool:
+        """Whether the pairs are still those of these modules: some nanoseconds a slot."""
+        if averaged is not self.averaged or model is not self._model():
+            return False
+        if update_buffers != self.update_buffers:
             return False
         if self._slots_changed():
             return False
-        for averaged, source in self._shared:
-            if source.requires_grad or averaged.data_ptr() != source.data_ptr():
+        for alias, source in self._shared:
+            if source.requires_grad or alias.data_ptr() != source.data_ptr():
                 return False
         self.was_reused = True
         return True
 
     def difference(self, other: Pairing) -> str:
         """What distinguishes this pairing from ``other``, an earlier one."""
-        if self.model is not other.model:
+        if self._model() is not other._model():
             return "another model object is passed in turn"
         known = {pair.name: pair for pair in other._pairs}
         for pair in self._pairs:

@@ -6,7 +6,7 @@ is either refused with an error or left to ``foreach``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,11 +15,6 @@ from torch import Tensor
 def label(index: int, names: Sequence[str] | None) -> str:
     """How messages call a pair: by the parameter's name where there is one."""
     return f"pair {index}" if names is None else f"{names[index]!r}"
-
-
-def kinds(tensors: Iterable[Tensor]) -> list[tuple[torch.dtype, torch.Size, torch.device]]:
-    """What a plan is made for: a tensor whose kind changes needs a new one."""
-    return [(tensor.dtype, tensor.shape, tensor.device) for tensor in tensors]
 
 
 def check_lists(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ema_fused import backends
 from ema_fused.native import NativePart
-from ema_fused.pairs import can_average, check_lists, kinds, label, refuse_average, refuse_swap
-from ema_fused.routing import Part, split
+from ema_fused.pairs import check_lists, label, refuse_average, refuse_swap
+from ema_fused.parts import Part, kind_of
+from ema_fused.routing import split
 
 ARITHMETICS = ("lerp", "axpby", "delta")
 
@@ -73,7 +74,6 @@ class Plan:
         self._only_copy = [False] * len(self.averaged) if only_copy is None else list(only_copy)
         self._names = None if names is None else list(names)
         self._build()
-        self._kinds = kinds((*self.averaged, *self.source))
 
     def _build(self) -> None:
         self._parts: list[Part] = split(
@@ -84,10 +84,11 @@ class Plan:
             self.backend,
             self._names,
         )
-        pairs = list(zip(self.averaged, self.source, strict=True))
-        averaged_pairs = (i for i, copied in enumerate(self._only_copy) if not copied)
-        self._no_average = next((i for i in averaged_pairs if not can_average(*pairs[i])), None)
-        self._no_swap = next((i for i, (a, s) in enumerate(pairs) if a.dtype != s.dtype), None)
+        parts = self._parts
+        self._no_average = min(
+            (p.no_average for p in parts if p.no_average is not None), default=None
+        )
+        self._no_swap = min((p.no_swap for p in parts if p.no_swap is not None), default=None)
         # The shortest way: one native part that can average goes from lerp_ to its launch.
         sole = self._parts[0] if len(self._parts) == 1 else None
         self._average_at_once: Any = None
@@ -101,14 +102,14 @@ class Plan:
         Raises:
             ValueError: a dtype or shape has changed; nothing was updated.
         """
-        tensors = (*self.averaged, *self.source)
-        for k, (tensor, (dtype, shape, _)) in enumerate(zip(tensors, self._kinds, strict=True)):
-            if (tensor.dtype, tensor.shape) != (dtype, shape):
-                which = "averaged tensor" if k < len(self.averaged) else "source"
-                pair = label(k % len(self.averaged), self._names)
+        for part in self._parts:
+            changed = part.changed()
+            if changed is not None:
+                which = "source" if changed.is_source else "averaged tensor"
+                tensor = (self.source if changed.is_source else self.averaged)[changed.pair]
                 raise ValueError(
-                    f"{pair}: the {which} was planned as {dtype} of shape {tuple(shape)} and is "
-                    f"now {tensor.dtype} of shape {tuple(tensor.shape)}; make a new Plan for it"
+                    f"{label(changed.pair, self._names)}: the {which} was planned as "
+                    f"{changed.planned} and is now {kind_of(tensor)}; make a new Plan for it"
                 )
         self._build()
 
@@ -137,8 +138,12 @@ class Plan:
             Nothing has been updated then.
         """
         at_once = self._average_at_once
-        if type(weight) is float and at_once is not None and at_once(self._AVERAGE, weight):
-            return
+        if type(weight) is float and at_once is not None:
+            try:
+                if at_once(self._AVERAGE, weight):
+                    return
+            except ValueError:
+                pass  # raised again below, with the names of the pairs
         self._average(weight)
 
     def _average(self, weight: float | Sequence[float] | Tensor) -> None:

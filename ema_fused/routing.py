@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from ema_fused.foreach import ForeachPart
 from ema_fused.moved import MovedPart
 from ema_fused.native import NativePart
 from ema_fused.pairs import check_pair, label
+from ema_fused.parts import Part
 
 _DLPACK_CPU = 1
 _DLPACK_CUDA = 2
@@ -27,29 +27,6 @@ _ROUNDS_BY_POSITION = (
     "torch's CPU loops round 16-bit add_(..., alpha=) differently in the last elements of a "
     "tensor, and foreach, which runs them, agrees with the original to the bit"
 )
-
-
-class Part(Protocol):
-    """Pairs of a plan that one backend serves, together."""
-
-    backend: str
-    indices: list[int]
-
-    @property
-    def tensors(self) -> int: ...
-
-    @property
-    def elements(self) -> int: ...
-
-    def ready(self) -> bool:
-        """False where a tensor's dtype, shape, layout or device is no longer what was planned."""
-
-    # Each returns False, with nothing done, where ready() would.
-    def average(self, weight: float, weights: Sequence[float]) -> bool: ...
-
-    def copy(self) -> bool: ...
-
-    def swap(self) -> bool: ...
 
 
 def split(

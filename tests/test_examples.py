@@ -32,21 +32,16 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     torch.set_num_threads(threads)
 
 
-def run_example(*options: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(EXAMPLES / "digits.py"), *options],
+def test_command_prints_both_tables_and_draws_the_picture(tmp_path: Path) -> None:
+    picture = tmp_path / "curves.png"
+    command = [sys.executable, str(EXAMPLES / "digits.py"), "--quick", "--epochs", "2"]
+    done = subprocess.run(
+        [*command, "--seeds", "1", "--output", str(picture)],
         capture_output=True,
         text=True,
         check=False,
-        cwd=folder,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
-
-
-def test_command_prints_both_tables_and_draws_the_picture(tmp_path: Path) -> None:
-    picture = tmp_path / "curves.png"
-    options = ("--quick", "--epochs", "2", "--seeds", "1", "--output", str(picture))
-    done = run_example(*options, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "2/2" in done.stderr, "the progress bar counts epochs to the end"
     assert str(picture) in done.stdout
@@ -75,11 +70,16 @@ def test_command_prints_both_tables_and_draws_the_picture(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("option", ["--epochs", "--seeds"])
-def test_command_refuses_to_do_nothing(tmp_path: Path, option: str) -> None:
-    done = run_example(option, "0", folder=tmp_path)
-    assert done.returncode == 2
-    assert f"{option}: 0 is less than 1" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_command_refuses_to_do_nothing(
+    digits: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["digits.py", option, "0"])
+    with pytest.raises(SystemExit):
+        digits.main()
+    assert f"{option}: 0 is less than 1" in capsys.readouterr().err
 
 
 def test_data_are_the_real_digits_in_two_disjoint_halves(digits: Any) -> None:

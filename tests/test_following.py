@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -343,3 +345,26 @@ def test_tied_frozen_parameters_are_shared_under_both_names() -> None:
     averaged.update_parameters(model)
     assert averaged.module.encoder.weight is averaged.module.decoder.weight
     assert averaged.module.encoder.weight.data_ptr() != model.encoder.weight.data_ptr()
+
+
+def test_a_deleted_model_is_not_kept_alive() -> None:
+    model = conv_net()
+    averaged = ExponentialMovingAverage(model, 0.5)
+    run(averaged, model, 2)
+    weight = weakref.ref(model.head.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+    run(averaged, conv_net(seed=1), 1)
+
+
+def test_another_averaged_module_may_take_its_place() -> None:
+    model = conv_net()
+    averaged = ExponentialMovingAverage(model, 0.5)
+    run(averaged, model, 2)
+    first = averaged.module
+    averaged.module = copy.deepcopy(model).requires_grad_(False)
+    before = snapshot(first)
+    run(averaged, model, 1)
+    assert differences(snapshot(first), before) == []
+    assert not torch.equal(averaged.module.head.weight, first.head.weight)
