@@ -6,22 +6,25 @@ Environment:
     EMA_FUSED_CUDA        auto (default): with CUDA where nvcc is found; 1: with CUDA or fail;
                           0: without
     TORCH_CUDA_ARCH_LIST  architectures, as torch spells them: "8.0;9.0+PTX"
-    CXX, CUDA_HOME        which compiler and toolkit
+    CXX, CUDACXX          which compilers; CUDA_HOME or CUDA_PATH: the folder of the CUDA toolkit
     CMAKE_ARGS            more arguments for CMake: "-DEMA_FUSED_PTXAS_VERBOSE=ON"
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 from setuptools.errors import SetupError
 
 ROOT = Path(__file__).resolve().parent
@@ -80,13 +83,16 @@ def cxx_compiler() -> str | None:
     return next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
-def version() -> str:
-    """The one version, from the package itself."""
-    text = (ROOT / "ema_fused" / "__init__.py").read_text()
-    match = re.search(r'^__version__ = "(.+)"$', text, re.MULTILINE)
-    if match is None:
-        raise SetupError("ema_fused/__init__.py has no __version__")
-    return match[1]
+def why_no_extension() -> str | None:
+    """What this machine lacks for building the extension; None where nothing is missing."""
+    if sys.platform != "linux":
+        return f"the native kernels are built on Linux, and this is {sys.platform}"
+    if cxx_compiler() is None:
+        return "no C++ compiler was found (c++, g++ or clang++ on PATH, or CXX)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        return f"Python's headers are missing: {header} (on Debian: apt-get install python3-dev)"
+    return None
 
 
 def builds_native() -> bool:
@@ -100,11 +106,13 @@ def builds_native() -> bool:
         if cuda == "ON":
             raise SetupError("EMA_FUSED_CUDA=1 needs what EMA_FUSED_NATIVE=0 leaves out")
         return False
-    if cxx_compiler() is not None:
+    reason = why_no_extension()
+    if reason is None:
         return True
-    reason = "no C++ compiler was found (c++, g++ or clang++ on PATH, or CXX)"
     if native == "ON" or cuda == "ON":
-        raise SetupError(f"{reason}; install one, or build pure Python with EMA_FUSED_NATIVE=0")
+        raise SetupError(
+            f"{reason}. Install what is missing, or build pure Python with EMA_FUSED_NATIVE=0"
+        )
     print(
         f"warning: {reason}: ema_fused is installed as pure Python and will run on torch's foreach "
         f"functions, which are slower",
@@ -114,9 +122,13 @@ def builds_native() -> bool:
 
 
 def tool(name: str) -> str:
-    """cmake or ninja: of this Python environment (a build requirement) before the system's."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
+    """cmake or ninja: of the installed build requirement, else the one on PATH."""
+    try:
+        files = importlib.metadata.files(name) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    programs = [file.locate() for file in files if file.name == name and file.parent.name == "bin"]
+    found = str(programs[0]) if programs else shutil.which(name)
     if found is None:
         raise SetupError(f"{name} was not found; it is a build requirement: pip install {name}")
     return found
@@ -129,11 +141,14 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
-        build.mkdir(parents=True, exist_ok=True)
+        # Not build_temp: it is new at each editable install, and all would be compiled again. What
+        # CMake has found out is forgotten all the same: compilers may have come, gone or changed.
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        for findings in (build / "CMakeFiles").glob("[0-9]*"):
+            shutil.rmtree(findings)
         configure = [
             tool("cmake"),
-            "--fresh",
             f"-S{ROOT}",
             f"-B{build}",
             "-GNinja",
@@ -141,7 +156,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DEMA_FUSED_VERSION={version()}",
+            f"-DEMA_FUSED_VERSION={self.distribution.get_version()}",
             f"-DEMA_FUSED_CUDA={switch('EMA_FUSED_CUDA')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
@@ -162,9 +177,23 @@ class CMakeBuild(build_ext):
             raise SetupError(f"the build left no {target.name}")
 
 
+class PureBuild(build_py):
+    """For an install without the extension."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            # The package is imported from this folder, where an earlier build's would be found.
+            for stale in (ROOT / "ema_fused").glob("_C.*.so"):
+                stale.unlink()
+
+
 if __name__ == "__main__":
-    native = builds_native()
+    try:
+        native = builds_native()
+    except SetupError as error:
+        sys.exit(f"error: {error}")
     setup(
         ext_modules=[Extension("ema_fused._C", sources=[])] if native else [],
-        cmdclass={"build_ext": CMakeBuild},
+        cmdclass={"build_ext": CMakeBuild} if native else {"build_py": PureBuild},
     )

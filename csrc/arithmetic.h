@@ -42,7 +42,8 @@ struct Lerp {
   EMA_FUSED_HD explicit Lerp(double weight) {
     const Compute w = static_cast<Compute>(weight);
     from_averaged = (w < Compute(0) ? -w : w) < Compute(0.5);
-    coefficient = from_averaged ? w : w - Compute(1);
+    // -(1 - w), which is -0 at w = 1, as where torch writes it as a subtraction.
+    coefficient = from_averaged ? w : -(Compute(1) - w);
   }
   EMA_FUSED_HD void operator()(A& averaged, S& source) const {
     const Compute a = to_compute<Compute>(averaged);

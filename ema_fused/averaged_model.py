@@ -102,14 +102,16 @@ class BaseAveragedModel(nn.Module):
         if backend is not None:
             backends.pinned(backend)
         self._one_by_one = _averages_one_by_one(type(self))
-        self.module, shared = averaged_copy(
-            model, device, averaged_dtype, share_frozen=share_frozen
-        )
+        waiting = max(0, begin_step - 1)
+        # Tensors made in inference mode could never be updated outside it.
+        with torch.inference_mode(False):
+            self.module, shared = averaged_copy(
+                model, device, averaged_dtype, share_frozen=share_frozen
+            )
+            self.register_buffer("steps", torch.tensor(-waiting, dtype=torch.long, device=device))
         self.interval = interval
         self.update_buffers = update_buffers
         self.backend = backend
-        waiting = max(0, begin_step - 1)
-        self.register_buffer("steps", torch.tensor(-waiting, dtype=torch.long, device=device))
         self._step_count = StepCount()
         self._shares = FrozenShares(shared, device, averaged_dtype)
         self._pairing: Pairing | None = None

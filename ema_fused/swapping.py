@@ -30,13 +30,11 @@ def refuse_while_swapped(action: str, *modules: nn.Module) -> None:
 # Functions of this file, not closures: a deep copy or a pickle of a swapped model takes its hooks
 # along, and there they must find that the copy is not swapped.
 def _refuse_saving(module: nn.Module, *_: Any) -> None:
-    if module in _swapped:
-        refuse_while_swapped("state_dict() was called", module)
+    refuse_while_swapped("state_dict() was called", module)
 
 
 def _refuse_loading(module: nn.Module, *_: Any) -> None:
-    if module in _swapped:
-        refuse_while_swapped("load_state_dict() was called", module)
+    refuse_while_swapped("load_state_dict() was called", module)
 
 
 def _pairs(averaged: nn.Module, model: nn.Module, shares: FrozenShares) -> list[Pair]:
@@ -98,9 +96,6 @@ class _Exchange:
         try:
             if self._slots_changed():
                 self._find_again()
-            for pair in self._swaps:
-                if pair.averaged.dtype != pair.source.dtype:
-                    raise TypeError(f"{pair.name!r} was {pair.averaged.dtype}")
             self._swap.swap_()
             self._plan_overwriting(self._kept).copy_()
         except (KeyError, TypeError, ValueError) as error:

@@ -203,3 +203,38 @@ def test_wrong_arguments_are_named(kind: Any, name: str, value: Any) -> None:
 def test_an_unknown_backend_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="backend 'gpu' is none of cuda, cpu, foreach"):
         ExponentialMovingAverage(Weight(), backend="gpu")
+
+
+# What 16 bits lose.
+
+
+@pytest.mark.parametrize(
+    ("dtype", "limit"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)], ids=["bf16", "fp16"]
+)
+def test_one_warning_where_16_bits_lose_updates(dtype: torch.dtype, limit: float) -> None:
+    model = conv_net(dtype=dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(ExponentialMovingAverage(model, limit), model, 3)
+        run(ExponentialMovingAverage(model, limit / 2, averaged_dtype=torch.float32), model, 3)
+        run(ExponentialMovingAverage(model, lambda step: 0.0), model, 3)
+        run(ExponentialMovingAverage(conv_net(), limit / 2), model.float(), 3)
+    model.to(dtype)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        averaged = ExponentialMovingAverage(model, limit / 2)
+        for _ in range(5):
+            averaged.update_parameters(model)
+    (warning,) = caught
+    assert "averaged_dtype=torch.float32" in str(warning.message)
+    assert warning.filename == __file__
+
+
+def test_what_the_warning_warns_of() -> None:
+    averaged = ExponentialMovingAverage(Weight().bfloat16(), 0.001)
+    model = Weight().bfloat16()
+    averaged.update_parameters(model.set_to(1.0))
+    with pytest.warns(UserWarning, match="averages are kept in 16 bits"):
+        for _ in range(100):
+            averaged.update_parameters(model.set_to(2.0))
+    assert averaged.module.weight == 1.0

@@ -21,8 +21,9 @@ from types import ModuleType
 
 import pytest
 
+import ema_fused
+
 ROOT = Path(__file__).resolve().parent.parent
-HAS_NVCC = shutil.which("nvcc") is not None or "CUDA_HOME" in os.environ
 
 USE = """
 import warnings
@@ -94,10 +95,17 @@ def use(wheel: Path, folder: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A wheel with everything this machine can compile, and the log of its build."""
+    """A wheel with everything this machine can compile, and the log of its build.
+
+    The source tree stays beside the folder of the wheel, with what was built in it.
+    """
     folder = tmp_path_factory.mktemp("built")
-    report = "-DEMA_FUSED_PTXAS_VERBOSE=ON"
-    wheel, log = build_wheel(source_tree(folder), folder / "wheel", CMAKE_ARGS=report)
+    wheel, log = build_wheel(
+        source_tree(folder),
+        folder / "wheel",
+        CMAKE_ARGS="-DEMA_FUSED_PTXAS_VERBOSE=ON",
+        TORCH_CUDA_ARCH_LIST="",
+    )
     assert wheel is not None
     return wheel, log
 
@@ -127,12 +135,33 @@ def test_extension_links_neither_torch_nor_cuda(built: tuple[Path, str], tmp_pat
     assert not [name for name in needed if re.search(r"torch|c10|cuda|nvidia", name)], needed
 
 
-@pytest.mark.skipif(not HAS_NVCC, reason="no nvcc on this machine")
+def test_kernels_of_an_instruction_set_define_nothing_that_others_share(
+    built: tuple[Path, str],
+) -> None:
+    """An inline function left out of line could be linked in place of the baseline's own copy of
+    it, and end the process on an older processor."""
+    nm = shutil.which("nm")
+    assert nm is not None, "nm comes with every compiler's binutils"
+    objects = list((built[0].parent.parent / "source").rglob("update_cpu_kernels.cpp.o"))
+    assert objects
+    for path in objects:
+        isa = re.search(r"ema_fused_cpu_(\w+)\.dir", str(path))
+        assert isa is not None
+        printed = run([nm, "--defined-only", "--demangle", "--extern-only", path], ROOT).stdout
+        symbols = [line.split(" ", 2) for line in printed.splitlines()]
+        assert [kind for _, kind, _ in symbols] == ["T"], printed
+        assert symbols[0][2].startswith(f"ema_fused::{isa[1]}::update_chunks(")
+
+
 def test_every_default_architecture_compiles_without_spills(built: tuple[Path, str]) -> None:
     log = built[1]
+    nvcc = re.search(r"Check for working CUDA compiler: (\S+)", log)
+    if nvcc is None:
+        assert shutil.which("nvcc") is None, log
+        pytest.skip("no nvcc on this machine")
     assert not re.findall(r".*(?:warning #\d|warning:.*\[-W|ptxas warning).*", log)
     kernels = re.findall(r"Compiling entry function '\S*update_kernel\S*' for 'sm_(\d+)'", log)
-    listed = run(["nvcc", "--list-gpu-arch"], ROOT).stdout
+    listed = run([nvcc[1], "--list-gpu-arch"], ROOT).stdout
     known = set(re.findall(r"compute_(\d+)", listed)) & {"75", "80", "86", "89", "90", "100", "120"}
     assert set(kernels) == known
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
@@ -178,7 +207,7 @@ def test_pure_python_wheel_runs_on_foreach(why: str, tmp_path: Path) -> None:
     ("environment", "message"),
     [
         ({"EMA_FUSED_NATIVE": "1", "PATH": "", "CXX": ""}, "no C++ compiler was found"),
-        ({"EMA_FUSED_CUDA": "1", "CUDACXX": "/nowhere/nvcc"}, "no working nvcc was found"),
+        ({"EMA_FUSED_CUDA": "1", "CUDACXX": "/nowhere/nvcc"}, "no nvcc was found"),
         ({"EMA_FUSED_CUDA": "perhaps"}, "EMA_FUSED_CUDA='perhaps': 0, 1 or auto is expected"),
         ({"EMA_FUSED_NATIVE": "0", "EMA_FUSED_CUDA": "1"}, "EMA_FUSED_CUDA=1 needs"),
         ({"CXX": "/nowhere/c++", "EMA_FUSED_NATIVE": "1"}, "no C++ compiler was found"),
@@ -191,6 +220,27 @@ def test_what_cannot_be_built_is_refused(
     wheel, log = build_wheel(source_tree(tmp_path), tmp_path / "wheel", check=False, **environment)
     assert wheel is None
     assert message in " ".join(log.split())
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_an_architecture_that_nvcc_does_not_know_is_refused(tmp_path: Path) -> None:
+    wheel, log = build_wheel(
+        source_tree(tmp_path), tmp_path / "wheel", check=False, TORCH_CUDA_ARCH_LIST="9.0;1.1"
+    )
+    assert wheel is None
+    assert "Architecture 11 is asked for (TORCH_CUDA_ARCH_LIST)" in " ".join(log.split())
+
+
+def test_an_editable_install_without_the_extension_leaves_no_older_one(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path)
+    stale = tree / "ema_fused" / "_C.cpython-311-x86_64-linux-gnu.so"
+    stale.touch()
+    hook = "import sys, setuptools.build_meta as backend; backend.build_editable(sys.argv[1])"
+    run([sys.executable, "-c", hook, tmp_path], tree, EMA_FUSED_NATIVE="0")
+    assert [path.name for path in tmp_path.glob("*.whl")] == [
+        f"ema_fused-{ema_fused.__version__}-0.editable-py3-none-any.whl"
+    ]
+    assert not stale.exists()
 
 
 def test_a_compile_error_is_not_hidden(tmp_path: Path) -> None:

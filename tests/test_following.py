@@ -303,6 +303,7 @@ def test_a_frozen_parameter_that_becomes_trainable_is_averaged() -> None:
     assert torch.equal(averaged.module.conv.weight, start.double())
     with torch.no_grad():
         model.conv.weight.add_(1.0)
+    model.scale = torch.tensor(2.0)  # so that the tensors are paired anew
     averaged.update_parameters(model)
     expected = torch.lerp(start.double(), model.conv.weight.double(), 0.5)
     assert torch.equal(averaged.module.conv.weight, expected)
@@ -330,6 +331,7 @@ def test_shared_parameters_are_not_converted_or_moved() -> None:
     averaged = ExponentialMovingAverage(
         model, device="cpu", share_frozen=True, averaged_dtype=torch.float64
     )
+    assert shares(averaged, model)
     averaged.update_parameters(model)
     assert shares(averaged, model)
     assert averaged.module.head.weight.dtype == torch.float64

@@ -211,3 +211,27 @@ def test_another_model_is_refused_by_name_and_nothing_changes() -> None:
     assert "head.weight, head.bias" in str(raised.value)
     assert "tail.weight, tail.bias" in str(raised.value)
     assert differences(snapshot(averaged), before) == []
+
+
+@pytest.mark.usefixtures("process_group")
+def test_a_teacher_inside_a_distributed_model_keeps_its_count() -> None:
+    """The wrapper broadcasts every buffer at each forward pass, the step count too."""
+
+    class Student(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.student = conv_net()
+            self.teacher = ExponentialMovingAverage(self.student, 0.5)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.student(images) - self.teacher(images)
+
+    model = Student()
+    wrapped = distributed(model)
+    for count in range(1, 5):
+        wrapped(torch.rand(2, 1, 6, 6)).sum().backward()
+        shift(model.student)
+        model.teacher.update_parameters(model.student)
+        assert model.teacher.steps == count
+        assert wrapped.state_dict()["module.teacher.steps"] == count
+    assert not torch.equal(model.teacher.module.head.bias, model.student.head.bias)

@@ -240,10 +240,10 @@ def test_non_persistent_buffers_follow_where_theirs_stay_behind() -> None:
     our = ours.ExponentialMovingAverage(model, 0.1, update_buffers=True)
     their = theirs.ExponentialMovingAverage(model, 0.1, update_buffers=True)
     assert model.cache is not None
-    model.cache.fill_(3.0)
-    for averaged in (our, their):
-        averaged.update_parameters(model)
-        averaged.update_parameters(model)
+    for value in (1.0, 3.0):
+        model.cache.fill_(value)
+        for averaged in (our, their):
+            averaged.update_parameters(model)
     assert their.module.cache.tolist() == [0.0, 0.0]
     assert our.module.cache.tolist() == [3.0, 3.0]
 

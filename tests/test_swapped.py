@@ -171,7 +171,7 @@ def update_another_average(averaged: BaseAveragedModel, model: nn.Module) -> Non
 
 
 def update_from_a_wrapper(averaged: BaseAveragedModel, model: nn.Module) -> None:
-    averaged.update_parameters(nn.DataParallel(model))
+    ExponentialMovingAverage(conv_net()).update_parameters(nn.DataParallel(model))
 
 
 def swap_again(averaged: BaseAveragedModel, model: nn.Module) -> None:
@@ -290,8 +290,13 @@ def test_parameters_replaced_inside_the_block_get_the_models_weights_back(
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)
-def test_a_model_converted_inside_the_block_is_reported(backend: str | None) -> None:
-    model, averaged = trained(backend=backend)
+@pytest.mark.parametrize("make", [conv_net, Tied], ids=["slots-change", "only-data-changes"])
+def test_a_model_converted_inside_the_block_is_reported(
+    make: Callable[[], nn.Module], backend: str | None
+) -> None:
+    model = make()
+    averaged = ExponentialMovingAverage(model, 0.25, backend=backend)
+    run(averaged, model, 2)
     raw = snapshot(model)
     lost = pytest.raises(RuntimeError, match=r"They are in averaged\.module now")
     with lost, averaged.swapped(model):
