@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
 from pathlib import Path
@@ -23,17 +24,17 @@ class SlowPathWarning(UserWarning):
 def _connect() -> tuple[ModuleType | None, str | None]:
     """The compiled extension with its doors into torch open, or the reason why there is none."""
     try:
-        from ema_fused import _C
+        extension = importlib.import_module("ema_fused._C")
     except ImportError as error:
         return None, f"the compiled extension is missing ({error})"
     aoti = getattr(torch._C, "_aoti", None)
     make_handles = getattr(aoti, "unsafe_alloc_void_ptrs_from_tensors", None)
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        _C.connect(torch.Tensor, str(library), make_handles)
+        extension.connect(torch.Tensor, str(library), make_handles)
     except ImportError as error:
         return None, f"the compiled extension can't reach torch {torch.__version__} ({error})"
-    return _C, None
+    return extension, None
 
 
 _native, _why_no_native = _connect()

@@ -62,26 +62,6 @@ class ForeachPart(ListedPart):
 
     backend = "foreach"
 
-    def _distinct(self) -> list[int]:
-        """Places of the pairs to update: tied ones once, those of one and the same memory never."""
-        seen: set[tuple[object, ...]] = set()
-        places = []
-        for place, (a, s) in enumerate(zip(self._averaged, self._source, strict=True)):
-            if a.numel() == 0:
-                continue
-            # The device is part of it: memory on two devices may have one address.
-            sides = [(t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (a, s)]
-            key = tuple(sides)
-            if sides[0] == sides[1] or key in seen:
-                continue
-            seen.add(key)
-            places.append(place)
-        return places
-
-    @property
-    def elements(self) -> int:
-        return sum(self._averaged[place].numel() for place in self._distinct())
-
     @torch.no_grad()
     def average(self, weight: float, weights: Sequence[float]) -> bool:
         """``weights``: one a pair of this part, or empty where ``weight`` serves all."""

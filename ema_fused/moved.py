@@ -31,16 +31,12 @@ class MovedPart(ListedPart):
         super().__init__(averaged, source, only_copy, arithmetic, indices)
         self._backend = backend
 
-    @property
-    def elements(self) -> int:
-        return sum(tensor.numel() for tensor in self._averaged)
-
     def _groups(self) -> Iterator[list[int]]:
         group: list[int] = []
         size = 0
-        for place, tensor in enumerate(self._source):
+        for place in self._distinct():
             group.append(place)
-            size += tensor.nbytes
+            size += self._source[place].nbytes
             if size >= _GROUP_BYTES:
                 yield group
                 group, size = [], 0
@@ -72,15 +68,16 @@ class MovedPart(ListedPart):
     def copy(self) -> bool:
         if not self.ready():
             return False
-        for a, s in zip(self._averaged, self._source, strict=True):
-            a.copy_(s)
+        for place in self._distinct():
+            self._averaged[place].copy_(self._source[place])
         return True
 
     @torch.no_grad()
     def swap(self) -> bool:
         if not self.ready():
             return False
-        for a, s in zip(self._averaged, self._source, strict=True):
+        for place in self._distinct():
+            a, s = self._averaged[place], self._source[place]
             held = a.clone()
             a.copy_(s)
             s.copy_(held)

@@ -85,3 +85,23 @@ class ListedPart:
                 pair = self.indices[k % len(self.indices)]
                 return Changed(pair, k >= len(self.indices), planned)
         return None
+
+    def _distinct(self) -> list[int]:
+        """Places of the pairs to update: tied ones once, those of one and the same memory never."""
+        seen: set[tuple[object, ...]] = set()
+        places = []
+        for place, (a, s) in enumerate(zip(self._averaged, self._source, strict=True)):
+            if a.numel() == 0:
+                continue
+            # The device is part of it: memory on two devices may have one address.
+            sides = [(t.device, t.data_ptr(), t.dtype, t.shape, t.stride()) for t in (a, s)]
+            key = tuple(sides)
+            if sides[0] == sides[1] or key in seen:
+                continue
+            seen.add(key)
+            places.append(place)
+        return places
+
+    @property
+    def elements(self) -> int:
+        return sum(self._averaged[place].numel() for place in self._distinct())

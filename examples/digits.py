@@ -244,7 +244,7 @@ def draw(runs: list[Curves], path: Path) -> None:
     # The first epochs may fall off the bottom; where every curve ends is always seen.
     bottom = min(90.0, *(run[kind][-1] - 1 for run in runs for kind in KINDS))
     axes.set(xlabel="epoch", ylabel="test accuracy (%)", ylim=(bottom, 100))
-    axes.set_title("Raw against averaged weights: mean over seeds, band from lowest to highest")
+    axes.set_title("Digits: raw and averaged weights (mean over seeds, band lowest to highest)")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120)
