@@ -139,10 +139,14 @@ Change TensorWatch::check() {
       static_cast<std::int64_t>(expected_.size()), kTensorsAThread,
       [](std::int64_t begin, std::int64_t end, void* opaque) {
         auto& [watch, worst] = *static_cast<Context*>(opaque);
-        const torch_doors::Shim& torch = shim();
+        // A copy: the calls could change shim() for all that the compiler knows.
+        const torch_doors::Shim torch = shim();
         Change change = Change::kNone;
         for (std::int64_t i = begin; i < end; ++i) {
-          change = std::max(change, watch->compare(torch, static_cast<std::size_t>(i)));
+          const Change one = watch->compare(torch, static_cast<std::size_t>(i));
+          if (one != Change::kNone) {
+            change = std::max(change, one);
+          }
         }
         Change seen = worst.load();
         while (seen < change && !worst.compare_exchange_weak(seen, change)) {

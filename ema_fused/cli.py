@@ -32,6 +32,7 @@ def _compiled() -> Iterator[Line]:
     isas = built["cpu_isas"].replace(";", ", ")
     yield "cpu kernels", f"{isas}; this processor gets {native.cpu_isa()}"
     architectures = built["cuda_architectures"].replace(";", ", ")
+    architectures = architectures.replace("-real", "").replace("-virtual", " as PTX")
     compiler = built["cuda_compiler"]
     yield "cuda kernels", f"{compiler}: {architectures}" if compiler else "not compiled"
     if native.missing_doors():

@@ -260,6 +260,18 @@ def setup_script() -> ModuleType:
     return module
 
 
+def test_what_a_machine_lacks_is_named(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(setup_script.sysconfig, "get_path", lambda _: "/nowhere")
+        assert "/nowhere/Python.h" in setup_script.why_no_extension()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "elsewhere")
+        assert "and this is elsewhere" in setup_script.why_no_extension()
+    assert setup_script.why_no_extension() is None
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,44 @@ def test_info_says_why_cuda_does_not_serve() -> None:
     if reason is None:
         pytest.skip("CUDA does serve on this machine")
     assert reason in cli.info()
+
+
+def test_info_says_what_an_install_without_the_extension_runs_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(backends, "_native", None)
+    monkeypatch.setattr(backends, "_why_no_native", "it was left out")
+    lines = {" ".join(line.split()) for line in cli.info().splitlines()}
+    assert "compiled no: it was left out" in lines
+    assert "cpu tensors foreach, because it was left out" in lines
+
+
+@pytest.mark.parametrize("reason", [None, "no code for it"])
+def test_info_lists_every_gpu_and_what_serves_it(
+    monkeypatch: pytest.MonkeyPatch, reason: str | None
+) -> None:
+    gpu = SimpleNamespace(name="A GPU", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(backends, "why_not_on", lambda device: reason)
+    lines = {" ".join(line.split()) for line in cli.info().splitlines()}
+    served = "cuda (native kernel)" if reason is None else f"foreach, because {reason}"
+    for index in range(2):
+        assert f"cuda:{index} A GPU, compute capability 9.0" in lines
+        assert f"cuda:{index} tensors {served}" in lines
+
+
+@pytest.mark.skipif(backends.native() is None, reason="nothing is compiled here")
+def test_architectures_are_told_without_the_spelling_of_the_build(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    native = backends.native()
+    assert native is not None
+    built = {"cuda_architectures": "90-real;120-virtual", "cuda_compiler": "nvcc 1"}
+    built = native.build_info() | built
+    monkeypatch.setattr(native, "build_info", lambda: built)
+    assert "nvcc 1: 90, 120 as PTX\n" in cli.info()
 
 
 def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
