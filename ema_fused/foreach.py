@@ -84,22 +84,3 @@ class ForeachPart(ListedPart):
                 self._arithmetic,
             )
         return True
-
-    @torch.no_grad()
-    def copy(self) -> bool:
-        if not self.ready():
-            return False
-        for place in self._distinct():
-            self._averaged[place].copy_(self._source[place])
-        return True
-
-    @torch.no_grad()
-    def swap(self) -> bool:
-        if not self.ready():
-            return False
-        for place in self._distinct():
-            a, s = self._averaged[place], self._source[place]
-            held = a.clone()
-            a.copy_(s)
-            s.copy_(held)
-        return True

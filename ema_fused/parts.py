@@ -50,7 +50,10 @@ class Part(Protocol):
 
 
 class ListedPart:
-    """A part that keeps its tensors in lists and updates them by torch's functions."""
+    """A part that keeps its tensors in lists and updates them by torch's functions.
+
+    Swapping takes a temporary of one tensor.
+    """
 
     def __init__(
         self,
@@ -105,3 +108,22 @@ class ListedPart:
     @property
     def elements(self) -> int:
         return sum(self._averaged[place].numel() for place in self._distinct())
+
+    @torch.no_grad()
+    def copy(self) -> bool:
+        if not self.ready():
+            return False
+        for place in self._distinct():
+            self._averaged[place].copy_(self._source[place])
+        return True
+
+    @torch.no_grad()
+    def swap(self) -> bool:
+        if not self.ready():
+            return False
+        for place in self._distinct():
+            a, s = self._averaged[place], self._source[place]
+            held = a.clone()
+            a.copy_(s)
+            s.copy_(held)
+        return True
