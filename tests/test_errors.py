@@ -94,6 +94,7 @@ def test_integers_have_no_average_but_are_copied(backend: str, dtype: torch.dtyp
     assert torch.equal(averaged[1], source[1])
 
 
+@pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")
 def test_an_integer_source_of_a_float_average_is_refused() -> None:
     with pytest.raises(TypeError, match=r"torch.float32 \(averaged\) and torch.int64 \(source\)"):
         ema_fused.lerp_([torch.zeros(3)], [torch.ones(3, dtype=torch.int64)], 0.5)
