@@ -78,7 +78,7 @@ def train(seed: int, epochs: int, progress: Callable[[], object]) -> Curves:
 
     # update_buffers=True averages batch norm's running statistics along with the weights. Left
     # False, the averaged weights would run with the statistics of the last raw weights: measured
-    # here, that costs the EMA about 1 % of accuracy and SWA about 7 %.
+    # here over the last six epochs, that costs the EMA 0.5 points of accuracy and SWA 9.
     ema = ExponentialMovingAverage(model, momentum=MOMENTUM, update_buffers=True)  # (1)
     swa = StochasticWeightAverage(model, update_buffers=True)  # (1)
     swa_start = epochs // 4  # SWA weighs all steps alike, so it leaves out the first ones
