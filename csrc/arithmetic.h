@@ -4,7 +4,8 @@
 //   lerp    torch.lerp: the product is formed on the side of the nearer end
 //   axpby   averaged.mul_(1 - w).add_(source, alpha=w)
 //   delta   averaged.add_(source - averaged, alpha=w)
-// A drop-in uses the one of the system it replaces. Products and sums are contracted here and
+// A drop-in uses the one of the system it replaces. A fourth, stochastic, is lerp with 16-bit
+// averages rounded at random (random.h). Products and sums are contracted here and
 // nowhere else (the build switches the compiler's own contraction off), as torch's kernels do where
 // the processor has a fused multiply-add.
 #pragma once
@@ -15,7 +16,7 @@
 namespace ema_fused {
 
 enum class Operation : std::uint8_t { kAverage = 0, kCopy = 1, kSwap = 2 };
-enum class Arithmetic : std::uint8_t { kLerp = 0, kAxpby = 1, kDelta = 2 };
+enum class Arithmetic : std::uint8_t { kLerp = 0, kAxpby = 1, kDelta = 2, kStochastic = 3 };
 
 // x * y + z, rounded once where the hardware can.
 template <typename Compute>
@@ -36,6 +37,7 @@ struct Lerp {
   using Compute = ComputeType<A, S>;
   static constexpr bool kReadsAveraged = true;
   static constexpr bool kWritesSource = false;
+  static constexpr bool kRandom = false;
   Compute coefficient;
   bool from_averaged;
 
@@ -45,18 +47,35 @@ struct Lerp {
     // -(1 - w), which is -0 at w = 1, as where torch writes it as a subtraction.
     coefficient = from_averaged ? w : -(Compute(1) - w);
   }
-  EMA_FUSED_HD void operator()(A& averaged, S& source) const {
+  EMA_FUSED_HD Compute mean(const A& averaged, const S& source) const {
     const Compute a = to_compute<Compute>(averaged);
     const Compute s = to_compute<Compute>(source);
-    averaged = from_compute<A>(multiply_add(coefficient, s - a, from_averaged ? a : s));
+    return multiply_add(coefficient, s - a, from_averaged ? a : s);
+  }
+  EMA_FUSED_HD void operator()(A& averaged, S& source) const {
+    averaged = from_compute<A>(mean(averaged, source));
   }
 };
+
+// Of a 16-bit average: called with 16 random bits an element.
+template <typename A, typename S>
+struct RandomlyRoundedLerp : Lerp<A, S> {
+  static constexpr bool kRandom = true;
+  using Lerp<A, S>::Lerp;
+  EMA_FUSED_HD void operator()(A& averaged, S& source, std::uint32_t random) const {
+    averaged = from_compute<A>(this->mean(averaged, source), random);
+  }
+};
+
+template <typename A, typename S>
+using StochasticLerp = std::conditional_t<kIs16Bits<A>, RandomlyRoundedLerp<A, S>, Lerp<A, S>>;
 
 template <typename A, typename S>
 struct Axpby {
   using Compute = ComputeType<A, S>;
   static constexpr bool kReadsAveraged = true;
   static constexpr bool kWritesSource = false;
+  static constexpr bool kRandom = false;
   Compute keep;
   Compute take;
 
@@ -76,6 +95,7 @@ struct Delta {
   using Compute = ComputeType<A, S>;
   static constexpr bool kReadsAveraged = true;
   static constexpr bool kWritesSource = false;
+  static constexpr bool kRandom = false;
   Compute take;
 
   EMA_FUSED_HD explicit Delta(double weight) : take(static_cast<Compute>(weight)) {}
@@ -94,6 +114,7 @@ template <typename A, typename S>
 struct Copy {
   static constexpr bool kReadsAveraged = false;
   static constexpr bool kWritesSource = false;
+  static constexpr bool kRandom = false;
   EMA_FUSED_HD explicit Copy(double) {}
   EMA_FUSED_HD void operator()(A& averaged, S& source) const {
     if constexpr (std::is_same_v<A, S>) {
@@ -109,6 +130,7 @@ struct Swap {
   static_assert(std::is_same_v<A, S>, "a swap would lose bits between two types");
   static constexpr bool kReadsAveraged = true;
   static constexpr bool kWritesSource = true;
+  static constexpr bool kRandom = false;
   EMA_FUSED_HD explicit Swap(double) {}
   EMA_FUSED_HD void operator()(A& averaged, S& source) const {
     const A held = averaged;

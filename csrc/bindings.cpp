@@ -34,7 +34,31 @@ std::string why_not_on_cuda([[maybe_unused]] int device) {
 #endif
 }
 
-std::int64_t chunk_elements(bool cuda) { return cuda ? kChunkElementsCuda : kChunkElementsCpu; }
+// The weights of several averages: (number, address, is it a float64 there); no address: the
+// number.
+using PlainWeight = std::tuple<double, std::uintptr_t, bool>;
+
+// Addresses are integers in Python; 0: none.
+template <typename T>
+const T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<const T*>(address);
+}
+
+bool run_with(Plan& plan, Operation operation, double weight,
+              const std::vector<PlainWeight>& weights_by_average,
+              std::vector<double> weights_by_pair, std::uintptr_t found_inf, std::uint64_t seed,
+              std::int64_t step, std::uintptr_t step_at) {
+  LaunchOptions options;
+  for (const auto& [number, address, is_float64] : weights_by_average) {
+    options.weights_by_average.push_back({number, pointer<void>(address), is_float64});
+  }
+  options.weights_by_pair = std::move(weights_by_pair);
+  options.found_inf = pointer<float>(found_inf);
+  options.seed = seed;
+  options.step = step;
+  options.step_at = pointer<std::int64_t>(step_at);
+  return plan.run(operation, weight, options);
+}
 
 // For tests of the address arithmetic: the table of pairs that need not exist.
 // pairs: (averaged address, source address, elements, averaged dtype code, source dtype code)
@@ -44,16 +68,21 @@ using PlainChunk = std::tuple<std::uintptr_t, std::uintptr_t, std::uint32_t, std
 std::vector<Pair> as_pairs(const std::vector<PlainPair>& plain) {
   std::vector<Pair> pairs;
   for (const auto& [averaged, source, count, averaged_dtype, source_dtype] : plain) {
-    pairs.push_back({reinterpret_cast<void*>(averaged), reinterpret_cast<void*>(source), count,
-                     static_cast<DType>(averaged_dtype), static_cast<DType>(source_dtype), false,
-                     static_cast<std::uint32_t>(pairs.size())});
+    Pair pair{};
+    pair.averaged = reinterpret_cast<void*>(averaged);
+    pair.source = reinterpret_cast<void*>(source);
+    pair.count = count;
+    pair.averaged_dtype = static_cast<DType>(averaged_dtype);
+    pair.source_dtype = static_cast<DType>(source_dtype);
+    pair.index = pair.number = static_cast<std::uint32_t>(pairs.size());
+    pairs.push_back(pair);
   }
   return pairs;
 }
 
 std::vector<PlainChunk> chunk_table(const std::vector<PlainPair>& plain, std::int64_t elements) {
   std::vector<PlainChunk> table;
-  for (const Chunk& chunk : build_chunks(as_pairs(plain), elements)) {
+  for (const Chunk& chunk : build_chunks(as_pairs(plain), elements).entries) {
     table.emplace_back(reinterpret_cast<std::uintptr_t>(chunk.averaged),
                        reinterpret_cast<std::uintptr_t>(chunk.source), chunk.count, chunk.pair);
   }
@@ -81,7 +110,8 @@ PYBIND11_MODULE(_C, module) {
   py::enum_<Arithmetic>(module, "Arithmetic")
       .value("LERP", Arithmetic::kLerp)
       .value("AXPBY", Arithmetic::kAxpby)
-      .value("DELTA", Arithmetic::kDelta);
+      .value("DELTA", Arithmetic::kDelta)
+      .value("STOCHASTIC", Arithmetic::kStochastic);
 
   module.def("connect", &torch_doors::connect, py::arg("tensor_type"), py::arg("library"),
              py::arg("make_handles").none(true));
@@ -90,7 +120,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("cpu_isa", [] { return cpu_kernel().isa; });
   module.def("cuda_devices", &cuda_devices);
   module.def("why_not_on_cuda", &why_not_on_cuda, py::arg("device"));
-  module.def("chunk_elements", &chunk_elements, py::arg("cuda"));
+  module.attr("CHUNK_ELEMENTS_CPU") = kChunkElementsCpu;
+  module.attr("MAX_AVERAGES") = kMaxAverages;
   module.def("chunk_table", &chunk_table, py::arg("pairs"), py::arg("chunk_elements"));
 
   module.def(
@@ -102,18 +133,33 @@ PYBIND11_MODULE(_C, module) {
       py::arg("averaged"), py::arg("source"));
 
   py::class_<Plan>(module, "Plan")
-      .def(py::init<const py::list&, const py::list&, const std::vector<bool>&, Arithmetic>(),
-           py::arg("averaged"), py::arg("source"), py::arg("only_copy"), py::arg("arithmetic"))
+      .def(py::init([](const py::list& averaged, const py::list& source,
+                       const std::vector<std::tuple<bool, std::uint8_t, std::uint32_t>>& options,
+                       Arithmetic arithmetic) {
+             std::vector<PairOptions> pairs;
+             pairs.reserve(options.size());
+             for (const auto& [only_copy, average, number] : options) {
+               pairs.push_back({only_copy, average, number});
+             }
+             return std::make_unique<Plan>(averaged, source, std::move(pairs), arithmetic);
+           }),
+           py::arg("averaged"), py::arg("source"), py::arg("options"), py::arg("arithmetic"))
       .def("ready", &Plan::ready)
-      .def("run", &Plan::run, py::arg("operation"), py::arg("weight") = 0.0,
-           py::arg("weights") = std::vector<double>())
+      .def(
+          "run",
+          [](Plan& plan, Operation operation, double weight) {
+            return plan.run(operation, weight, LaunchOptions{});
+          },
+          py::arg("operation"), py::arg("weight") = 0.0)
+      .def("run_with", &run_with, py::arg("operation"), py::arg("weight"),
+           py::arg("weights_by_average"), py::arg("weights_by_pair"), py::arg("found_inf"),
+           py::arg("seed"), py::arg("step"), py::arg("step_at"))
       .def("changed", &Plan::changed)
       .def_property_readonly("no_average", &Plan::no_average)
       .def_property_readonly("no_swap", &Plan::no_swap)
       .def_property_readonly("elements", &Plan::elements)
       .def_property_readonly("chunks", &Plan::chunks)
-      .def_property_readonly("tensors", &Plan::tensors)
-      .def_property_readonly("table_bytes", &Plan::table_bytes);
+      .def_property_readonly("tables_built", &Plan::tables_built);
 
   py::class_<SlotWatch>(module, "SlotWatch")
       .def(py::init<const py::list&>(), py::arg("dictionaries"))

@@ -5,10 +5,11 @@
 // to fill the memory pipe, and neighbouring threads take neighbouring packs.
 //
 //   | head | pack 0 | pack 1 | ...                       | tail |
-//          ^ the averaged tensor is 16-byte aligned here
+//          ^ both tensors are 16-byte aligned here
 //
-// Head and tail go element by element. The source's packs are loaded as vectors where it is aligned
-// at the same place, else by element; the averaged tensor's always as vectors.
+// Head and tail go element by element, and so does a whole chunk whose tensors are not aligned at
+// the same place. Where a source has several averages the packs of the source stay in registers
+// while one average after the other is updated from them.
 //
 // Nothing here shares memory between threads or waits for another thread, so a host program that
 // calls this for every thread of every block in turn computes exactly what the device computes.
@@ -24,6 +25,8 @@ constexpr std::uint32_t kVectorBytes = 16;
 // Bytes of both tensors that one thread has in flight: 32 registers hold them, which leaves enough
 // for the arithmetic within the 80 that three blocks a multiprocessor allow.
 constexpr std::uint32_t kBytesInFlight = 128;
+// Making random bits takes registers too.
+constexpr std::uint32_t kBytesInFlightRandom = 64;
 
 struct alignas(kVectorBytes) Vector {
   std::uint32_t words[4];
@@ -66,23 +69,11 @@ struct Pack {
       }
     }
   }
-  EMA_FUSED_HD void load_by_element(const T* from) {
-    EMA_FUSED_UNROLL
-    for (std::uint32_t i = 0; i < kElements; ++i) {
-      set(i, from[i]);
-    }
-  }
   EMA_FUSED_HD void store(T* to) const {
     EMA_FUSED_UNROLL
     for (std::uint32_t i = 0; i < kVectors; ++i) {
       store_streaming(reinterpret_cast<Vector*>(to) + i,
                       Vector{{words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3]}});
-    }
-  }
-  EMA_FUSED_HD void store_by_element(T* to) const {
-    EMA_FUSED_UNROLL
-    for (std::uint32_t i = 0; i < kElements; ++i) {
-      to[i] = get(i);
     }
   }
 
@@ -122,6 +113,24 @@ EMA_FUSED_HD bool is_aligned(const void* pointer) {
   return reinterpret_cast<std::uintptr_t>(pointer) % kVectorBytes == 0;
 }
 
+// One element, handled like a pack.
+template <typename T>
+struct Single {
+  T value{};
+
+  EMA_FUSED_HD void load(const T* from) { value = *from; }
+  EMA_FUSED_HD void store(T* to) const { *to = value; }
+  EMA_FUSED_HD T get(std::uint32_t) const { return value; }
+  EMA_FUSED_HD void set(std::uint32_t, T element) { value = element; }
+};
+
+// Asks for an entry of the table ahead of its turn.
+EMA_FUSED_HD void prefetch([[maybe_unused]] const Chunk* entry) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("prefetch.global.L1 [%0];" ::"l"(entry));
+#endif
+}
+
 // Elements before the first 16-byte boundary. A pointer off its own element size never meets one
 // (such tensors don't get here).
 template <typename T>
@@ -135,99 +144,164 @@ template <typename A, typename S>
 constexpr std::uint32_t kPackElements =
     kVectorBytes / static_cast<std::uint32_t>(sizeof(A) < sizeof(S) ? sizeof(A) : sizeof(S));
 
-// The share of `thread`, one of `threads`, in `packs` packs.
-template <bool kSourceAligned, typename A, typename S, typename Functor>
-EMA_FUSED_HD void update_packs(A* averaged, S* source, std::uint32_t packs, std::uint32_t thread,
-                               std::uint32_t threads, const Functor& functor) {
-  constexpr std::uint32_t kElements = kPackElements<A, S>;
-  constexpr std::uint32_t kPackBytes =
-      kElements * static_cast<std::uint32_t>(sizeof(A) + sizeof(S));
-  // Element loads take a register each, however small the element: one pack of them at a time.
-  constexpr std::uint32_t kUnroll =
-      kSourceAligned && kPackBytes < kBytesInFlight ? kBytesInFlight / kPackBytes : 1;
+// One average of a chain: where it lies and what to do to it.
+template <typename A, typename Functor>
+struct Target {
+  A* averaged;
+  std::int64_t next;
+  Functor functor;
+  std::uint32_t number;
 
-  for (std::uint32_t first = thread; first < packs; first += kUnroll * threads) {
-    Pack<A, kElements> a[kUnroll];
-    Pack<S, kElements> s[kUnroll];
-    EMA_FUSED_UNROLL
-    for (std::uint32_t u = 0; u < kUnroll; ++u) {
-      const std::uint32_t pack = first + u * threads;
-      if (pack < packs) {
-        if constexpr (kSourceAligned) {
-          s[u].load(source + pack * kElements);
-        } else {
-          s[u].load_by_element(source + pack * kElements);
-        }
-        if constexpr (Functor::kReadsAveraged) {
-          a[u].load(averaged + pack * kElements);
-        }
-      }
-    }
-    EMA_FUSED_UNROLL
-    for (std::uint32_t u = 0; u < kUnroll; ++u) {
-      const std::uint32_t pack = first + u * threads;
-      if (pack < packs) {
-        EMA_FUSED_UNROLL
-        for (std::uint32_t i = 0; i < kElements; ++i) {
-          A averaged_element{};
-          if constexpr (Functor::kReadsAveraged) {
-            averaged_element = a[u].get(i);
-          }
-          S source_element = s[u].get(i);
-          functor(averaged_element, source_element);
-          a[u].set(i, averaged_element);
-          if constexpr (Functor::kWritesSource) {
-            s[u].set(i, source_element);
-          }
-        }
-        a[u].store(averaged + pack * kElements);
-        if constexpr (Functor::kWritesSource) {
-          if constexpr (kSourceAligned) {
-            s[u].store(source + pack * kElements);
-          } else {
-            s[u].store_by_element(source + pack * kElements);
-          }
-        }
-      }
-    }
-  }
-}
+  EMA_FUSED_HD Target(const Chunk& entry, const Launch& launch)
+      : averaged(static_cast<A*>(entry.averaged)),
+        next(entry.next),
+        functor(weight_of(launch, entry)),
+        number(entry.number) {}
+};
+
+// Which elements of a chunk a walk covers: units of a fixed number of elements, one behind the
+// other, but for the elements [hole, hole + hole_size).
+struct Range {
+  std::uint32_t units;
+  std::uint32_t hole;
+  std::uint32_t hole_size;
+};
 
 struct ChunkBody {
-  std::uint32_t count;
+  const Chunk* entries;
+  const Chunk& chunk;
+  const Launch& launch;
   std::uint32_t thread;
   std::uint32_t threads;
 
-  template <typename A, typename S, typename Functor>
-  EMA_FUSED_HD void operator()(A* averaged, S* source, const Functor& functor) const {
-    constexpr std::uint32_t kElements = kPackElements<A, S>;
-    const std::uint32_t to_alignment = elements_to_alignment(averaged);
-    const std::uint32_t head = to_alignment < count ? to_alignment : count;
-    const std::uint32_t packs = (count - head) / kElements;
-    const std::uint32_t tail = head + packs * kElements;
+  template <typename Types>
+  EMA_FUSED_HD void operator()(Types) const {
+    using A = typename Types::Averaged;
+    using S = typename Types::Source;
+    using Functor = typename Types::Functor;
+    Target<A, Functor> target(chunk, launch);
 
-    for (std::uint32_t i = thread; i < head; i += threads) {
-      functor(averaged[i], source[i]);
+    std::uint32_t head = 0;
+    std::uint32_t in_packs = 0;
+    if constexpr (Types::kHasVectors) {
+      constexpr std::uint32_t kElements = kPackElements<A, S>;
+      head = elements_to_alignment(target.averaged);
+      bool packs_fit = head < chunk.count && is_aligned(static_cast<S*>(chunk.source) + head);
+      if constexpr (Functor::kRandom) {
+        // A pack takes the bits of one random block.
+        static_assert(kElements % kElementsARandomBlock == 0);
+        packs_fit = packs_fit && (chunk.first + head) % kElementsARandomBlock == 0;
+      }
+      if (packs_fit) {
+        constexpr std::uint32_t kBytes = Functor::kRandom ? kBytesInFlightRandom : kBytesInFlight;
+        constexpr auto kPackBytes = kElements * static_cast<std::uint32_t>(sizeof(A) + sizeof(S));
+        constexpr std::uint32_t kUnroll = kPackBytes < kBytes ? kBytes / kPackBytes : 1;
+        const std::uint32_t packs = (chunk.count - head) / kElements;
+        walk<kElements, kUnroll, Pack<A, kElements>, Pack<S, kElements>>(target, {packs, 0, head});
+        in_packs = packs * kElements;
+      }
     }
-    if (is_aligned(source + head)) {
-      update_packs<true>(averaged + head, source + head, packs, thread, threads, functor);
-    } else {
-      update_packs<false>(averaged + head, source + head, packs, thread, threads, functor);
+    constexpr std::uint32_t kSingles = Functor::kRandom ? 1 : 4;
+    walk<1, kSingles, Single<A>, Single<S>>(target, {chunk.count - in_packs, head, in_packs});
+  }
+
+ private:
+  template <std::uint32_t kElements, std::uint32_t kUnroll, typename PackA, typename PackS,
+            typename A, typename Functor>
+  EMA_FUSED_HD void walk(Target<A, Functor>& target, const Range& range) const {
+    using S = decltype(PackS().get(0));
+    S* const source = static_cast<S*>(chunk.source);
+    for (std::uint32_t first = thread; first < range.units; first += kUnroll * threads) {
+      // Recomputed where it is needed: registers are scarcer.
+      const auto at = [&](std::uint32_t u) {
+        const std::uint32_t element = (first + u * threads) * kElements;
+        return element + (element < range.hole ? 0 : range.hole_size);
+      };
+      PackS s[kUnroll];
+      EMA_FUSED_UNROLL
+      for (std::uint32_t u = 0; u < kUnroll; ++u) {
+        if (first + u * threads < range.units) {
+          s[u].load(source + at(u));
+        }
+      }
+      while (true) {
+        PackA a[kUnroll];
+        EMA_FUSED_UNROLL
+        for (std::uint32_t u = 0; u < kUnroll; ++u) {
+          if (Functor::kReadsAveraged && first + u * threads < range.units) {
+            a[u].load(target.averaged + at(u));
+          }
+        }
+        EMA_FUSED_UNROLL
+        for (std::uint32_t u = 0; u < kUnroll; ++u) {
+          if (first + u * threads < range.units) {
+            update<kElements>(target, a[u], s[u], at(u));
+            a[u].store(target.averaged + at(u));
+            if constexpr (Functor::kWritesSource) {
+              s[u].store(source + at(u));
+            }
+          }
+        }
+        if (target.next == 0) {
+          break;
+        }
+        target = Target<A, Functor>(entries[target.next], launch);
+      }
+      if (chunk.next != 0) {
+        target = Target<A, Functor>(chunk, launch);
+      }
     }
-    for (std::uint32_t i = tail + thread; i < count; i += threads) {
-      functor(averaged[i], source[i]);
+  }
+
+  // The elements from place `at` of the chunk on.
+  template <std::uint32_t kElements, typename PackA, typename PackS, typename A, typename Functor>
+  EMA_FUSED_HD void update(const Target<A, Functor>& target, PackA& a, PackS& s,
+                           [[maybe_unused]] std::uint32_t at) const {
+    using S = decltype(s.get(0));
+    EMA_FUSED_UNROLL
+    for (std::uint32_t begin = 0; begin < kElements; begin += kElementsARandomBlock) {
+      [[maybe_unused]] const auto place = static_cast<std::uint64_t>(chunk.first) + at + begin;
+      [[maybe_unused]] RandomWords random{};
+      if constexpr (Functor::kRandom) {
+        random = random_block(random_key_of(launch, target.number), place / kElementsARandomBlock);
+      }
+      EMA_FUSED_UNROLL
+      for (std::uint32_t i = begin; i < kElements && i < begin + kElementsARandomBlock; ++i) {
+        A averaged = a.get(i);
+        S source = s.get(i);
+        if constexpr (Functor::kRandom) {
+          // Of a pack the lane is known when this is compiled.
+          const std::uint32_t lane = kElements == 1
+                                         ? static_cast<std::uint32_t>(place % kElementsARandomBlock)
+                                         : i - begin;
+          target.functor(averaged, source, random_half(random, lane));
+        } else {
+          target.functor(averaged, source);
+        }
+        a.set(i, averaged);
+        if constexpr (Functor::kWritesSource) {
+          s.set(i, source);
+        }
+      }
     }
   }
 };
 
-// What thread `thread` of block `block` does: every `blocks`-th chunk, from its own on.
+// What thread `thread` of block `block` does: every `blocks`-th chain, from its own on.
 template <Operation kOperation, Arithmetic kArithmetic>
-EMA_FUSED_HD void update_as_thread(const Chunk* chunks, std::int64_t chunk_count,
-                                   const Launch& launch, std::int64_t block, std::int64_t blocks,
-                                   std::uint32_t thread, std::uint32_t threads) {
-  for (std::int64_t i = block; i < chunk_count; i += blocks) {
-    const Chunk chunk = chunks[i];
-    dispatch<kOperation, kArithmetic>(chunk, launch, ChunkBody{chunk.count, thread, threads});
+EMA_FUSED_HD void update_as_thread(const Chunk* entries, std::int64_t heads, const Launch& launch,
+                                   std::int64_t block, std::int64_t blocks, std::uint32_t thread,
+                                   std::uint32_t threads) {
+  if (is_skipped(launch)) {
+    return;
+  }
+  for (std::int64_t i = block; i < heads; i += blocks) {
+    if (thread == 0 && i + blocks < heads) {
+      prefetch(entries + i + blocks);
+    }
+    // By reference: what is needed of an entry late is read late.
+    const Chunk& chunk = entries[i];
+    dispatch<kOperation, kArithmetic>(chunk, ChunkBody{entries, chunk, launch, thread, threads});
   }
 }
 

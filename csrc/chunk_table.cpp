@@ -1,6 +1,8 @@
 #include "chunk_table.h"
 
 #include <algorithm>
+#include <map>
+#include <tuple>
 
 namespace ema_fused {
 namespace {
@@ -28,7 +30,8 @@ Span source_span(const Pair& pair) {
 
 bool same_memory(const Pair& a, const Pair& b) {
   return a.averaged == b.averaged && a.source == b.source && a.count == b.count &&
-         a.averaged_dtype == b.averaged_dtype && a.source_dtype == b.source_dtype;
+         a.averaged_dtype == b.averaged_dtype && a.source_dtype == b.source_dtype &&
+         a.average == b.average;
 }
 
 // Sweeps over spans sorted by address, remembering the farthest end seen of each kind. Sources may
@@ -56,38 +59,107 @@ Conflicts first_overlap(std::vector<Span>& spans, bool writes_source) {
   return {};
 }
 
+std::int64_t chunks_of(const Pair& pair, std::int64_t chunk_elements) {
+  return (pair.count + chunk_elements - 1) / chunk_elements;
+}
+
+constexpr std::size_t kNone = static_cast<std::size_t>(-1);
+
+// For each pair the one that its chain goes on with, and whether a chain leads to it.
+struct Chains {
+  std::vector<std::size_t> next;
+  std::vector<bool> is_follower;
+};
+
+// Pairs are chained where one walk over the source serves them all: the same source, equal types,
+// and averaged tensors that are equally far from a vector's boundary.
+Chains chain_averages(const std::vector<Pair>& pairs) {
+  Chains chains{std::vector<std::size_t>(pairs.size(), kNone),
+                std::vector<bool>(pairs.size(), false)};
+  const bool several =
+      std::any_of(pairs.begin(), pairs.end(), [](const Pair& pair) { return pair.average > 0; });
+  if (!several) {
+    return chains;
+  }
+  std::map<std::tuple<std::uintptr_t, DType, std::int64_t, DType, std::uintptr_t, bool>,
+           std::size_t>
+      ends;
+  for (std::size_t i = 0; i < pairs.size(); ++i) {
+    const Pair& pair = pairs[i];
+    const auto key =
+        std::make_tuple(address(pair.source), pair.source_dtype, pair.count, pair.averaged_dtype,
+                        address(pair.averaged) % 16, pair.only_copy);
+    const auto [end, is_new] = ends.try_emplace(key, i);
+    if (!is_new) {
+      chains.next[end->second] = i;
+      chains.is_follower[i] = true;
+      end->second = i;
+    }
+  }
+  return chains;
+}
+
 }  // namespace
+
+std::int64_t chunk_elements_cuda(const std::vector<Pair>& pairs, std::int64_t blocks) {
+  std::int64_t elements = 0;
+  for (const Pair& pair : pairs) {
+    elements += pair.count;
+  }
+  const std::int64_t share = elements / (16 * blocks);
+  const std::int64_t rounded = share / kLeastChunkElementsCuda * kLeastChunkElementsCuda;
+  return std::clamp(rounded, kLeastChunkElementsCuda, kMostChunkElementsCuda);
+}
 
 std::int64_t count_chunks(const std::vector<Pair>& pairs, std::int64_t chunk_elements) {
   std::int64_t chunks = 0;
   for (const Pair& pair : pairs) {
-    chunks += (pair.count + chunk_elements - 1) / chunk_elements;
+    chunks += chunks_of(pair, chunk_elements);
   }
   return chunks;
 }
 
-std::vector<Chunk> build_chunks(const std::vector<Pair>& pairs, std::int64_t chunk_elements) {
-  std::vector<Chunk> chunks;
-  chunks.reserve(static_cast<std::size_t>(count_chunks(pairs, chunk_elements)));
-  for (const Pair& pair : pairs) {
+ChunkTable build_chunks(const std::vector<Pair>& pairs, std::int64_t chunk_elements) {
+  const Chains chains = chain_averages(pairs);
+  // Where the entries of each pair begin: the heads of chains, then the others.
+  std::vector<std::int64_t> begin(pairs.size());
+  ChunkTable table;
+  std::int64_t size = 0;
+  for (const bool followers : {false, true}) {
+    for (std::size_t i = 0; i < pairs.size(); ++i) {
+      if (chains.is_follower[i] == followers) {
+        begin[i] = size;
+        size += chunks_of(pairs[i], chunk_elements);
+      }
+    }
+    table.heads = followers ? table.heads : size;
+  }
+
+  table.entries.resize(static_cast<std::size_t>(size));
+  for (std::size_t i = 0; i < pairs.size(); ++i) {
+    const Pair& pair = pairs[i];
     // Integer arithmetic on addresses: a table may be built for memory that is not there.
     const std::uintptr_t averaged = address(pair.averaged);
     const std::uintptr_t source = address(pair.source);
-    for (std::int64_t start = 0; start < pair.count; start += chunk_elements) {
-      Chunk chunk{};
+    std::int64_t entry = begin[i];
+    for (std::int64_t first = 0; first < pair.count; first += chunk_elements, ++entry) {
+      Chunk& chunk = table.entries[static_cast<std::size_t>(entry)];
       chunk.averaged = reinterpret_cast<void*>(
-          averaged + static_cast<std::uintptr_t>(start * item_size(pair.averaged_dtype)));
+          averaged + static_cast<std::uintptr_t>(first * item_size(pair.averaged_dtype)));
       chunk.source = reinterpret_cast<void*>(
-          source + static_cast<std::uintptr_t>(start * item_size(pair.source_dtype)));
-      chunk.count = static_cast<std::uint32_t>(std::min(chunk_elements, pair.count - start));
+          source + static_cast<std::uintptr_t>(first * item_size(pair.source_dtype)));
+      chunk.first = first;
+      chunk.next = chains.next[i] == kNone ? 0 : begin[chains.next[i]] + (entry - begin[i]);
+      chunk.count = static_cast<std::uint32_t>(std::min(chunk_elements, pair.count - first));
       chunk.pair = pair.index;
+      chunk.number = pair.number;
       chunk.averaged_dtype = pair.averaged_dtype;
       chunk.source_dtype = pair.source_dtype;
       chunk.only_copy = pair.only_copy;
-      chunks.push_back(chunk);
+      chunk.average = pair.average;
     }
   }
-  return chunks;
+  return table;
 }
 
 Conflicts drop_repeated_pairs(std::vector<Pair>& pairs, bool writes_source) {

@@ -19,7 +19,9 @@ enum TypeCode : std::uint8_t {
   kFloat = 2,
   kBfloat = 4,
   kComplex = 5,
-  kBool = 6
+  kBool = 6,
+  kFloat8E4M3 = 10,  // the variant with no infinity (fn)
+  kFloat8E5M2 = 12
 };
 
 struct Version {

@@ -120,7 +120,8 @@ std::string refusal_of(const TensorFacts& averaged, const TensorFacts& source) {
   const bool bytes = averaged.dtype == DType::kBytes || source.dtype == DType::kBytes;
   const auto& a = averaged.exact_dtype;
   const auto& s = source.exact_dtype;
-  if (bytes && (a.code != s.code || a.bits != s.bits || a.lanes != s.lanes)) {
+  const bool same = a.code == s.code && a.bits == s.bits && a.lanes == s.lanes;
+  if (!same && (bytes || !can_be_averaged(averaged.dtype))) {
     return "this combination of dtypes has no kernel";
   }
   if (!is_dense(averaged)) {
@@ -159,9 +160,9 @@ Inspection inspect(const py::list& averaged, const py::list& source) {
   return result;
 }
 
-Plan::Plan(const py::list& averaged, const py::list& source, const std::vector<bool>& only_copy,
+Plan::Plan(const py::list& averaged, const py::list& source, std::vector<PairOptions> options,
            Arithmetic arithmetic)
-    : watch_(averaged + source), only_copy_(only_copy), arithmetic_(arithmetic) {
+    : watch_(averaged + source), options_(std::move(options)), arithmetic_(arithmetic) {
   if (averaged.size() != size() || source.size() != size()) {
     throw std::invalid_argument("the lists differ in length");
   }
@@ -181,7 +182,7 @@ Plan::Plan(const py::list& averaged, const py::list& source, const std::vector<b
   }
   for (std::size_t i = size(); i-- > 0;) {
     const TensorFacts& a = this->averaged(i);
-    if (!only_copy_[i] && a.dtype == DType::kBytes) {
+    if (!options_[i].only_copy && !can_be_averaged(a.dtype)) {
       no_average_ = static_cast<std::int64_t>(i);
     }
     if (a.dtype != this->source(i).dtype) {
@@ -192,12 +193,6 @@ Plan::Plan(const py::list& averaged, const py::list& source, const std::vector<b
 }
 
 Plan::~Plan() = default;
-
-std::int64_t Plan::table_bytes() const {
-  const auto entry = static_cast<std::int64_t>(sizeof(Chunk));
-  return chunk_count_ *
-         (is_cuda() ? entry : entry + static_cast<std::int64_t>(sizeof(std::int64_t)));
-}
 
 std::tuple<std::int64_t, bool, std::string> Plan::changed() const {
   const auto [tensor, planned] = watch_.changed_kind();
@@ -220,8 +215,10 @@ std::vector<Pair> Plan::pairs() const {
     pair.count = a.dtype == DType::kBytes ? a.elements * a.item_bytes : a.elements;
     pair.averaged_dtype = a.dtype;
     pair.source_dtype = s.dtype;
-    pair.only_copy = only_copy_[i];
+    pair.only_copy = options_[i].only_copy;
+    pair.average = options_[i].average;
     pair.index = static_cast<std::uint32_t>(i);
+    pair.number = options_[i].number;
     pairs.push_back(pair);
   }
   return pairs;
@@ -239,22 +236,28 @@ void Plan::build_table() {
   for (const Pair& pair : todo) {
     elements_ += averaged(pair.index).elements;
   }
-  std::vector<Chunk> chunks =
-      build_chunks(todo, is_cuda() ? kChunkElementsCuda : kChunkElementsCpu);
-  chunk_count_ = static_cast<std::int64_t>(chunks.size());
+  ++tables_built_;
 #ifdef EMA_FUSED_HAVE_CUDA
   if (is_cuda()) {
-    cuda_table_->upload(chunks, torch_doors::current_stream(device_.type, device_.id));
+    const ChunkTable table = build_chunks(todo, chunk_elements_cuda(todo, cuda_table_->blocks()));
+    chunk_count_ = static_cast<std::int64_t>(table.entries.size());
+    cuda_table_->upload(table);
     table_is_stale_ = false;
     return;
   }
 #endif
   auto table = std::make_shared<CpuTable>();
-  table->chunks = std::move(chunks);
-  table->work_before.reserve(table->chunks.size());
-  for (const Chunk& chunk : table->chunks) {
+  table->chunks = build_chunks(todo, kChunkElementsCpu);
+  const std::vector<Chunk>& entries = table->chunks.entries;
+  chunk_count_ = static_cast<std::int64_t>(entries.size());
+  table->work_before.reserve(static_cast<std::size_t>(table->chunks.heads));
+  for (std::int64_t head = 0; head < table->chunks.heads; ++head) {
     table->work_before.push_back(table->work);
-    table->work += chunk.count + kChunkOverhead;
+    auto entry = static_cast<std::size_t>(head);
+    do {
+      table->work += entries[entry].count + kChunkOverhead;
+      entry = static_cast<std::size_t>(entries[entry].next);
+    } while (entry != 0);
   }
   cpu_table_ = std::move(table);
   table_is_stale_ = false;
@@ -293,23 +296,32 @@ void Plan::require(Operation operation) {
   }
 }
 
-bool Plan::run(Operation operation, double weight, const std::vector<double>& weights) {
-  if (!weights.empty() && weights.size() != size()) {
+bool Plan::run(Operation operation, double weight, const LaunchOptions& options) {
+  const std::vector<double>& by_pair = options.weights_by_pair;
+  if (!by_pair.empty() && by_pair.size() != size()) {
     throw std::invalid_argument("one weight a pair is needed");
+  }
+  if (static_cast<std::int64_t>(options.weights_by_average.size()) > kMaxAverages) {
+    throw std::invalid_argument("too many averages");
   }
   if (!refresh()) {
     return false;
   }
   require(operation);
-  Launch launch{operation, arithmetic_, weight, nullptr};
+  Launch launch = launch_of(operation, arithmetic_, weight);
+  std::copy(options.weights_by_average.begin(), options.weights_by_average.end(), launch.weight);
+  launch.found_inf = options.found_inf;
+  launch.seed = options.seed;
+  launch.step = options.step;
+  launch.step_at = options.step_at;
 #ifdef EMA_FUSED_HAVE_CUDA
   if (is_cuda()) {
     void* stream = torch_doors::current_stream(device_.type, device_.id);
-    cuda_table_->run(launch, weights, stream);
+    cuda_table_->run(launch, by_pair, stream);
     return true;
   }
 #endif
-  launch.weights = weights.empty() ? nullptr : weights.data();
+  launch.weights = by_pair.empty() ? nullptr : by_pair.data();
   run_on_cpu(launch);
   return true;
 }
@@ -332,7 +344,7 @@ void Plan::run_on_cpu(const Launch& launch) const {
         const auto& before = table->work_before;
         const auto first = std::lower_bound(before.begin(), before.end(), begin);
         const auto last = std::lower_bound(first, before.end(), end);
-        update_chunks(table->chunks.data(), first - before.begin(), last - before.begin(), *launch);
+        update_chunks(table->chunks, first - before.begin(), last - before.begin(), *launch);
       },
       &context);
 }

@@ -38,11 +38,28 @@ struct Inspection {
 };
 Inspection inspect(const pybind11::list& averaged, const pybind11::list& source);
 
+// Beside the tensors, what a plan needs to know of each pair.
+struct PairOptions {
+  bool only_copy;
+  std::uint8_t average;  // which of several averages
+  std::uint32_t number;  // its place in the caller's lists
+};
+
+// What one launch is told beside its weight. Addresses are of memory on the plan's device.
+struct LaunchOptions {
+  std::vector<Weight> weights_by_average;  // empty: one number for all
+  std::vector<double> weights_by_pair;     // the same; else one a pair, which counts then
+  const float* found_inf = nullptr;
+  std::uint64_t seed = 0;
+  std::int64_t step = 0;
+  const std::int64_t* step_at = nullptr;
+};
+
 class Plan {
  public:
   // Every pair must have passed inspect() and be on one device.
   Plan(const pybind11::list& averaged, const pybind11::list& source,
-       const std::vector<bool>& only_copy, Arithmetic arithmetic);
+       std::vector<PairOptions> options, Arithmetic arithmetic);
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -52,12 +69,12 @@ class Plan {
 
   // Checks every pointer, rebuilds the table where tensors have moved, and launches. False, with
   // nothing done, where a tensor's type, shape, strides or device has changed.
-  bool run(Operation operation, double weight, const std::vector<double>& weights);
+  bool run(Operation operation, double weight, const LaunchOptions& options);
 
   std::int64_t elements() const { return elements_; }
   std::int64_t chunks() const { return chunk_count_; }
-  std::int64_t tensors() const { return static_cast<std::int64_t>(size()); }
-  std::int64_t table_bytes() const;
+  // How often the table was built: it is again whenever tensors have moved.
+  std::int64_t tables_built() const { return tables_built_; }
 
   // The first pair that can't be averaged and isn't only copied; the first of two dtypes. -1: none.
   std::int64_t no_average() const { return no_average_; }
@@ -69,8 +86,8 @@ class Plan {
 
  private:
   struct CpuTable {
-    std::vector<Chunk> chunks;
-    std::vector<std::int64_t> work_before;  // elements before each chunk, to split evenly
+    ChunkTable chunks;
+    std::vector<std::int64_t> work_before;  // elements before each chain, to split evenly
     std::int64_t work = 0;
   };
 
@@ -81,12 +98,12 @@ class Plan {
   void require(Operation operation);
   void run_on_cpu(const Launch& launch) const;
 
-  std::size_t size() const { return only_copy_.size(); }
+  std::size_t size() const { return options_.size(); }
   const TensorFacts& averaged(std::size_t i) const { return watch_.facts()[i]; }
   const TensorFacts& source(std::size_t i) const { return watch_.facts()[size() + i]; }
 
   TensorWatch watch_;  // all averaged tensors, then all sources
-  std::vector<bool> only_copy_;
+  std::vector<PairOptions> options_;
   Arithmetic arithmetic_;
   dlpack::Device device_{};
   std::int64_t no_average_ = -1;
@@ -95,6 +112,7 @@ class Plan {
   bool swap_is_checked_ = false;
   std::int64_t elements_ = 0;
   std::int64_t chunk_count_ = 0;
+  std::int64_t tables_built_ = 0;
   // Shared, so that a launch without the GIL keeps its table while another thread builds the next.
   std::shared_ptr<const CpuTable> cpu_table_;
   std::unique_ptr<cuda::DeviceTable> cuda_table_;

@@ -21,6 +21,8 @@ DType dtype_from(const dlpack::DataType& dtype) {
   if (dtype.lanes == 1 && dtype.code == dlpack::kBfloat && dtype.bits == 16) {
     return DType::kBFloat16;
   }
+  if (dtype.lanes == 1 && dtype.code == dlpack::kFloat8E4M3) return DType::kFloat8E4M3;
+  if (dtype.lanes == 1 && dtype.code == dlpack::kFloat8E5M2) return DType::kFloat8E5M2;
   return DType::kBytes;
 }
 

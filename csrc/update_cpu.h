@@ -7,18 +7,21 @@
 
 namespace ema_fused {
 
-// Updates chunks[begin, end) on the calling thread.
-using UpdateChunks = void (*)(const Chunk* chunks, std::int64_t begin, std::int64_t end,
+// Updates the chains that begin at entries [begin, end) on the calling thread.
+using UpdateChunks = void (*)(const ChunkTable& table, std::int64_t begin, std::int64_t end,
                               const Launch& launch);
 
 namespace baseline {
-void update_chunks(const Chunk* chunks, std::int64_t begin, std::int64_t end, const Launch& launch);
+void update_chunks(const ChunkTable& table, std::int64_t begin, std::int64_t end,
+                   const Launch& launch);
 }
 namespace avx2 {
-void update_chunks(const Chunk* chunks, std::int64_t begin, std::int64_t end, const Launch& launch);
+void update_chunks(const ChunkTable& table, std::int64_t begin, std::int64_t end,
+                   const Launch& launch);
 }
 namespace avx512 {
-void update_chunks(const Chunk* chunks, std::int64_t begin, std::int64_t end, const Launch& launch);
+void update_chunks(const ChunkTable& table, std::int64_t begin, std::int64_t end,
+                   const Launch& launch);
 }
 
 struct CpuKernel {

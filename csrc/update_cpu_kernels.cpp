@@ -1,4 +1,6 @@
 // Compiled several times, with EMA_FUSED_ISA naming both the namespace and the flags.
+#include <algorithm>
+
 #include "dispatch.h"
 #include "update_cpu.h"
 
@@ -6,34 +8,101 @@
 #error "EMA_FUSED_ISA must name the instruction set this file is compiled for"
 #endif
 
+// The two sides of a pair may be equal but never overlap otherwise (drop_repeated_pairs), so no
+// iteration depends on another.
+#if defined(__clang__)
+#define EMA_FUSED_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#elif defined(__GNUC__)
+#define EMA_FUSED_INDEPENDENT _Pragma("GCC ivdep")
+#else
+#define EMA_FUSED_INDEPENDENT
+#endif
+
 namespace ema_fused::EMA_FUSED_ISA {
 namespace {
 
-// One chunk as a plain loop, which the compiler vectorises. The two pointers may be equal but never
-// overlap otherwise (drop_repeated_pairs), so no iteration depends on another: ivdep.
-struct Loop {
-  std::int64_t count;
+// Random bits are made ahead for this many elements, which a core's first cache holds.
+constexpr std::int64_t kElementsATile = 2048;
 
-  template <typename A, typename S, typename Functor>
-  EMA_FUSED_HD void operator()(A* averaged, S* source, const Functor& functor) const {
-#if defined(__clang__)
-#pragma clang loop vectorize(assume_safety)
-#elif defined(__GNUC__)
-#pragma GCC ivdep
-#endif
-    for (std::int64_t i = 0; i < count; ++i) {
-      functor(averaged[i], source[i]);
+// One entry as a plain loop, which the compiler vectorises.
+struct Loop {
+  const Chunk& chunk;
+  const Launch& launch;
+
+  template <typename Types>
+  EMA_FUSED_HD void operator()(Types) const {
+    using Functor = typename Types::Functor;
+    auto* const averaged = static_cast<typename Types::Averaged*>(chunk.averaged);
+    auto* const source = static_cast<typename Types::Source*>(chunk.source);
+    const Functor functor(weight_of(launch, chunk));
+    const std::int64_t count = chunk.count;
+    if constexpr (Functor::kRandom) {
+      const RandomKey key = random_key_of(launch, chunk.number);
+      const auto place = static_cast<std::uint64_t>(chunk.first);
+      // The first random block may have begun before this chunk.
+      const auto skipped = static_cast<std::int64_t>(place % kElementsARandomBlock);
+      std::uint64_t block = place / kElementsARandomBlock;
+      for (std::int64_t begin = -skipped; begin < count; begin += kElementsATile) {
+        const std::int64_t from = std::max<std::int64_t>(begin, 0);
+        const std::int64_t end = std::min(begin + kElementsATile, count);
+        std::uint16_t random[kElementsATile];
+        const std::int64_t blocks =
+            (end - begin + kElementsARandomBlock - 1) / kElementsARandomBlock;
+        fill(random, key, block, blocks);
+        block += kElementsATile / kElementsARandomBlock;
+        EMA_FUSED_INDEPENDENT
+        for (std::int64_t i = from; i < end; ++i) {
+          functor(averaged[i], source[i], random[i - begin]);
+        }
+      }
+    } else {
+      EMA_FUSED_INDEPENDENT
+      for (std::int64_t i = 0; i < count; ++i) {
+        functor(averaged[i], source[i]);
+      }
+    }
+  }
+
+ private:
+  // The bits of `blocks` blocks, eight elements each.
+  EMA_FUSED_HD static void fill(std::uint16_t* random, const RandomKey& key, std::uint64_t block,
+                                std::int64_t blocks) {
+    std::uint32_t words[4][kElementsATile / kElementsARandomBlock];
+    EMA_FUSED_INDEPENDENT
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      const RandomWords made = random_block(key, block + static_cast<std::uint64_t>(b));
+      words[0][b] = made.words[0];
+      words[1][b] = made.words[1];
+      words[2][b] = made.words[2];
+      words[3][b] = made.words[3];
+    }
+    for (std::int64_t b = 0; b < blocks; ++b) {
+      for (std::uint32_t lane = 0; lane < kElementsARandomBlock; ++lane) {
+        const std::uint32_t word = words[lane / 2][b];
+        random[b * kElementsARandomBlock + lane] =
+            static_cast<std::uint16_t>(word >> (16u * (lane % 2)));
+      }
     }
   }
 };
 
 }  // namespace
 
-void update_chunks(const Chunk* chunks, std::int64_t begin, std::int64_t end,
+void update_chunks(const ChunkTable& table, std::int64_t begin, std::int64_t end,
                    const Launch& launch) {
+  if (is_skipped(launch)) {
+    return;
+  }
+  const Chunk* const entries = table.entries.data();
   for_launch(launch, [&](auto operation, auto arithmetic) {
     for (std::int64_t i = begin; i < end; ++i) {
-      dispatch<operation.value, arithmetic.value>(chunks[i], launch, Loop{chunks[i].count});
+      // One average after the other: a chunk of the source stays in the cache meanwhile.
+      std::int64_t entry = i;
+      do {
+        const Chunk& chunk = entries[entry];
+        dispatch<operation.value, arithmetic.value>(chunk, Loop{chunk, launch});
+        entry = chunk.next;
+      } while (entry != 0);
     }
   });
 }

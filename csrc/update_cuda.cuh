@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -26,8 +27,11 @@ DeviceReport devices();
 // Empty where the kernels run on this device, else the reason (no code for its architecture, ...).
 std::string why_not_on(int device);
 
-// A chunk table in one device's memory, and the launches over it. Calls are ordered on the streams
-// they are given; the caller's current device is left as it was.
+// A chunk table in one device's memory, and the launches over it, on any stream. The caller's
+// current device is left as it was.
+//
+// A launch that is captured into a CUDA graph refers to the table: as long as the graph is replayed
+// this object must live.
 class DeviceTable {
  public:
   explicit DeviceTable(int device);
@@ -35,22 +39,19 @@ class DeviceTable {
   DeviceTable(const DeviceTable&) = delete;
   DeviceTable& operator=(const DeviceTable&) = delete;
 
-  // Replaces the table. Launches still in flight keep the old one until they are done.
-  void upload(const std::vector<Chunk>& chunks, void* stream);
+  // How many blocks fill the device.
+  std::int64_t blocks() const;
+
+  // Replaces the table, without waiting for the device. Launches under way keep the old one.
+  void upload(const ChunkTable& table);
 
   // One kernel launch. `weights` (one a pair, in host memory) is copied before this returns; empty:
-  // launch.weight serves all.
+  // launch.weight counts.
   void run(const Launch& launch, const std::vector<double>& weights, void* stream);
 
  private:
-  int device_;
-  int blocks_;  // that fill the device
-  Chunk* chunks_ = nullptr;
-  std::int64_t capacity_ = 0;
-  std::int64_t count_ = 0;
-  void* upload_stream_ = nullptr;
-  bool ordered_everywhere_ = true;  // no stream can see the table half-copied
-  bool used_on_other_streams_ = false;
+  struct State;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace ema_fused::cuda

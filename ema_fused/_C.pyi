@@ -17,6 +17,10 @@ class Arithmetic:
     LERP: Arithmetic
     AXPBY: Arithmetic
     DELTA: Arithmetic
+    STOCHASTIC: Arithmetic
+
+CHUNK_ELEMENTS_CPU: int
+MAX_AVERAGES: int
 
 class Plan:
     """Pairs of one device that inspect() accepted."""
@@ -25,15 +29,28 @@ class Plan:
         self,
         averaged: list[Tensor],
         source: list[Tensor],
-        only_copy: Sequence[bool],
+        options: Sequence[tuple[bool, int, int]],
         arithmetic: Arithmetic,
-    ) -> None: ...
+    ) -> None:
+        """options, one a pair: (only copied, which average, its number in the caller's lists)."""
     def ready(self) -> bool:
         """False where a tensor's dtype, shape, strides or device has changed."""
-    def run(
-        self, operation: Operation, weight: float = ..., weights: Sequence[float] = ...
-    ) -> bool:
+    def run(self, operation: Operation, weight: float = ...) -> bool:
         """Checks, rebuilds the table where tensors have moved, launches. False: as ready()."""
+    def run_with(
+        self,
+        operation: Operation,
+        weight: float,
+        weights_by_average: Sequence[tuple[float, int, bool]],
+        weights_by_pair: Sequence[float],
+        found_inf: int,
+        seed: int,
+        step: int,
+        step_at: int,
+    ) -> bool:
+        """The same, with all there is. found_inf and step_at are addresses of a float32 and an
+        int64 on the plan's device, or 0. weights_by_average: (number, address of one that counts
+        instead or 0, whether there is a float64 there, else a float32)."""
     def changed(self) -> tuple[int, bool, str]:
         """(the first pair with a changed dtype or shape, or -1; is it the source; as planned)."""
     @property
@@ -47,9 +64,8 @@ class Plan:
     @property
     def chunks(self) -> int: ...
     @property
-    def tensors(self) -> int: ...
-    @property
-    def table_bytes(self) -> int: ...
+    def tables_built(self) -> int:
+        """How often the table was built: again whenever tensors have moved."""
 
 class SlotWatch:
     """Whether dictionaries still hold the objects they held."""
@@ -69,7 +85,6 @@ def build_info() -> dict[str, str]: ...
 def cpu_isa() -> str: ...
 def cuda_devices() -> tuple[int, str]: ...
 def why_not_on_cuda(device: int) -> str: ...
-def chunk_elements(cuda: bool) -> int: ...
 def chunk_table(
     pairs: Sequence[tuple[int, int, int, int, int]], chunk_elements: int
 ) -> list[tuple[int, int, int, int]]:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ema_fused import backends, swapping
 from ema_fused.checks import check_integer
 from ema_fused.copying import FrozenShares, averaged_copy
+from ema_fused.known_integer import KnownInteger
 from ema_fused.pairing import Pairing
 from ema_fused.plan import Plan
-from ema_fused.step_count import StepCount
+from ema_fused.rounding import check_rounding, check_seed
 from ema_fused.swapping import refuse_while_swapped
 
 _IN_VAIN_BEFORE_WARNING = 5
@@ -31,6 +32,8 @@ class Options(TypedDict, total=False):
     share_frozen: bool
     begin_step: int
     backend: str | None
+    rounding: str
+    seed: int
 
 
 class BaseAveragedModel(nn.Module):
@@ -66,6 +69,10 @@ class BaseAveragedModel(nn.Module):
             ``EMAHook``: calls before it copy everything and average nothing. ``steps`` is negative
             until then (minus the calls still to wait), so a checkpoint resumes the wait as well.
         backend: ``"cuda"``, ``"cpu"`` or ``"foreach"`` pins one; None takes the best there is.
+        rounding: of averages kept in 16 bits: ``"nearest"``, or ``"stochastic"``, which loses no
+            small change in the long run (see :class:`~ema_fused.Plan`). The state then holds the
+            seed as well, and a resumed run goes on to the bit.
+        seed: of stochastic rounding, in [0, 2**63).
 
     Attributes:
         module: the averaged copy. No parameter of it requires a gradient.
@@ -91,6 +98,8 @@ class BaseAveragedModel(nn.Module):
         share_frozen: bool = False,
         begin_step: int = 0,
         backend: str | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
         super().__init__()
         check_integer("interval", interval, least=1)
@@ -101,7 +110,14 @@ class BaseAveragedModel(nn.Module):
             )
         if backend is not None:
             backends.pinned(backend)
+        check_rounding(rounding)
+        check_seed(seed)
         self._one_by_one = _averages_one_by_one(type(self))
+        if self._one_by_one and rounding != "nearest":
+            raise ValueError(
+                f"{type(self).__name__} averages by its own avg_func, which rounds as it likes; "
+                f"rounding={rounding!r} needs a class that defines momentum_at"
+            )
         waiting = max(0, begin_step - 1)
         # Tensors made in inference mode could never be updated outside it.
         with torch.inference_mode(False):
@@ -109,10 +125,14 @@ class BaseAveragedModel(nn.Module):
                 model, device, averaged_dtype, share_frozen=share_frozen
             )
             self.register_buffer("steps", torch.tensor(-waiting, dtype=torch.long, device=device))
+            if rounding == "stochastic":
+                self.register_buffer("rounding_seed", torch.tensor(seed, device=device))
         self.interval = interval
         self.update_buffers = update_buffers
         self.backend = backend
-        self._step_count = StepCount()
+        self.rounding = rounding
+        self._step_count = KnownInteger()
+        self._seed = KnownInteger()
         self._shares = FrozenShares(shared, device, averaged_dtype)
         self._pairing: Pairing | None = None
         self._in_vain = 0  # pairings in a row that served a single update
@@ -178,7 +198,10 @@ class BaseAveragedModel(nn.Module):
             weight = self._checked_momentum(steps)
             if weight < pairing.lossy_below:
                 self._warn_of_losses(weight)
-            pairing.average_(weight)
+            seed = self._buffers.get("rounding_seed")
+            pairing.average_(
+                weight, seed=self._seed.read(seed) if seed is not None else 0, step=steps
+            )
         self._step_count.write(buffer, steps + 1)
 
     def copy_from(self, model: nn.Module) -> None:
@@ -240,7 +263,9 @@ class BaseAveragedModel(nn.Module):
             averaged,
             model,
             update_buffers=self.update_buffers,
-            arithmetic=self.arithmetic,
+            # Stochastic rounding replaces the roundings that distinguish the arithmetics.
+            arithmetic=self.arithmetic if self.rounding == "nearest" else "lerp",
+            rounding=self.rounding,
             backend=self.backend,
             shares=self._shares,
             when_model_is_gone=functools.partial(_let_go, weakref.ref(self)),
@@ -273,14 +298,22 @@ class BaseAveragedModel(nn.Module):
         warnings.warn(
             f"averages are kept in 16 bits and the momentum is {weight:.3g}: changes this small "
             f"are mostly rounded away, and the average stays where it is. Pass "
-            f"averaged_dtype=torch.float32",
+            f"averaged_dtype=torch.float32, or rounding='stochastic'",
             stacklevel=3,
         )
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: everything but the plans, which hold the model itself."""
         refuse_while_swapped("the averaged model was copied or pickled", self)
-        return self.__dict__ | {"_pairing": None, "_step_count": StepCount()}
+        known = {"_step_count": KnownInteger(), "_seed": KnownInteger()}
+        return self.__dict__ | {"_pairing": None} | known
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Checkpoints written without stochastic rounding have no seed: it stays as it is."""
+        seed = self._buffers.get("rounding_seed")
+        if seed is not None:
+            state_dict.setdefault(f"{prefix}rounding_seed", seed)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 def _let_go(owner: weakref.ref[BaseAveragedModel], _: object) -> None:

@@ -5,15 +5,12 @@ Also the readable statement of what the native kernels compute, which tests hold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from ema_fused.pairs import can_average
-from ema_fused.parts import ListedPart
-
-_HALVES = (torch.float16, torch.bfloat16)
+from ema_fused.parts import ListedPart, Task, Update
+from ema_fused.rounding import HALVES, random_halves, round_stochastically
 
 
 def compute_dtype(averaged: torch.dtype, source: torch.dtype) -> torch.dtype:
@@ -28,7 +25,7 @@ def _average_same(
     averaged: list[Tensor], source: list[Tensor], weights: list[float], arithmetic: str
 ) -> None:
     """Pairs of equal dtypes, as the original of each arithmetic writes it."""
-    if arithmetic == "lerp":
+    if arithmetic in ("lerp", "stochastic"):
         if all(weight == weights[0] for weight in weights):
             torch._foreach_lerp_(averaged, source, weights[0])
         else:
@@ -47,7 +44,7 @@ def _average_mixed(averaged: Tensor, source: Tensor, weight: float, arithmetic: 
     dtype = compute_dtype(averaged.dtype, source.dtype)
     a = averaged.to(dtype)
     s = source.to(dtype)
-    if arithmetic == "lerp":
+    if arithmetic in ("lerp", "stochastic"):
         result = torch.lerp(a, s, weight)
     elif arithmetic == "axpby":
         kept = (a * (1 - weight)).to(averaged.dtype).to(dtype)
@@ -57,30 +54,48 @@ def _average_mixed(averaged: Tensor, source: Tensor, weight: float, arithmetic: 
     averaged.copy_(result)
 
 
+def _average_stochastically(task: Task, weight: float, seed: int, step: int) -> None:
+    """A 16-bit average: computed as lerp in float32 (or wider), rounded at random."""
+    averaged, source = task.averaged, task.source
+    dtype = compute_dtype(averaged.dtype, source.dtype)
+    mean = torch.lerp(averaged.to(dtype), source.to(dtype), weight).to(torch.float32)
+    # Elements are counted in the order of memory, whatever the order of the dimensions there.
+    order = sorted(range(averaged.dim()), key=averaged.stride, reverse=True)
+    flat = mean.permute(order).reshape(-1)
+    random = random_halves(
+        flat.numel(), seed=seed, step=step, pair=task.pair, device=averaged.device
+    )
+    rounded = round_stochastically(flat, averaged.dtype, random)
+    averaged.permute(order).copy_(rounded.view(averaged.permute(order).shape))
+
+
 class ForeachPart(ListedPart):
     """Pairs served by torch where they are."""
 
     backend = "foreach"
 
     @torch.no_grad()
-    def average(self, weight: float, weights: Sequence[float]) -> bool:
-        """``weights``: one a pair of this part, or empty where ``weight`` serves all."""
+    def average(self, update: Update) -> bool:
         if not self.ready():
             return False
-        same: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for place in self._distinct():
-            a, s = self._averaged[place], self._source[place]
-            if self._only_copy[place] or not can_average(a, s):
+        if update.is_skipped():
+            return True
+        same: dict[tuple[torch.device, torch.dtype], list[Task]] = {}
+        for task in self._distinct():
+            a, s = task.averaged, task.source
+            if task.only_copy or not can_average(a, s):
                 a.copy_(s)
-            elif a.dtype == s.dtype and (a.dtype in _HALVES or a.dtype.itemsize > 2):
-                same.setdefault((a.device, a.dtype), []).append(place)
+            elif self._arithmetic == "stochastic" and a.dtype in HALVES:
+                _average_stochastically(task, update.weight_of(task), update.seed, int(update.step))
+            elif a.dtype == s.dtype and (a.dtype in HALVES or a.dtype.itemsize > 2):
+                same.setdefault((a.device, a.dtype), []).append(task)
             else:
-                _average_mixed(a, s, weights[place] if weights else weight, self._arithmetic)
-        for places in same.values():
+                _average_mixed(a, s, update.weight_of(task), self._arithmetic)
+        for tasks in same.values():
             _average_same(
-                [self._averaged[place] for place in places],
-                [self._source[place] for place in places],
-                [weights[place] if weights else weight for place in places],
+                [task.averaged for task in tasks],
+                [task.source for task in tasks],
+                [update.weight_of(task) for task in tasks],
                 self._arithmetic,
             )
         return True

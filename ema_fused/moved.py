@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch import Tensor
 
-from ema_fused.parts import ListedPart
+from ema_fused.parts import ListedPart, Task, Update
 
 # Sources are brought over in groups of about this size: enough to keep a link busy, and all the
 # memory that this way ever takes beside the largest single tensor.
@@ -19,24 +18,16 @@ class MovedPart(ListedPart):
 
     backend = "moved"
 
-    def __init__(
-        self,
-        averaged: Sequence[Tensor],
-        source: Sequence[Tensor],
-        only_copy: Sequence[bool],
-        arithmetic: str,
-        indices: Sequence[int],
-        backend: str | None,
-    ) -> None:
-        super().__init__(averaged, source, only_copy, arithmetic, indices)
+    def __init__(self, tasks: Sequence[Task], arithmetic: str, backend: str | None) -> None:
+        super().__init__(tasks, arithmetic)
         self._backend = backend
 
-    def _groups(self) -> Iterator[list[int]]:
-        group: list[int] = []
+    def _groups(self) -> Iterator[list[Task]]:
+        group: list[Task] = []
         size = 0
-        for place in self._distinct():
-            group.append(place)
-            size += self._source[place].nbytes
+        for task in self._distinct():
+            group.append(task)
+            size += task.source.nbytes
             if size >= _GROUP_BYTES:
                 yield group
                 group, size = [], 0
@@ -44,22 +35,13 @@ class MovedPart(ListedPart):
             yield group
 
     @torch.no_grad()
-    def average(self, weight: float, weights: Sequence[float]) -> bool:
+    def average(self, update: Update) -> bool:
         if not self.ready():
             return False
-        from ema_fused.plan import Plan  # a plan is made of parts: imported late
+        from ema_fused.routing import split  # routing makes this part: imported late
 
         for group in self._groups():
-            averaged = [self._averaged[place] for place in group]
-            here = [
-                self._source[place].to(a.device) for place, a in zip(group, averaged, strict=True)
-            ]
-            plan = Plan(
-                averaged,
-                here,
-                arithmetic=self._arithmetic,
-                only_copy=[self._only_copy[place] for place in group],
-                backend=self._backend,
-            )
-            plan.lerp_([weights[place] for place in group] if weights else weight)
+            here = [task._replace(source=task.source.to(task.averaged.device)) for task in group]
+            for part in split(here, self._arithmetic, self._backend, None):
+                part.average(update)
         return True

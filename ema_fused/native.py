@@ -5,37 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ema_fused import backends
 from ema_fused.pairs import label
-from ema_fused.parts import Changed
+from ema_fused.parts import Changed, Task, Update
 
 
 class NativePart:
     """A chunk table in the device's memory, and one launch an operation."""
 
     def __init__(
-        self,
-        device: str,
-        averaged: list[Tensor],
-        source: list[Tensor],
-        only_copy: list[bool],
-        arithmetic: str,
-        indices: Sequence[int],
-        names: Sequence[str] | None,
+        self, device: str, tasks: Sequence[Task], arithmetic: str, names: Sequence[str] | None
     ) -> None:
         extension = backends.native()
         assert extension is not None, "routing asks for this part only where the extension is"
-        self.backend = device.partition(":")[0]
-        self.indices = list(indices)
+        self.device = torch.device(device)
+        self.backend = self.device.type
+        self._indices = [task.pair for task in tasks]
         self._names = names
         self._overlap_error = extension.OverlapError
         self._operation = extension.Operation
         self.AVERAGE = extension.Operation.AVERAGE
         try:
             self._plan: Any = extension.Plan(
-                averaged, source, only_copy, getattr(extension.Arithmetic, arithmetic.upper())
+                [task.averaged for task in tasks],
+                [task.source for task in tasks],
+                [(task.only_copy, task.average, task.pair) for task in tasks],
+                getattr(extension.Arithmetic, arithmetic.upper()),
             )
         except extension.OverlapError as error:
             raise self._explained(error) from None
@@ -43,22 +41,16 @@ class NativePart:
         self.no_swap = self._index(self._plan.no_swap)
 
     def _index(self, place: int) -> int | None:
-        return None if place < 0 else self.indices[place]
+        return None if place < 0 else self._indices[place]
 
     def _explained(self, error: Exception) -> ValueError:
         first, second, what = error.args
-        pair = label(self.indices[first], self._names)
-        other = label(self.indices[second], self._names)
+        pair = label(self._indices[first], self._names)
+        other = label(self._indices[second], self._names)
         return ValueError(
             f"{pair} and {other}: {what}, so the result would depend on the order of the updates; "
             f"pass one of the two, or make one a copy: tensor.clone()"
         )
-
-    def _run(self, operation: Any, weight: float = 0.0, weights: Sequence[float] = ()) -> bool:
-        try:
-            return bool(self._plan.run(operation, weight, weights))
-        except self._overlap_error as error:
-            raise self._explained(error) from None
 
     @property
     def run(self) -> Any:
@@ -70,7 +62,7 @@ class NativePart:
 
     def changed(self) -> Changed | None:
         place, is_source, planned = self._plan.changed()
-        return None if place < 0 else Changed(self.indices[place], is_source, planned)
+        return None if place < 0 else Changed(self._indices[place], is_source, planned)
 
     @property
     def elements(self) -> int:
@@ -81,14 +73,65 @@ class NativePart:
         return int(self._plan.chunks)
 
     @property
-    def table_bytes(self) -> int:
-        return int(self._plan.table_bytes)
+    def tables_built(self) -> int:
+        """How often the table was built: again whenever tensors have moved."""
+        return int(self._plan.tables_built)
 
-    def average(self, weight: float, weights: Sequence[float]) -> bool:
-        return self._run(self._operation.AVERAGE, weight, weights)
+    def average(self, update: Update) -> bool:
+        found_inf: Tensor | None = None
+        if update.found_inf is not None:
+            if update.found_inf.is_cuda and self.backend == "cuda":
+                found_inf = update.found_inf.to(self.device)
+            elif update.is_skipped():
+                return self.ready()
+        weights = [self._placed(weight) for weight in update.weights]
+        step = update.step
+        if isinstance(step, Tensor):
+            step = step.to(self.device) if self._reads(step) else int(step)
+        # Whatever was brought to the device is held by a local variable until it is launched.
+        try:
+            return bool(
+                self._plan.run_with(
+                    self.AVERAGE,
+                    0.0,
+                    [_address(weight) for weight in weights],
+                    [update.by_pair[i] for i in self._indices] if update.by_pair else [],
+                    0 if found_inf is None else found_inf.data_ptr(),
+                    update.seed,
+                    0 if isinstance(step, Tensor) else step,
+                    step.data_ptr() if isinstance(step, Tensor) else 0,
+                )
+            )
+        except self._overlap_error as error:
+            raise self._explained(error) from None
+
+    def _reads(self, scalar: Tensor) -> bool:
+        """Whether the kernel reads a number where it lies, so that nobody waits for it."""
+        return scalar.is_cuda and self.backend == "cuda"
+
+    def _placed(self, weight: float | Tensor) -> float | Tensor:
+        if not isinstance(weight, Tensor):
+            return weight
+        if not self._reads(weight):
+            return float(weight)
+        exact = weight.dtype in (torch.float32, torch.float64)
+        return weight.detach().to(self.device, weight.dtype if exact else torch.float64)
 
     def copy(self) -> bool:
         return self._run(self._operation.COPY)
 
     def swap(self) -> bool:
         return self._run(self._operation.SWAP)
+
+    def _run(self, operation: Any) -> bool:
+        try:
+            return bool(self._plan.run(operation))
+        except self._overlap_error as error:
+            raise self._explained(error) from None
+
+
+def _address(weight: float | Tensor) -> tuple[float, int, bool]:
+    """As the extension takes a weight: (number, address or 0, is it a float64 there)."""
+    if isinstance(weight, Tensor):
+        return 0.0, weight.data_ptr(), weight.dtype == torch.float64
+    return weight, 0, False

@@ -41,7 +41,7 @@ def lerp_(
     if isinstance(weight, Sequence) and any(isinstance(item, Tensor) for item in weight):
         _lerp_by_tensors(averaged, source, weight)
         return
-    Plan(averaged, source).lerp_(weight)  # type: ignore[arg-type]
+    Plan(averaged, source).lerp_(weight)
 
 
 def _lerp_by_tensors(

@@ -120,7 +120,13 @@ def _check(name: str, averaged: Tensor, source: Tensor) -> None:
         )
 
 
-def plan_of(pairs: list[Pair], *, arithmetic: str = "lerp", backend: str | None) -> Plan:
+def plan_of(
+    pairs: list[Pair],
+    *,
+    arithmetic: str = "lerp",
+    rounding: str = "nearest",
+    backend: str | None,
+) -> Plan:
     """The plan that updates ``pairs``; errors name the parameters."""
     return Plan(
         [pair.averaged for pair in pairs],
@@ -129,6 +135,7 @@ def plan_of(pairs: list[Pair], *, arithmetic: str = "lerp", backend: str | None)
         only_copy=[not pair.averages for pair in pairs],
         backend=backend,
         names=[pair.name for pair in pairs],
+        rounding=rounding,
     )
 
 
@@ -145,7 +152,7 @@ class Pairing:
         model: the module they are averages of; not kept alive.
         when_model_is_gone: called once no one else holds ``model``.
         update_buffers: whether persistent floating-point buffers are averaged too.
-        arithmetic: of the averages, as in :class:`~ema_fused.Plan`.
+        arithmetic: of the averages, as in :class:`~ema_fused.Plan`; ``rounding`` too.
         backend: as in :class:`~ema_fused.Plan`.
         shares: the parameters that share memory with ``model``.
 
@@ -161,6 +168,7 @@ class Pairing:
         *,
         update_buffers: bool,
         arithmetic: str,
+        rounding: str,
         backend: str | None,
         shares: FrozenShares,
         when_model_is_gone: Callable[[object], None],
@@ -170,6 +178,7 @@ class Pairing:
         self.was_reused = False
         self._model = weakref.ref(model, when_model_is_gone)
         self._arithmetic = arithmetic
+        self._rounding = rounding
         self._backend = backend
         self._shares = shares
         self._prepare()
@@ -181,7 +190,9 @@ class Pairing:
         pairs, shared = pair_up(
             self.averaged, model, update_buffers=self.update_buffers, shares=self._shares
         )
-        everything = plan_of(pairs, arithmetic=self._arithmetic, backend=self._backend)
+        everything = plan_of(
+            pairs, arithmetic=self._arithmetic, rounding=self._rounding, backend=self._backend
+        )
         for pair in pairs:
             _check_own_memory(pair)
         # Nothing above is kept if any of it has raised.
@@ -190,7 +201,8 @@ class Pairing:
         self._shared = [(pair.averaged, pair.source) for pair in shared]
         self._everything = everything
         self._followers: Plan | None = None
-        halves = {pair.averaged.dtype for pair in pairs if _is_half(pair)}
+        rounded = pairs if self._rounding == "nearest" else []
+        halves = {pair.averaged.dtype for pair in rounded if _is_half(pair)}
         # With a smaller weight, half a unit in the last place is more than a whole new value moves.
         self.lossy_below = max((torch.finfo(dtype).eps / 2 for dtype in halves), default=0.0)
 
@@ -230,13 +242,20 @@ class Pairing:
         self._prepare()
         self._everything.copy_()
 
-    def average_(self, weight: float) -> None:
-        """Averages what has an average and copies the rest, in one launch a device."""
+    def average_(self, weight: float, *, seed: int, step: int) -> None:
+        """Averages what has an average and copies the rest, in one launch a device.
+
+        ``seed`` and ``step`` are those of stochastic rounding.
+        """
         try:
-            return self._everything.lerp_(weight)
+            return self._average(weight, seed, step)
         except ValueError:
             pass
         self._prepare()
+        self._average(weight, seed, step)
+
+    def _average(self, weight: float, seed: int, step: int) -> None:
+        self._everything.load_state_dict({"seed": seed, "step": step})
         self._everything.lerp_(weight)
 
     def follow_(self) -> None:

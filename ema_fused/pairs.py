@@ -87,9 +87,11 @@ def check_pair(averaged: Tensor, source: Tensor, pair: str) -> None:
 
 
 def can_average(averaged: Tensor, source: Tensor) -> bool:
-    """Whether the pair has an average: both floating-point, or both complex."""
+    """Whether the pair has an average: floating-point (in 16 bits or more), or complex."""
     if averaged.is_complex() or source.is_complex():
         return averaged.dtype == source.dtype
+    if averaged.itemsize == 1:
+        return False  # 8 bits would lose every change
     return averaged.is_floating_point() and source.is_floating_point()
 
 
@@ -97,7 +99,8 @@ def refuse_average(averaged: Tensor, source: Tensor, pair: str) -> TypeError:
     """The error for a pair that lerp_ can't average."""
     return TypeError(
         f"{pair}: {averaged.dtype} (averaged) and {source.dtype} (source) have no average; "
-        f"floating-point tensors are expected. To carry such tensors along, copy_() them"
+        f"floating-point tensors are expected, the averaged one of at least 16 bits. To carry such "
+        f"tensors along, copy_() them"
     )
 
 

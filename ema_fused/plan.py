@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ema_fused import backends
 from ema_fused.native import NativePart
 from ema_fused.pairs import check_lists, label, refuse_average, refuse_swap
-from ema_fused.parts import Part, kind_of
+from ema_fused.parts import Part, Task, Update, kind_of
+from ema_fused.rounding import check_rounding, check_seed
 from ema_fused.routing import split
+from ema_fused.streams import SideStreams
 
 ARITHMETICS = ("lerp", "axpby", "delta")
+MAX_AVERAGES = 8
+
+Weight = float | Tensor
 
 
 class Plan:
@@ -24,9 +31,11 @@ class Plan:
     autograd, and tensors' version counters don't move.
 
     Args:
-        averaged: tensors to update in place, of any shapes, dtypes and devices.
+        averaged: tensors to update in place, of any shapes and devices, in float64, float32,
+            bfloat16 or float16 (other dtypes can be copied). Or up to eight such lists: several
+            averages of one source, which is read once for all of them.
         source: as many tensors, each of the shape of its averaged tensor; dtype and device may
-            differ from it.
+            differ from it. float8_e4m3fn and float8_e5m2 are read as their values.
         arithmetic: how an average is written, with w the weight of the source.
             ``"lerp"``: as ``torch.lerp``. ``"axpby"``: as ``averaged.mul_(1 - w).add_(source,
             alpha=w)``. ``"delta"``: as ``averaged.add_(source - averaged, alpha=w)``.
@@ -35,55 +44,82 @@ class Plan:
             buffers, buffers that follow the model). None: no pair.
         backend: ``"cuda"``, ``"cpu"`` or ``"foreach"`` pins one; None takes the best for each pair.
         names: one a pair, for messages.
+        rounding: of 16-bit averages. ``"nearest"``: as torch does; changes below half a unit in the
+            last place are lost. ``"stochastic"``: up or down at random, so that the mean is right
+            and nothing is lost in the long run. Computed by lerp.
+        seed: of the random bits, in [0, 2**63). They depend on it, on the step, the pair and the
+            element, and on nothing else: CPU and CUDA give the same.
 
     A pair that occurs twice (tied tensors) is updated once; a pair whose two sides are the same
-    memory is left alone; empty tensors are fine. The plan owns no memory but its chunk table (32
+    memory is left alone; empty tensors are fine. The plan owns no memory but its chunk table (48
     bytes a chunk).
+
+    Attributes:
+        averaged: the averaged tensors; of several averages, one list behind the other.
+        source: the source of each.
+        averages: how many averages each source has.
+        step: how many averagings were made, an int: what the random bits are counted by.
 
     Raises:
         TypeError: an item is not a tensor, or a kind without plain strided elements (sparse,
             quantized, nested, DTensor, FakeTensor).
         ValueError: lists of different length, shapes that differ within a pair, tensors without
             data (meta), averaged tensors that overlap themselves or other tensors, an unknown
-            arithmetic or backend.
+            arithmetic, rounding or backend, more than eight averages.
         RuntimeError: the backend asked for can't serve these tensors here.
     """
 
     def __init__(
         self,
-        averaged: Sequence[Tensor],
+        averaged: Sequence[Tensor] | Sequence[Sequence[Tensor]],
         source: Sequence[Tensor],
         *,
         arithmetic: str = "lerp",
         only_copy: Sequence[bool] | None = None,
         backend: str | None = None,
         names: Sequence[str] | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
     ) -> None:
-        check_lists(averaged, source)
+        several = _as_several(averaged)
+        for one in several:
+            check_lists(one, source)
         if arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic {arithmetic!r} is none of {', '.join(ARITHMETICS)}")
+        check_rounding(rounding)
+        check_seed(seed)
+        if rounding == "stochastic" and arithmetic != "lerp":
+            raise ValueError(
+                f"rounding 'stochastic' goes with arithmetic 'lerp', and {arithmetic!r} was given: "
+                f"its own roundings are what stochastic rounding replaces"
+            )
         for what, flags in (("only_copy", only_copy), ("names", names)):
-            if flags is not None and len(flags) != len(averaged):
-                raise ValueError(f"{what} has {len(flags)} items for {len(averaged)} pairs")
+            if flags is not None and len(flags) != len(source):
+                raise ValueError(f"{what} has {len(flags)} items for {len(source)} pairs")
         if backend is not None:
             backends.check_name(backend)
-        self.averaged = list(averaged)
-        self.source = list(source)
+        self.averaged = [tensor for one in several for tensor in one]
+        self.source = list(source) * len(several)
+        self.averages = len(several)
         self.arithmetic = arithmetic
         self.backend = backend
-        self._only_copy = [False] * len(self.averaged) if only_copy is None else list(only_copy)
+        self.rounding = rounding
+        self.seed = seed
+        self.step = 0
+        self._only_copy = [False] * len(source) if only_copy is None else list(only_copy)
         self._names = None if names is None else list(names)
+        self._side_streams = SideStreams()
         self._build()
 
     def _build(self) -> None:
-        self._parts: list[Part] = split(
-            self.averaged,
-            self.source,
-            self._only_copy,
-            self.arithmetic,
-            self.backend,
-            self._names,
-        )
+        pairs = len(self._only_copy)
+        tasks = [
+            Task(i, averaged, source, self._only_copy[i % pairs], i // pairs)
+            for i, (averaged, source) in enumerate(zip(self.averaged, self.source, strict=True))
+        ]
+        arithmetic = "stochastic" if self.rounding == "stochastic" else self.arithmetic
+        self._labels = _labels(self._names, pairs, self.averages)
+        self._parts: list[Part] = split(tasks, arithmetic, self.backend, self._labels)
         parts = self._parts
         self._no_average = min(
             (p.no_average for p in parts if p.no_average is not None), default=None
@@ -92,7 +128,8 @@ class Plan:
         # The shortest way: one native part that can average goes from lerp_ to its launch.
         sole = self._parts[0] if len(self._parts) == 1 else None
         self._average_at_once: Any = None
-        if isinstance(sole, NativePart) and self._no_average is None:
+        is_plain = self.rounding == "nearest" and self._no_average is None
+        if isinstance(sole, NativePart) and is_plain:
             self._average_at_once = sole.run
             self._AVERAGE = sole.AVERAGE
 
@@ -108,7 +145,7 @@ class Plan:
                 which = "source" if changed.is_source else "averaged tensor"
                 tensor = (self.source if changed.is_source else self.averaged)[changed.pair]
                 raise ValueError(
-                    f"{label(changed.pair, self._names)}: the {which} was planned as "
+                    f"{label(changed.pair, self._labels)}: the {which} was planned as "
                     f"{changed.planned} and is now {kind_of(tensor)}; make a new Plan for it"
                 )
         self._build()
@@ -125,75 +162,188 @@ class Plan:
             if not operation(part):
                 raise RuntimeError("a tensor was changed while it was being updated")
 
-    def lerp_(self, weight: float | Sequence[float] | Tensor) -> None:
+    def lerp_(
+        self,
+        weight: Weight | Sequence[Weight],
+        *,
+        found_inf: Tensor | None = None,
+        step: int | Tensor | None = None,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
         """Averages: ``averaged = (1 - weight) * averaged + weight * source``, in place.
 
+        Doesn't wait for a CUDA device where the averages are on it: numbers that lie there are read
+        by the kernel. So it can be captured into a CUDA graph; the plan must live as long as the
+        graph is replayed.
+
         Args:
-            weight: of the source; a number, a 0-dim tensor, or a sequence of one number a pair. Not
-                limited to [0, 1].
+            weight: of the source; a number or a 0-dim tensor (read at every replay of a graph). Of
+                one average also a sequence of one number a pair; of several averages a sequence of
+                one number or 0-dim tensor each. Not limited to [0, 1].
+            found_inf: a tensor of one number, as ``torch.amp.GradScaler`` keeps it: anything but 0
+                makes this update do nothing.
+            step: what the random bits of stochastic rounding are counted by, modulo 2**32: an
+                integer or a 0-dim int64 tensor. None: the plan's own :attr:`step`, which then
+                counts on.
+            stream: the CUDA stream to run on, instead of the current one. It waits for what the
+                current stream holds so far. Before other code writes the source or reads the
+                averages, let its stream wait: :meth:`wait`; this plan's own methods do.
 
         Raises:
             TypeError: a pair that has no average (integers, bool) and isn't ``only_copy``.
-            ValueError: a tensor's dtype or shape has changed, or the weights are not one a pair.
+            ValueError: a tensor's dtype or shape has changed, or the weights are not as many as
+                they should be.
+            RuntimeError: the update is captured into a graph and would draw the same random bits
+                at every replay.
             Nothing has been updated then.
         """
         at_once = self._average_at_once
-        if type(weight) is float and at_once is not None:
+        if (
+            type(weight) is float
+            and at_once is not None
+            and found_inf is None
+            and stream is None
+            and not self._side_streams.unfinished
+        ):
             try:
                 if at_once(self._AVERAGE, weight):
+                    self.step += 1
                     return
             except ValueError:
                 pass  # raised again below, with the names of the pairs
-        self._average(weight)
+        self._average(weight, found_inf, step, stream)
 
-    def _average(self, weight: float | Sequence[float] | Tensor) -> None:
+    def _average(
+        self,
+        weight: Weight | Sequence[Weight],
+        found_inf: Tensor | None,
+        step: int | Tensor | None,
+        stream: torch.cuda.Stream | None,
+    ) -> None:
         if self._no_average is not None:
             i = self._no_average
-            raise refuse_average(self.averaged[i], self.source[i], label(i, self._names))
-        number, weights = self._as_weights(weight)
-        self._run(lambda part: part.average(number, [weights[i] for i in part.indices if weights]))
+            raise refuse_average(self.averaged[i], self.source[i], label(i, self._labels))
+        weights, by_pair = self._as_weights(weight)
+        update = Update(
+            weights,
+            by_pair,
+            None if found_inf is None else _as_flag(found_inf),
+            self.seed,
+            self.step if step is None else _as_step(step),
+        )
+        read = (*weights, update.found_inf, update.step)
+        with self._on(stream, [item for item in read if isinstance(item, Tensor)]):
+            self._refuse_to_repeat(update)
+            self._run(lambda part: part.average(update))
+        if step is None:
+            self.step += 1
 
-    def _as_weights(self, weight: float | Sequence[float] | Tensor) -> tuple[float, list[float]]:
-        """(the number for all pairs, or one number a pair)."""
-        if isinstance(weight, Tensor):
-            if weight.dim() > 0:
-                raise ValueError(
-                    f"the weight is a tensor of shape {tuple(weight.shape)}; a number, a 0-dim "
-                    f"tensor or a list of one number a pair is expected"
-                )
-            return float(weight), []
+    def _refuse_to_repeat(self, update: Update) -> None:
+        """A graph replays the numbers it was captured with, the same random bits each time."""
+        if self.rounding == "nearest" or isinstance(update.step, Tensor):
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a captured update with stochastic rounding would draw the same random bits at "
+                "every replay; pass step=, a 0-dim int64 tensor on the device, and advance it in "
+                "the graph: step += 1"
+            )
+
+    def _as_weights(self, weight: Weight | Sequence[Weight]) -> tuple[list[Weight], list[float]]:
+        """(one weight an average, or one number a pair)."""
         if isinstance(weight, Sequence) and not isinstance(weight, str):
+            if self.averages > 1:
+                if len(weight) != self.averages:
+                    raise ValueError(
+                        f"{len(weight)} weights for {self.averages} averages; one each is expected"
+                    )
+                return [_as_number(item) for item in weight], []
             if len(weight) != len(self.averaged):
                 raise ValueError(
                     f"{len(weight)} weights for {len(self.averaged)} pairs; one a pair is expected"
                 )
-            return 0.0, [float(w) for w in weight]
-        if isinstance(weight, (str, complex)):
-            raise TypeError(f"the weight is {weight!r}; a real number is expected")
-        return float(weight), []
+            return [0.0], [float(item) for item in weight]
+        return [_as_number(weight)] * self.averages, []
 
-    def copy_(self) -> None:
-        """Copies every source into its averaged tensor, converting the dtype where they differ.
+    def copy_(self, *, stream: torch.cuda.Stream | None = None) -> None:
+        """Copies every source into its averaged tensors, converting the dtype where they differ.
+
+        Args:
+            stream: as in :meth:`lerp_`.
 
         Raises:
             ValueError: a tensor's dtype or shape has changed; nothing has been updated then.
         """
-        self._run(lambda part: part.copy())
+        with self._on(stream):
+            self._run(lambda part: part.copy())
 
-    def swap_(self) -> None:
+    def swap_(self, *, stream: torch.cuda.Stream | None = None) -> None:
         """Exchanges the contents of averaged and source tensors, without a temporary.
 
         (Pairs on two devices, and those left to ``foreach``, take a temporary of one tensor.)
 
+        Args:
+            stream: as in :meth:`lerp_`.
+
         Raises:
             TypeError: a pair of two dtypes.
-            ValueError: a tensor's dtype or shape has changed, or sources overlap. Nothing has been
-            swapped then.
+            ValueError: a tensor's dtype or shape has changed, sources overlap, or there are several
+                averages. Nothing has been swapped then.
         """
+        if self.averages > 1:
+            raise ValueError(
+                f"a source can't be swapped with {self.averages} averages at once; make a Plan of "
+                f"the one to swap it with"
+            )
         if self._no_swap is not None:
             i = self._no_swap
-            raise refuse_swap(self.averaged[i], self.source[i], label(i, self._names))
-        self._run(lambda part: part.swap())
+            raise refuse_swap(self.averaged[i], self.source[i], label(i, self._labels))
+        with self._on(stream):
+            self._run(lambda part: part.swap())
+
+    def _on(
+        self, stream: torch.cuda.Stream | None, scalars: Sequence[Tensor] = ()
+    ) -> AbstractContextManager[None]:
+        if stream is None:
+            self.wait()
+            return nullcontext()
+        elsewhere = [t.device for t in self.averaged if t.is_cuda and t.device != stream.device]
+        if elsewhere:
+            raise ValueError(
+                f"the stream is on {stream.device} and the plan has tensors on {elsewhere[0]} too; "
+                f"make a Plan for each device"
+            )
+        for scalar in scalars:
+            if scalar.is_cuda:
+                scalar.record_stream(stream)
+        tensors = [*self.averaged, *self.source]
+        built = sum(part.tables_built for part in self._parts if isinstance(part, NativePart))
+        return self._side_streams.running_on(stream, tensors, built)
+
+    def wait(self) -> None:
+        """Makes each device's current stream wait for updates that were given another ``stream``.
+
+        The host doesn't wait. Call it before the optimizer writes the source.
+        """
+        if self._side_streams.unfinished:
+            self._side_streams.wait()
+
+    def state_dict(self) -> dict[str, int]:
+        """What stochastic rounding goes on from: ``seed`` and ``step``."""
+        return {"seed": self.seed, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on from a saved :meth:`state_dict`, to the bit.
+
+        Raises:
+            KeyError: one of ``seed`` and ``step`` is missing.
+            TypeError, ValueError: they are no integers, or out of range.
+        """
+        seed, step = state["seed"], state["step"]
+        check_seed(seed)
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise TypeError(f"step is {step!r}; an integer is expected")
+        self.seed, self.step = seed, step
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -207,7 +357,7 @@ class Plan:
 
     @property
     def tensors(self) -> int:
-        """Pairs, empty and repeated ones included."""
+        """Averaged tensors, empty and repeated ones included."""
         return len(self.averaged)
 
     @property
@@ -228,21 +378,93 @@ class Plan:
     def __repr__(self) -> str:
         return (
             f"Plan(devices={list(self.devices)}, backends={list(self.backends)}, "
-            f"arithmetic={self.arithmetic!r}, tensors={self.tensors}, elements={self.elements:,}, "
+            f"arithmetic={self.arithmetic!r}, rounding={self.rounding!r}, "
+            f"averages={self.averages}, tensors={self.tensors}, elements={self.elements:,}, "
             f"chunks={self.chunks:,}, launches={self.launches})"
         )
 
     def __getstate__(self) -> dict[str, Any]:
         """What a plan is made of. The compiled part holds addresses: never copied or saved."""
+        pairs = len(self._only_copy)
+        lists = [self.averaged[k * pairs : (k + 1) * pairs] for k in range(self.averages)]
         return {
-            "averaged": self.averaged,
-            "source": self.source,
+            "averaged": lists if self.averages > 1 else self.averaged,
+            "source": self.source[:pairs],
             "arithmetic": self.arithmetic,
             "only_copy": self._only_copy,
             "backend": self.backend,
             "names": self._names,
+            "rounding": self.rounding,
+            "seed": self.seed,
+            "step": self.step,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        averaged, source = state.pop("averaged"), state.pop("source")
+        averaged, source, step = state.pop("averaged"), state.pop("source"), state.pop("step")
         self.__init__(averaged, source, **state)  # type: ignore[misc]
+        self.step = step
+
+
+def _as_several(
+    averaged: Sequence[Tensor] | Sequence[Sequence[Tensor]],
+) -> list[Sequence[Tensor]]:
+    """The lists of averaged tensors: one, or several averages of one source."""
+    if isinstance(averaged, Tensor) or not averaged or not isinstance(averaged[0], (list, tuple)):
+        return [averaged]  # type: ignore[list-item]
+    for k, one in enumerate(averaged):
+        if not isinstance(one, (list, tuple)):
+            raise TypeError(
+                f"averaged is a list of lists, and its item {k} is a {type(one).__name__}; a list "
+                f"of tensors for each average is expected"
+            )
+    if len(averaged) > MAX_AVERAGES:
+        raise ValueError(
+            f"{len(averaged)} averages of one source; at most {MAX_AVERAGES} are updated in one "
+            f"pass. Make a Plan for the others"
+        )
+    return list(averaged)  # type: ignore[arg-type]
+
+
+def _labels(names: list[str] | None, pairs: int, averages: int) -> list[str] | None:
+    """What messages call each pair: with several averages, which of them too."""
+    if averages == 1:
+        return names
+    own = [f"pair {i}" for i in range(pairs)] if names is None else names
+    return [f"{name} of average {k}" for k in range(averages) for name in own]
+
+
+def _as_number(weight: object) -> Weight:
+    if isinstance(weight, Tensor):
+        if weight.dim() > 0:
+            raise ValueError(
+                f"the weight is a tensor of shape {tuple(weight.shape)}; a number, a 0-dim "
+                f"tensor or a list of numbers is expected"
+            )
+        if weight.is_complex():
+            raise TypeError(f"the weight is {weight.dtype}; a real number is expected")
+        return weight if weight.is_cuda else float(weight)
+    if isinstance(weight, (str, complex)):
+        raise TypeError(f"the weight is {weight!r}; a real number is expected")
+    return float(weight)  # type: ignore[arg-type]
+
+
+def _as_flag(found_inf: object) -> Tensor:
+    if not isinstance(found_inf, Tensor):
+        raise TypeError(f"found_inf is {found_inf!r}; a tensor of one number is expected")
+    if found_inf.numel() != 1:
+        raise ValueError(
+            f"found_inf has shape {tuple(found_inf.shape)}; a tensor of one number is expected"
+        )
+    return found_inf.detach().to(torch.float32)
+
+
+def _as_step(step: object) -> int | Tensor:
+    if isinstance(step, Tensor):
+        if step.numel() != 1 or step.dtype != torch.int64:
+            raise ValueError(
+                f"step is {kind_of(step)}; an integer or a 0-dim int64 tensor is expected"
+            )
+        return step
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step is {step!r}; an integer or a 0-dim int64 tensor is expected")
+    return step

@@ -10,15 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from ema_fused import backends
 from ema_fused.foreach import ForeachPart
 from ema_fused.moved import MovedPart
 from ema_fused.native import NativePart
 from ema_fused.pairs import check_pair, label
-from ema_fused.parts import Part
+from ema_fused.parts import Part, Task
+from ema_fused.rounding import HALVES
 
 _DLPACK_CPU = 1
 _DLPACK_CUDA = 2
@@ -30,12 +28,7 @@ _ROUNDS_BY_POSITION = (
 
 
 def split(
-    averaged: list[Tensor],
-    source: list[Tensor],
-    only_copy: list[bool],
-    arithmetic: str,
-    backend: str | None,
-    names: Sequence[str] | None,
+    tasks: Sequence[Task], arithmetic: str, backend: str | None, names: Sequence[str] | None
 ) -> list[Part]:
     """Puts every pair into a part.
 
@@ -45,88 +38,76 @@ def split(
         RuntimeError: the backend asked for can't be used, or not for these tensors.
     """
     pin = backends.pinned(backend)
-    groups, refusals = _inspect(averaged, source, names, pin)
-    if arithmetic != "lerp" and pin is None:
-        _leave_to_foreach(averaged, source, only_copy, groups, refusals)
+    groups, refusals = _inspect(tasks, names, pin)
+    if arithmetic in ("axpby", "delta") and pin is None:
+        _leave_to_foreach(tasks, groups, refusals)
 
-    moved = [i for i in refusals if averaged[i].device != source[i].device]
+    moved = [i for i in refusals if tasks[i].averaged.device != tasks[i].source.device]
     for i in moved:
         del refusals[i]
     if refusals and pin in ("cpu", "cuda"):
         i, reason = next(iter(refusals.items()))
         raise RuntimeError(
-            f"backend {pin!r} was asked for and can't serve {label(i, names)}: {reason}; "
-            f"leave backend unset to let torch update such pairs"
+            f"backend {pin!r} was asked for and can't serve {label(tasks[i].pair, names)}: "
+            f"{reason}; leave backend unset to let torch update such pairs"
         )
     if refusals and pin is None:
         counts = Counter(refusals.values())
         for reason, count in counts.items():
-            first = next(i for i in refusals if refusals[i] == reason)
-            backends.warn_slow_path(reason, label(first, names), count, len(averaged))
-
-    def pick(indices: Sequence[int]) -> tuple[list[Tensor], list[Tensor], list[bool]]:
-        return (
-            [averaged[i] for i in indices],
-            [source[i] for i in indices],
-            [only_copy[i] for i in indices],
-        )
+            first = next(tasks[i] for i in refusals if refusals[i] == reason)
+            backends.warn_slow_path(reason, label(first.pair, names), count, len(tasks))
 
     parts: list[Part] = [
-        NativePart(name, *pick(indices), arithmetic, indices, names)
-        for name, indices in groups.items()
+        NativePart(device, [tasks[i] for i in places], arithmetic, names)
+        for device, places in groups.items()
     ]
     if moved:
-        parts.append(MovedPart(*pick(moved), arithmetic, moved, pin))
+        parts.append(MovedPart([tasks[i] for i in moved], arithmetic, pin))
     if refusals:
-        parts.append(ForeachPart(*pick(list(refusals)), arithmetic, list(refusals)))
+        parts.append(ForeachPart([tasks[i] for i in refusals], arithmetic))
     return parts
 
 
 def _inspect(
-    averaged: list[Tensor],
-    source: list[Tensor],
-    names: Sequence[str] | None,
-    pin: str | None,
+    tasks: Sequence[Task], names: Sequence[str] | None, pin: str | None
 ) -> tuple[dict[str, list[int]], dict[int, str]]:
-    """(pairs with a native kernel, by device; the others, each with its reason)."""
+    """(places of pairs with a native kernel, by device; the others, each with its reason)."""
     native = backends.native()
     groups: dict[str, list[int]] = {}
     refusals: dict[int, str] = {}
     if native is None or pin == "foreach":
         reason = backends.why_not("cpu") or "it was asked for"
-        refusals = dict.fromkeys(range(len(averaged)), reason)
+        refusals = dict.fromkeys(range(len(tasks)), reason)
     else:
-        refused, devices = native.inspect(averaged, source)
+        refused, devices = native.inspect(
+            [task.averaged for task in tasks], [task.source for task in tasks]
+        )
         refusals = dict(refused)
-        for kind, index, indices in devices:
+        for kind, index, places in devices:
             name = {_DLPACK_CPU: "cpu", _DLPACK_CUDA: f"cuda:{index}"}.get(kind)
-            device = averaged[indices[0]].device
+            device = tasks[places[0]].averaged.device
             refusal = backends.why_not_on(device)
             if refusal is None and pin is not None and pin != device.type:
                 refusal = f"it is on {device}"
             if name is None or refusal is not None:
-                refusals |= dict.fromkeys(indices, refusal or f"no kernel is built for {device}")
+                refusals |= dict.fromkeys(places, refusal or f"no kernel is built for {device}")
             else:
-                groups[name] = indices
+                groups[name] = places
         refusals = dict(sorted(refusals.items()))
     for i in refusals:
-        check_pair(averaged[i], source[i], label(i, names))
+        check_pair(tasks[i].averaged, tasks[i].source, label(tasks[i].pair, names))
     return groups, refusals
 
 
 def _leave_to_foreach(
-    averaged: list[Tensor],
-    source: list[Tensor],
-    only_copy: list[bool],
-    groups: dict[str, list[int]],
-    refusals: dict[int, str],
+    tasks: Sequence[Task], groups: dict[str, list[int]], refusals: dict[int, str]
 ) -> None:
     """Moves 16-bit pairs whose original rounds by position from the CPU kernel to foreach."""
-    halves = (torch.float16, torch.bfloat16)
     kept = []
     for i in groups.get("cpu", []):
-        a, s = averaged[i].dtype, source[i].dtype
-        if a == s and a in halves and not only_copy[i]:
+        task = tasks[i]
+        a, s = task.averaged.dtype, task.source.dtype
+        if a == s and a in HALVES and not task.only_copy:
             refusals[i] = _ROUNDS_BY_POSITION
         else:
             kept.append(i)

@@ -10,16 +10,19 @@ import torch
 
 from ema_fused import moved
 from ema_fused.moved import MovedPart
+from ema_fused.parts import Task, Update
 
 
-def part() -> MovedPart:
+def tasks() -> list[Task]:
     """Pairs of 400, 8 and 40 bytes, an empty one, the first of them twice, and one only copied."""
     averaged = [torch.zeros(100), torch.zeros(2), torch.zeros(10), torch.zeros(0)]
     source = [torch.ones(100), torch.ones(2), torch.ones(10), torch.zeros(0)]
     averaged += [averaged[0], torch.zeros(1, dtype=torch.int64)]
     source += [source[0], torch.ones(1, dtype=torch.int64)]
-    only_copy = [False] * 5 + [True]
-    return MovedPart(averaged, source, only_copy, "lerp", range(6), None)
+    return [
+        Task(i, a, s, only_copy=i == 5, average=0)
+        for i, (a, s) in enumerate(zip(averaged, source, strict=True))
+    ]
 
 
 @pytest.mark.parametrize("group_bytes", [1, 100, 1 << 20])
@@ -27,33 +30,43 @@ def test_every_pair_is_updated_once_whatever_the_groups(
     group_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(moved, "_GROUP_BYTES", group_bytes)
-    pairs = part()
-    groups = list(pairs._groups())
-    assert sorted(place for group in groups for place in group) == [0, 1, 2, 5]
+    pairs = tasks()
+    part = MovedPart(pairs, "lerp", None)
+    groups = list(part._groups())
+    assert sorted(task.pair for group in groups for task in group) == [0, 1, 2, 5]
     assert len(groups) == {1: 4, 100: 2, 1 << 20: 1}[group_bytes]
-    assert pairs.average(0.25, ())
-    assert [tensor.unique().tolist() for tensor in pairs._averaged[:3]] == [[0.25]] * 3
-    assert pairs._averaged[5] == 1
-    assert pairs.average(0.0, [0.5, 0.0, 1.0, 0.0, 0.5, 0.0])
-    assert [float(tensor[0]) for tensor in pairs._averaged[:3]] == [0.625, 0.25, 1.0]
+    assert part.average(Update([0.25], []))
+    assert [task.averaged.unique().tolist() for task in pairs[:3]] == [[0.25]] * 3
+    assert pairs[5].averaged == 1
+    assert part.average(Update([0.0], [0.5, 0.0, 1.0, 0.0, 0.5, 0.0]))
+    assert [float(task.averaged[0]) for task in pairs[:3]] == [0.625, 0.25, 1.0]
+
+
+def test_each_average_has_its_weight_and_a_set_flag_stops_them_all() -> None:
+    pairs = [task._replace(average=i % 2) for i, task in enumerate(tasks()[:3])]
+    part = MovedPart(pairs, "lerp", None)
+    assert part.average(Update([0.5, 0.25], [], found_inf=torch.ones(1)))
+    assert not any(task.averaged.any() for task in pairs)
+    assert part.average(Update([0.5, 0.25], [], found_inf=torch.zeros(1)))
+    assert [float(task.averaged[0]) for task in pairs] == [0.5, 0.25, 0.5]
 
 
 def test_a_repeated_pair_is_swapped_once() -> None:
-    pairs = part()
-    assert pairs.swap()
-    assert pairs._averaged[0].unique().tolist() == [1.0]
-    assert pairs._source[0].unique().tolist() == [0.0]
-    assert pairs.copy()
-    assert pairs._averaged[0].unique().tolist() == [0.0]
+    pairs = tasks()
+    part = MovedPart(pairs, "lerp", None)
+    assert part.swap()
+    assert pairs[0].averaged.unique().tolist() == [1.0]
+    assert pairs[0].source.unique().tolist() == [0.0]
+    assert part.copy()
+    assert pairs[0].averaged.unique().tolist() == [0.0]
 
 
 def test_changed_tensors_are_reported_and_nothing_is_done() -> None:
-    pairs = part()
-    pairs._source[2].resize_(5)
-    assert not pairs.average(0.5, ())
-    assert not pairs.swap()
-    assert not pairs.copy()
-    changed = pairs.changed()
-    assert changed is not None
-    assert changed == (2, True, "float32 of shape (10,)")
-    assert pairs._averaged[0].unique().tolist() == [0.0]
+    pairs = tasks()
+    part = MovedPart(pairs, "lerp", None)
+    pairs[2].source.resize_(5)
+    assert not part.average(Update([0.5], []))
+    assert not part.swap()
+    assert not part.copy()
+    assert part.changed() == (2, True, "float32 of shape (10,)")
+    assert pairs[0].averaged.unique().tolist() == [0.0]

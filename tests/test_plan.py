@@ -145,20 +145,19 @@ def test_the_representation_tells_what_is_launched() -> None:
     plan = Plan([torch.zeros(9000), torch.zeros(2)], [torch.ones(9000), torch.ones(2)])
     if plan.backends == ("cpu",):
         assert repr(plan) == (
-            "Plan(devices=['cpu'], backends=['cpu'], arithmetic='lerp', tensors=2, "
-            "elements=9,002, chunks=3, launches=1)"
+            "Plan(devices=['cpu'], backends=['cpu'], arithmetic='lerp', "
+            "rounding='nearest', averages=1, tensors=2, elements=9,002, chunks=3, launches=1)"
         )
     assert (plan.tensors, plan.elements) == (2, 9002)
 
 
-def test_a_plan_owns_no_more_than_its_table() -> None:
+def test_a_plan_has_as_many_chunks_as_its_tensors_need() -> None:
     native = backends.native()
     if native is None:
         pytest.skip("the extension is not built")
     tensors = [torch.zeros(100_000)], [torch.zeros(100_000)]
-    part = native.Plan(*tensors, [False], native.Arithmetic.LERP)
-    assert part.chunks == -(-100_000 // native.chunk_elements(False))
-    assert part.table_bytes <= 40 * part.chunks
+    part = native.Plan(*tensors, [(False, 0, 0)], native.Arithmetic.LERP)
+    assert part.chunks == -(-100_000 // native.CHUNK_ELEMENTS_CPU)
 
 
 def test_a_plan_keeps_no_module_alive(backend: str) -> None:
@@ -195,7 +194,7 @@ from ema_fused import _C
 _C.connect(torch.Tensor, "libnowhere.so", None)
 assert "DLPack" in _C.missing_doors() and "one thread" in _C.missing_doors()
 a, s = [torch.zeros(3), torch.zeros(2, 2)], [torch.ones(3), torch.ones(2, 2)]
-plan = _C.Plan(a, s, [False, False], _C.Arithmetic.LERP)
+plan = _C.Plan(a, s, [(False, 0, 0), (False, 0, 1)], _C.Arithmetic.LERP)
 average = lambda weight: plan.run(_C.Operation.AVERAGE, weight)
 assert average(0.5)
 s[0].data = torch.full((3,), 2.0)

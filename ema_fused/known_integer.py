@@ -1,15 +1,15 @@
-"""The number of updates, known without asking a device for it."""
+"""An integer in a buffer (the number of updates, a seed), known without asking a device for it."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 
-class StepCount:
+class KnownInteger:
     """The value of an integer buffer, read only when somebody else has written it.
 
     Reading a buffer on an accelerator waits for everything queued there, so the value is kept as a
-    Python int beside it. Writing needs no waiting: the buffer is written at every step and is
+    Python int beside it. Writing needs no waiting: the buffer is written at every change and is
     always right, whoever reads it (``state_dict``, DistributedDataParallel's broadcast of buffers).
 
     The buffer is read again when it is another object (``.to()``, ``load_state_dict(assign=True)``)

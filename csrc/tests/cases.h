@@ -1,0 +1,360 @@
+// Generated problems for an update: tensors of all types at all alignments in poisoned memory, run
+// by the implementation under test and by the CPU loop, compared with each other to the bit and
+// with float64, and nothing outside the tensors may be touched.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <iterator>
+#include <memory>
+#include <vector>
+
+#include "../chunk_table.h"
+#include "../dispatch.h"
+#include "../update_cpu.h"
+#include "check.h"
+
+namespace ema_fused::testing {
+
+constexpr DType kAveraged[] = {DType::kFloat64, DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+constexpr DType kSources[] = {DType::kFloat64, DType::kFloat32,    DType::kBFloat16,
+                              DType::kFloat16, DType::kFloat8E4M3, DType::kFloat8E5M2};
+constexpr std::uint8_t kPoison = 0xa5;
+constexpr std::size_t kGuard = 64;  // bytes on either side of every tensor
+
+inline double element_at(const std::uint8_t* data, DType dtype, std::int64_t i) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return reinterpret_cast<const double*>(data)[i];
+    case DType::kFloat32:
+      return reinterpret_cast<const float*>(data)[i];
+    case DType::kBFloat16:
+      return widen(reinterpret_cast<const BFloat16*>(data)[i]);
+    case DType::kFloat16:
+      return widen(reinterpret_cast<const Float16*>(data)[i]);
+    case DType::kFloat8E4M3:
+      return widen(Float8E4M3{data[i]});
+    case DType::kFloat8E5M2:
+      return widen(Float8E5M2{data[i]});
+    case DType::kBytes:
+      return data[i];
+  }
+  return 0.0;
+}
+
+// `value` is in [-2, 2].
+inline void set_element(std::uint8_t* data, DType dtype, std::int64_t i, double value) {
+  switch (dtype) {
+    case DType::kFloat64:
+      reinterpret_cast<double*>(data)[i] = value;
+      break;
+    case DType::kFloat32:
+      reinterpret_cast<float*>(data)[i] = static_cast<float>(value);
+      break;
+    case DType::kBFloat16:
+      reinterpret_cast<BFloat16*>(data)[i] = narrow_to_bfloat16(static_cast<float>(value));
+      break;
+    case DType::kFloat16:
+      reinterpret_cast<Float16*>(data)[i] = narrow_to_float16(static_cast<float>(value));
+      break;
+    case DType::kFloat8E4M3:
+    case DType::kFloat8E5M2:
+      // Any bits of a number below 2^10, subnormal ones too.
+      data[i] = static_cast<std::uint8_t>(std::abs(value) * 49.0);
+      data[i] |= value < 0.0 ? 0x80u : 0u;
+      break;
+    case DType::kBytes:
+      data[i] = static_cast<std::uint8_t>((value + 2.0) * 60.0);
+      break;
+  }
+}
+
+inline double epsilon_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return 2.3e-16;
+    case DType::kFloat32:
+      return 1.2e-7;
+    case DType::kBFloat16:
+      return 7.9e-3;
+    default:
+      return 9.8e-4;
+  }
+}
+
+// A tensor in the middle of poisoned memory, `shift` elements off a 64-byte boundary.
+class Tensor {
+ public:
+  Tensor(DType dtype, std::int64_t count, std::size_t shift, Random& random)
+      : dtype_(dtype),
+        bytes_(static_cast<std::size_t>(count * item_size(dtype))),
+        memory_(bytes_ + 4 * kGuard, kPoison) {
+    const auto address = reinterpret_cast<std::uintptr_t>(memory_.data());
+    start_ = kGuard + (kGuard - address % kGuard) % kGuard +
+             shift * static_cast<std::size_t>(item_size(dtype));
+    for (std::int64_t i = 0; i < count; ++i) {
+      set_element(data(), dtype, i, random.between(-2.0, 2.0));
+    }
+  }
+
+  std::uint8_t* data() { return memory_.data() + start_; }
+  const std::uint8_t* data() const { return memory_.data() + start_; }
+  // All of it, guards included, and where the tensor begins in it.
+  std::vector<std::uint8_t>& memory() { return memory_; }
+  std::size_t start() const { return start_; }
+
+  bool same_bits(const Tensor& other) const {
+    return std::memcmp(data(), other.data(), bytes_) == 0;
+  }
+  bool guards_are_whole() const {
+    for (std::size_t i = 0; i < memory_.size(); ++i) {
+      if ((i < start_ || i >= start_ + bytes_) && memory_[i] != kPoison) {
+        return false;
+      }
+    }
+    return true;
+  }
+  double at(std::int64_t i) const { return element_at(data(), dtype_, i); }
+  DType dtype() const { return dtype_; }
+  // A copy at the same offset from a boundary.
+  std::unique_ptr<Tensor> clone(std::int64_t count, std::size_t shift, Random& random) const {
+    auto other = std::make_unique<Tensor>(dtype_, count, shift, random);
+    std::memcpy(other->data(), data(), bytes_);
+    return other;
+  }
+
+ private:
+  DType dtype_;
+  std::size_t bytes_;
+  std::vector<std::uint8_t> memory_;
+  std::size_t start_ = 0;
+};
+
+// One tensor three times: for the implementation under test, for the CPU loop, and as it was.
+struct Copies {
+  std::unique_ptr<Tensor> tested;
+  std::unique_ptr<Tensor> on_cpu;
+  std::unique_ptr<Tensor> before;
+
+  Copies(DType dtype, std::int64_t count, std::size_t shift, Random& random)
+      : tested(std::make_unique<Tensor>(dtype, count, shift, random)),
+        on_cpu(tested->clone(count, shift, random)),
+        before(tested->clone(count, shift, random)) {}
+};
+
+// A source and its averages.
+struct Case {
+  std::int64_t count;
+  bool only_copy;
+  std::vector<Copies> averaged;
+  Copies source;
+};
+
+inline Case make_case(const std::vector<DType>& averaged, DType source, std::int64_t count,
+                      bool only_copy, Random& random) {
+  const auto shift = [&] { return random.below(3) == 0 ? 0 : random.below(16); };
+  Case made{count, only_copy, {}, Copies(source, count, shift(), random)};
+  // Averages that are often, not always, aligned alike: then they share a walk over the source.
+  const std::size_t common = shift();
+  for (const DType dtype : averaged) {
+    made.averaged.emplace_back(dtype, count, random.below(3) == 0 ? shift() : common, random);
+  }
+  return made;
+}
+
+// The pairs of all cases, average by average, at the addresses that `address_of` tells.
+template <typename AddressOf>
+std::vector<Pair> pairs_of(std::vector<Case>& cases, const AddressOf& address_of) {
+  std::vector<Pair> pairs;
+  for (std::uint8_t average = 0; average < kMaxAverages; ++average) {
+    for (Case& one : cases) {
+      if (average < one.averaged.size()) {
+        const Copies& averaged = one.averaged[average];
+        Pair pair{};
+        pair.averaged = address_of(averaged);
+        pair.source = address_of(one.source);
+        pair.count = one.count;
+        pair.averaged_dtype = averaged.tested->dtype();
+        pair.source_dtype = one.source.tested->dtype();
+        pair.only_copy = one.only_copy;
+        pair.average = average;
+        pair.index = static_cast<std::uint32_t>(pairs.size());
+        pair.number = 7 * pair.index + 3;
+        pairs.push_back(pair);
+      }
+    }
+  }
+  return pairs;
+}
+
+inline void run_on_cpu(std::vector<Case>& cases, const Launch& launch, UpdateChunks update) {
+  const auto pairs =
+      pairs_of(cases, [](const Copies& copies) -> void* { return copies.on_cpu->data(); });
+  const ChunkTable table = build_chunks(pairs, kChunkElementsCpu);
+  update(table, 0, table.heads, launch);
+}
+
+// How the weights of an update are told.
+enum class Weighting { kNumber, kByPair, kByAverage, kByAddress };
+
+// What is tested, run on the `tested` copies (pointers in the launch are to the host), and the CPU
+// loop that has a fused multiply-add if it has one.
+struct Subject {
+  std::function<void(std::vector<Case>& cases, const Launch& launch, Random& random)> run;
+  UpdateChunks on_cpu;
+};
+
+inline void check_against_float64(const Case& one, const Launch& launch, std::size_t average,
+                                  double weight) {
+  const Copies& averaged = one.averaged[average];
+  const bool is_average = launch.operation == Operation::kAverage && !one.only_copy;
+  for (std::int64_t i = 0; i < one.count; ++i) {
+    const double before = averaged.before->at(i);
+    const double source = one.source.before->at(i);
+    double expected = is_average ? (1.0 - weight) * before + weight * source : source;
+    if (is_skipped(launch)) {
+      expected = before;
+    }
+    const double found = averaged.tested->at(i);
+    const double bound = std::abs(before) + std::abs(source) + std::abs(source - before);
+    CHECK(std::abs(found - expected) <= 2.0 * epsilon_of(averaged.tested->dtype()) * bound + 1e-7);
+    const bool swapped = launch.operation == Operation::kSwap && !is_skipped(launch);
+    CHECK(one.source.tested->at(i) == (swapped ? before : source));
+  }
+}
+
+constexpr std::int64_t kCounts[] = {0,   1,   2,   3,    7,    8,    15,   16,   17,
+                                    127, 128, 129, 1023, 1024, 1025, 4095, 4096, 4097};
+
+// Every combination of types, some several times, as far as the operation takes them.
+inline std::vector<Case> make_cases(Operation operation, Random& random) {
+  std::vector<Case> cases;
+  const auto count = [&] { return kCounts[random.below(std::size(kCounts))]; };
+  for (const DType a : kAveraged) {
+    for (const DType s : kSources) {
+      if (operation == Operation::kSwap) {
+        if (a == s) {
+          cases.push_back(make_case({a}, s, count(), false, random));
+        }
+        continue;
+      }
+      for (int repeat = 0; repeat < 4; ++repeat) {
+        std::vector<DType> averaged(random.below(3) == 0 ? 1 + random.below(kMaxAverages) : 1, a);
+        if (averaged.size() > 2 && random.below(2) == 0) {
+          averaged[1] = kAveraged[random.below(std::size(kAveraged))];
+        }
+        cases.push_back(make_case(averaged, s, count(), random.below(5) == 0, random));
+      }
+    }
+  }
+  for (const std::int64_t bytes : {1, 8, 16, 33, 4099}) {
+    cases.push_back(make_case({DType::kBytes}, DType::kBytes, bytes, true, random));
+  }
+  cases.push_back(make_case({DType::kFloat8E5M2}, DType::kFloat8E5M2, 99, true, random));
+  return cases;
+}
+
+inline void check_launch(Operation operation, Arithmetic arithmetic, Weighting weighting,
+                         bool found_inf, const Subject& subject, Random& random) {
+  std::vector<Case> cases = make_cases(operation, random);
+  Launch launch = launch_of(operation, arithmetic, random.below(2) == 0 ? 0.01 : 0.7);
+  const float flag = found_inf ? 1.0f : 0.0f;
+  launch.found_inf = found_inf || random.below(2) == 0 ? &flag : nullptr;
+  launch.seed = random.bits();
+  launch.step = static_cast<std::int64_t>(random.below(std::uint64_t{1} << 40));
+  const std::int64_t step = launch.step;
+  if (random.below(2) == 0) {
+    launch.step = -1;
+    launch.step_at = &step;
+  }
+
+  std::vector<double> by_pair;
+  double float64[kMaxAverages];
+  float float32[kMaxAverages];
+  for (std::int64_t k = 0; k < kMaxAverages; ++k) {
+    float64[k] = random.between(0.0, 1.0);
+    float32[k] = static_cast<float>(float64[k]);
+    if (weighting == Weighting::kByAverage) {
+      launch.weight[k].number = float64[k];
+    } else if (weighting == Weighting::kByAddress) {
+      launch.weight[k].is_float64 = k % 2 == 0;
+      launch.weight[k].at = k % 2 == 0 ? static_cast<const void*>(&float64[k]) : &float32[k];
+    }
+  }
+  if (weighting == Weighting::kByPair) {
+    const auto nowhere = [](const Copies&) -> void* { return nullptr; };
+    for (std::size_t i = 0; i < pairs_of(cases, nowhere).size(); ++i) {
+      by_pair.push_back(random.between(0.0, 1.0));
+    }
+    launch.weights = by_pair.data();
+  }
+
+  subject.run(cases, launch, random);
+  run_on_cpu(cases, launch, subject.on_cpu);
+
+  const auto nowhere = [](const Copies&) -> void* { return nullptr; };
+  const std::vector<Pair> pairs = pairs_of(cases, nowhere);
+  std::size_t pair = 0;
+  for (std::uint8_t k = 0; k < kMaxAverages; ++k) {
+    for (const Case& one : cases) {
+      if (k >= one.averaged.size()) {
+        continue;
+      }
+      Chunk entry{};
+      entry.pair = pairs[pair].index;
+      entry.average = k;
+      ++pair;
+      CHECK(one.averaged[k].tested->same_bits(*one.averaged[k].on_cpu));
+      CHECK(one.averaged[k].tested->guards_are_whole());
+      CHECK(one.averaged[k].on_cpu->guards_are_whole());
+      check_against_float64(one, launch, k, weight_of(launch, entry));
+    }
+  }
+  for (const Case& one : cases) {
+    CHECK(one.source.tested->same_bits(*one.source.on_cpu));
+    CHECK(one.source.tested->guards_are_whole());
+  }
+}
+
+// All operations, arithmetics and ways to tell a weight, over `seeds` generated problems each.
+inline void check_all(const Subject& subject, std::uint64_t seeds) {
+  for (std::uint64_t seed = 0; seed < seeds; ++seed) {
+    Random random(seed);
+    for (const Weighting weighting :
+         {Weighting::kNumber, Weighting::kByPair, Weighting::kByAverage, Weighting::kByAddress}) {
+      for (const Arithmetic arithmetic :
+           {Arithmetic::kLerp, Arithmetic::kAxpby, Arithmetic::kDelta, Arithmetic::kStochastic}) {
+        const bool found_inf = random.below(8) == 0;
+        check_launch(Operation::kAverage, arithmetic, weighting, found_inf, subject, random);
+      }
+    }
+    check_launch(Operation::kCopy, Arithmetic::kLerp, Weighting::kNumber, false, subject, random);
+    check_launch(Operation::kSwap, Arithmetic::kLerp, Weighting::kNumber, false, subject, random);
+  }
+}
+
+// Chunks as large as a device's, in the very launch shape of a device.
+inline void check_large(Arithmetic arithmetic, const Subject& subject) {
+  const DType f32 = DType::kFloat32;
+  const DType bf16 = DType::kBFloat16;
+  const std::int64_t chunk = kLeastChunkElementsCuda;
+  Random random(99);
+  std::vector<Case> cases;
+  cases.push_back(make_case({f32}, bf16, 3 * chunk + 5, false, random));
+  cases.push_back(make_case({bf16}, bf16, chunk - 1, false, random));
+  cases.push_back(make_case({bf16, bf16}, f32, 2 * chunk + 9, false, random));
+  cases.push_back(make_case({f32, f32, f32, f32}, f32, chunk + 1, false, random));
+  Launch launch = launch_of(Operation::kAverage, arithmetic, 0.001);
+  launch.seed = 1;
+  subject.run(cases, launch, random);
+  run_on_cpu(cases, launch, subject.on_cpu);
+  for (const Case& one : cases) {
+    for (const Copies& averaged : one.averaged) {
+      CHECK(averaged.tested->same_bits(*averaged.on_cpu));
+      CHECK(averaged.tested->guards_are_whole());
+    }
+  }
+}
+
+}  // namespace ema_fused::testing
