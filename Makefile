@@ -16,7 +16,7 @@ CONSTRAINTS := --constraint requirements/constraints.txt
 SOURCES := setup.py pyproject.toml CMakeLists.txt ema_fused/__init__.py \
 	$(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.in)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh \
-	csrc/tests/*.h csrc/tests/*.cpp csrc/tests/*.cu)
+	csrc/tests/*.h csrc/tests/*.cpp csrc/tests/*.cu csrc/tests/*/*.h)
 HOST_TESTS := build/host_tests
 
 .PHONY: demo test bench format lint host-test clean

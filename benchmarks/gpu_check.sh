@@ -3,15 +3,14 @@
 #
 #   benchmarks/gpu_check.sh [FOLDER]    logs and results go to FOLDER (default: benchmarks/results)
 #
-# Needs torch, setuptools, pybind11, pytest, hypothesis, cmake, ninja and a CUDA toolkit; downloads
-# nothing and installs nothing: the extension is built into this checkout. A step that fails doesn't
+# Needs torch, pybind11, pytest, hypothesis, cmake, ninja and a CUDA toolkit; downloads nothing and
+# installs nothing: the extension is built into this checkout, by CMake alone. A step that fails doesn't
 # keep the others from running, unless they need what it builds. Without a GPU it goes as far as it
 # can and ends with status 77; 1: a step failed; 0: all is well.
 #
 #   PYTHON                  the interpreter (default: python3)
-#   TORCH_CUDA_ARCH_LIST    build for these (default: this GPU; without one, the default list)
 #   GPU_CHECK_SECONDS       all steps end within so long (default: 540)
-#   GPU_CHECK_BUILD         where the sanitizers' test program is built (default: build/gpu_check)
+#   GPU_CHECK_BUILD         where all is built (default: build/gpu_check)
 #   EMA_FUSED_COMMIT        recorded as the commit where the checkout came without its history
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -85,28 +84,28 @@ step() {
 gpu='' slug=''
 if found=$("$python" benchmarks/gpu_device.py); then
   read -r gpu slug <<<"$found"
-  export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$gpu}
   echo "GPU: $slug, compute capability $gpu"
 else
   echo "no GPU: everything else is done"
 fi
-architectures=''
-if [ -n "${TORCH_CUDA_ARCH_LIST:-}" ]; then
-  # As setup.py spells it for CMake: "9.0" is "90-real".
-  architectures=$("$python" -c \
-    'import os, setup; print(*setup.cuda_architectures(os.environ["TORCH_CUDA_ARCH_LIST"]), sep=";")')
-fi
 
 # ---- Builds --------------------------------------------------------------------------------------
 
-built=''
-step build 30 env EMA_FUSED_CUDA=1 "$python" setup.py build_ext --inplace && built=yes
+# For this GPU alone; without one for the default list of architectures.
+architectures=${gpu/./}
+for_gpu=(-G Ninja -DEMA_FUSED_CUDA=ON "-DEMA_FUSED_CUDA_ARCHITECTURES=${architectures:+$architectures-real}")
 
-configure=(cmake -S . -B "$build" -G Ninja -DEMA_FUSED_PYTHON=OFF -DEMA_FUSED_CUDA=ON
-  -DEMA_FUSED_TESTS=ON "-DEMA_FUSED_CUDA_ARCHITECTURES=$architectures")
+built=''
+step configure 10 cmake -S . -B "$build/extension" "${for_gpu[@]}" \
+  "-DPython_EXECUTABLE=$interpreter" \
+  "-Dpybind11_DIR=$("$python" -m pybind11 --cmakedir)" \
+  "-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$PWD/ema_fused" &&
+  step build 30 cmake --build "$build/extension" --target _C && built=yes
+
 program_built=''
-step configure_program 10 "${configure[@]}" &&
-  step build_program 25 cmake --build "$build" --target gpu_update && program_built=yes
+step configure_program 10 cmake -S . -B "$build/program" "${for_gpu[@]}" \
+  -DEMA_FUSED_PYTHON=OFF -DEMA_FUSED_TESTS=ON &&
+  step build_program 25 cmake --build "$build/program" --target gpu_update && program_built=yes
 
 # ---- The test program, alone and under the sanitizers --------------------------------------------
 
@@ -114,8 +113,9 @@ sanitizer=$(command -v compute-sanitizer || true)
 if [ -z "$program_built" ]; then
   fail update "not run, its build failed"
 else
-  step update 5 "$build/gpu_update"
+  step update 5 "$build/program/gpu_update"
 fi
+declare -A percent=([memcheck]=16 [racecheck]=8 [initcheck]=14)
 for tool in memcheck racecheck initcheck; do
   if [ -z "$program_built" ]; then
     fail "$tool" "not run, the program's build failed"
@@ -124,7 +124,7 @@ for tool in memcheck racecheck initcheck; do
   elif [ -z "$sanitizer" ]; then
     fail "$tool" "compute-sanitizer was not found on PATH or in /usr/local/cuda/bin"
   else
-    step "$tool" 12 "$sanitizer" --tool "$tool" --error-exitcode 1 "$build/gpu_update"
+    step "$tool" "${percent[$tool]}" "$sanitizer" --tool "$tool" --error-exitcode 1 "$build/program/gpu_update"
   fi
 done
 

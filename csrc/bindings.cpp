@@ -158,8 +158,7 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("no_average", &Plan::no_average)
       .def_property_readonly("no_swap", &Plan::no_swap)
       .def_property_readonly("elements", &Plan::elements)
-      .def_property_readonly("chunks", &Plan::chunks)
-      .def_property_readonly("tables_built", &Plan::tables_built);
+      .def_property_readonly("chunks", &Plan::chunks);
 
   py::class_<SlotWatch>(module, "SlotWatch")
       .def(py::init<const py::list&>(), py::arg("dictionaries"))

@@ -16,14 +16,15 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "dispatch.h"
 
 namespace ema_fused {
 
 constexpr std::uint32_t kVectorBytes = 16;
-// Bytes of both tensors that one thread has in flight: 32 registers hold them, which leaves enough
-// for the arithmetic within the 80 that three blocks a multiprocessor allow.
+// Bytes of both tensors that one thread has in flight at most: 32 registers hold them, which leaves
+// enough for the arithmetic within the 80 that three blocks a multiprocessor allow.
 constexpr std::uint32_t kBytesInFlight = 128;
 // Making random bits takes registers too.
 constexpr std::uint32_t kBytesInFlightRandom = 64;
@@ -46,6 +47,31 @@ EMA_FUSED_HD void store_streaming(Vector* to, const Vector& value) {
 #if defined(__CUDA_ARCH__)
   __stcs(reinterpret_cast<uint4*>(to),
          make_uint4(value.words[0], value.words[1], value.words[2], value.words[3]));
+#else
+  *to = value;
+#endif
+}
+
+// The unsigned integer that is as large as T.
+template <typename T>
+using Bits = std::conditional_t<
+    sizeof(T) == 8, unsigned long long,
+    std::conditional_t<sizeof(T) == 4, unsigned int,
+                       std::conditional_t<sizeof(T) == 2, unsigned short, unsigned char>>>;
+
+template <typename T>
+EMA_FUSED_HD T load_streaming(const T* from) {
+#if defined(__CUDA_ARCH__)
+  return bit_cast<T>(__ldcs(reinterpret_cast<const Bits<T>*>(from)));
+#else
+  return *from;
+#endif
+}
+
+template <typename T>
+EMA_FUSED_HD void store_streaming(T* to, T value) {
+#if defined(__CUDA_ARCH__)
+  __stcs(reinterpret_cast<Bits<T>*>(to), bit_cast<Bits<T>>(value));
 #else
   *to = value;
 #endif
@@ -118,16 +144,21 @@ template <typename T>
 struct Single {
   T value{};
 
-  EMA_FUSED_HD void load(const T* from) { value = *from; }
-  EMA_FUSED_HD void store(T* to) const { *to = value; }
+  EMA_FUSED_HD void load(const T* from) { value = load_streaming(from); }
+  EMA_FUSED_HD void store(T* to) const { store_streaming(to, value); }
   EMA_FUSED_HD T get(std::uint32_t) const { return value; }
   EMA_FUSED_HD void set(std::uint32_t, T element) { value = element; }
 };
 
-// Asks for an entry of the table ahead of its turn.
-EMA_FUSED_HD void prefetch([[maybe_unused]] const Chunk* entry) {
+// Asks for an entry of the table ahead of its turn; threads 0 and 1 for its two ends, which may lie
+// in two sectors of the cache.
+EMA_FUSED_HD void prefetch([[maybe_unused]] const Chunk* entry,
+                           [[maybe_unused]] std::uint32_t thread) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("prefetch.global.L1 [%0];" ::"l"(entry));
+  if (thread < 2) {
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(reinterpret_cast<const char*>(entry) +
+                                                  thread * (sizeof(Chunk) - 1)));
+  }
 #endif
 }
 
@@ -296,8 +327,8 @@ EMA_FUSED_HD void update_as_thread(const Chunk* entries, std::int64_t heads, con
     return;
   }
   for (std::int64_t i = block; i < heads; i += blocks) {
-    if (thread == 0 && i + blocks < heads) {
-      prefetch(entries + i + blocks);
+    if (i + blocks < heads) {
+      prefetch(entries + i + blocks, thread);
     }
     // By reference: what is needed of an entry late is read late.
     const Chunk& chunk = entries[i];

@@ -102,9 +102,10 @@ Chains chain_averages(const std::vector<Pair>& pairs) {
 }  // namespace
 
 std::int64_t chunk_elements_cuda(const std::vector<Pair>& pairs, std::int64_t blocks) {
+  // Chains are dealt out, whatever their length: of several averages one counts.
   std::int64_t elements = 0;
   for (const Pair& pair : pairs) {
-    elements += pair.count;
+    elements += pair.average == 0 ? pair.count : 0;
   }
   const std::int64_t share = elements / (16 * blocks);
   const std::int64_t rounded = share / kLeastChunkElementsCuda * kLeastChunkElementsCuda;

@@ -48,7 +48,7 @@ struct alignas(16) Chunk {
   std::uint8_t average;
 };
 static_assert(std::is_trivially_copyable_v<Chunk>, "the table is copied to a device as bytes");
-static_assert(sizeof(Chunk) == 48, "three vectors");
+static_assert(sizeof(Chunk) == 48, "no entry in more than two 32-byte sectors of a cache");
 
 struct ChunkTable {
   std::vector<Chunk> entries;
@@ -92,8 +92,8 @@ inline Launch launch_of(Operation operation, Arithmetic arithmetic, double weigh
 constexpr std::int64_t kChunkElementsCpu = 8192;
 
 // On a GPU chunks are dealt out to the blocks in turn. So that no block is left with much more than
-// another, a block should get some 16 of them; a chunk of 4,096 elements still gives each of its
-// 256 threads work for one round, and beyond 65,536 nothing is gained.
+// another, a block should get some 16 of them; a chunk of 4,096 elements of a float32 average still
+// gives each of its 256 threads a full round of work, and beyond 65,536 nothing is gained.
 constexpr std::int64_t kLeastChunkElementsCuda = 4096;
 constexpr std::int64_t kMostChunkElementsCuda = 65536;
 std::int64_t chunk_elements_cuda(const std::vector<Pair>& pairs, std::int64_t blocks);

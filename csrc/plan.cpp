@@ -236,7 +236,6 @@ void Plan::build_table() {
   for (const Pair& pair : todo) {
     elements_ += averaged(pair.index).elements;
   }
-  ++tables_built_;
 #ifdef EMA_FUSED_HAVE_CUDA
   if (is_cuda()) {
     const ChunkTable table = build_chunks(todo, chunk_elements_cuda(todo, cuda_table_->blocks()));

@@ -73,8 +73,6 @@ class Plan {
 
   std::int64_t elements() const { return elements_; }
   std::int64_t chunks() const { return chunk_count_; }
-  // How often the table was built: it is again whenever tensors have moved.
-  std::int64_t tables_built() const { return tables_built_; }
 
   // The first pair that can't be averaged and isn't only copied; the first of two dtypes. -1: none.
   std::int64_t no_average() const { return no_average_; }
@@ -112,7 +110,6 @@ class Plan {
   bool swap_is_checked_ = false;
   std::int64_t elements_ = 0;
   std::int64_t chunk_count_ = 0;
-  std::int64_t tables_built_ = 0;
   // Shared, so that a launch without the GIL keeps its table while another thread builds the next.
   std::shared_ptr<const CpuTable> cpu_table_;
   std::unique_ptr<cuda::DeviceTable> cuda_table_;

@@ -38,20 +38,16 @@ struct Loop {
     const std::int64_t count = chunk.count;
     if constexpr (Functor::kRandom) {
       const RandomKey key = random_key_of(launch, chunk.number);
-      const auto place = static_cast<std::uint64_t>(chunk.first);
-      // The first random block may have begun before this chunk.
-      const auto skipped = static_cast<std::int64_t>(place % kElementsARandomBlock);
-      std::uint64_t block = place / kElementsARandomBlock;
-      for (std::int64_t begin = -skipped; begin < count; begin += kElementsATile) {
-        const std::int64_t from = std::max<std::int64_t>(begin, 0);
+      // A CPU's chunks begin where a random block does.
+      static_assert(kChunkElementsCpu % kElementsARandomBlock == 0);
+      static_assert(kElementsATile % kElementsARandomBlock == 0);
+      for (std::int64_t begin = 0; begin < count; begin += kElementsATile) {
         const std::int64_t end = std::min(begin + kElementsATile, count);
         std::uint16_t random[kElementsATile];
-        const std::int64_t blocks =
-            (end - begin + kElementsARandomBlock - 1) / kElementsARandomBlock;
-        fill(random, key, block, blocks);
-        block += kElementsATile / kElementsARandomBlock;
+        const auto block = static_cast<std::uint64_t>(chunk.first + begin) / kElementsARandomBlock;
+        fill(random, key, block, (end - begin + kElementsARandomBlock - 1) / kElementsARandomBlock);
         EMA_FUSED_INDEPENDENT
-        for (std::int64_t i = from; i < end; ++i) {
+        for (std::int64_t i = begin; i < end; ++i) {
           functor(averaged[i], source[i], random[i - begin]);
         }
       }

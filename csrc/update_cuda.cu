@@ -4,8 +4,8 @@
 // (chunk_body.h). The table lies in device memory rather than in the kernel's arguments: arguments
 // hold a few thousand bytes, which is why other multi-tensor kernels need tens of launches for a
 // large model. A grid as large as the device can hold at once keeps every multiprocessor busy to
-// the end whatever the sizes of the tensors are. Limits: 2^32 - 1 pairs; elementwise operations
-// only.
+// the end whatever the sizes of the tensors are. Limits: fewer than 2^32 pairs; elementwise
+// operations only.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -47,6 +47,7 @@ DeviceReport devices() {
 std::string why_not_on(int device) {
   try {
     const DeviceGuard guard(device);
+    const BesideCaptures beside;
     cudaFuncAttributes attributes;
     check(cudaFuncGetAttributes(&attributes, update_kernel<Operation::kCopy, Arithmetic::kLerp>),
           "the kernels have no code for this device");

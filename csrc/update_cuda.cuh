@@ -30,8 +30,7 @@ std::string why_not_on(int device);
 // A chunk table in one device's memory, and the launches over it, on any stream. The caller's
 // current device is left as it was.
 //
-// A launch that is captured into a CUDA graph refers to the table: as long as the graph is replayed
-// this object must live.
+// A launch that is captured into a CUDA graph refers to the table, which then stays for good.
 class DeviceTable {
  public:
   explicit DeviceTable(int device);

@@ -1,3 +1,4 @@
+#include <algorithm>
 #include <map>
 #include <mutex>
 #include <string>
@@ -16,39 +17,45 @@ bool is_capturing(cudaStream_t stream) {
   return code != cudaSuccess || status != cudaStreamCaptureStatusNone;
 }
 
-// While it lives, this thread may allocate and copy although some stream is being captured: what it
-// does is not meant for the graph.
-class BesideCaptures {
- public:
-  BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  ~BesideCaptures() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-  BesideCaptures(const BesideCaptures&) = delete;
-  BesideCaptures& operator=(const BesideCaptures&) = delete;
-
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+// Of one device: where uploads run, and where old memory waits for the launches that read it. Two,
+// so that no upload waits with it.
+struct Streams {
+  cudaStream_t upload = nullptr;
+  cudaStream_t release = nullptr;
 };
 
-// The stream of all uploads to a device. Made once and never destroyed: at exit the context may go
-// before it.
-cudaStream_t upload_stream(int device) {
-  static auto* const streams = new std::map<int, cudaStream_t>();
+// Made once and never destroyed: at exit the context may go before them.
+const Streams& streams_of(int device) {
+  static auto* const known = new std::map<int, Streams>();
   static auto* const mutex = new std::mutex();
   const std::lock_guard<std::mutex> lock(*mutex);
-  const auto found = streams->find(device);
-  if (found != streams->end()) {
-    return found->second;
+  Streams& streams = (*known)[device];
+  for (cudaStream_t* stream : {&streams.upload, &streams.release}) {
+    if (*stream == nullptr) {
+      check(cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking),
+            "making a stream for uploads");
+    }
   }
-  cudaStream_t stream = nullptr;
-  check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream for uploads");
-  streams->emplace(device, stream);
-  return stream;
+  return streams;
+}
+
+// What is put on `later` from now on waits for what is on `earlier`. False where it can't be had.
+bool order(cudaStream_t earlier, cudaStream_t later) {
+  cudaEvent_t event = nullptr;
+  if (cudaEventCreateWithFlags(&event, cudaEventDisableTiming) != cudaSuccess) {
+    return false;
+  }
+  const bool ordered = cudaEventRecord(event, earlier) == cudaSuccess &&
+                       cudaStreamWaitEvent(later, event, 0) == cudaSuccess;
+  cudaEventDestroy(event);
+  return ordered;
 }
 
 }  // namespace
 
 void check(cudaError_t code, const char* what) {
   if (code != cudaSuccess) {
+    cudaGetLastError();  // told here, and not by somebody's next call once more
     throw Error(std::string(what) + ": " + cudaGetErrorString(code) + " (CUDA error " +
                 std::to_string(static_cast<int>(code)) + ")");
   }
@@ -68,23 +75,26 @@ DeviceGuard::~DeviceGuard() {
   }
 }
 
+BesideCaptures::BesideCaptures()
+    : is_relaxed_(cudaThreadExchangeStreamCaptureMode(&mode_) == cudaSuccess) {}
+
+BesideCaptures::~BesideCaptures() {
+  if (is_relaxed_) {
+    cudaThreadExchangeStreamCaptureMode(&mode_);
+  }
+}
+
 UploadedMemory::~UploadedMemory() {
   // At interpreter exit the context may be gone already; there is nobody left to tell.
   try {
-    if (memory_ == nullptr && kept_.empty()) {
-      return;
-    }
-    const DeviceGuard guard(device_);
-    const BesideCaptures beside;
-    release();
-    if (!kept_.empty() && cudaDeviceSynchronize() == cudaSuccess) {
-      for (void* memory : kept_) {
-        cudaFree(memory);
-      }
+    if (memory_ != nullptr) {
+      const DeviceGuard guard(device_);
+      const BesideCaptures beside;
+      release();
     }
   } catch (const Error&) {
+    cudaGetLastError();
   }
-  cudaGetLastError();
 }
 
 void UploadedMemory::upload(const void* bytes, std::size_t size) {
@@ -92,7 +102,7 @@ void UploadedMemory::upload(const void* bytes, std::size_t size) {
   const BesideCaptures beside;
   void* fresh = nullptr;
   if (size > 0) {
-    const cudaStream_t stream = upload_stream(device_);
+    const cudaStream_t stream = streams_of(device_).upload;
     check(cudaMallocAsync(&fresh, size, stream), "allocating a chunk table");
     cudaError_t copied = cudaMemcpyAsync(fresh, bytes, size, cudaMemcpyHostToDevice, stream);
     if (copied == cudaSuccess) {
@@ -108,32 +118,28 @@ void UploadedMemory::upload(const void* bytes, std::size_t size) {
 }
 
 const void* UploadedMemory::use_on(cudaStream_t stream) {
-  on_several_streams_ = on_several_streams_ || (was_used_ && stream != stream_);
   was_captured_ = was_captured_ || is_capturing(stream);
-  was_used_ = true;
-  stream_ = stream;
+  if (std::find(streams_.begin(), streams_.end(), stream) == streams_.end()) {
+    streams_.push_back(stream);
+  }
   return memory_;
 }
 
-// Gives memory_ back once no launch reads it; where that can't be had, keeps it to the end.
+// Gives memory_ back once no launch reads it; where that can't be told, never.
 void UploadedMemory::release() noexcept {
-  void* const memory = memory_;
-  const bool wait_for_all = on_several_streams_;
-  const cudaStream_t stream = stream_;
-  const bool read_by_graph = was_captured_ || (was_used_ && is_capturing(stream));
-  memory_ = nullptr;
-  stream_ = nullptr;
-  was_used_ = on_several_streams_ = was_captured_ = false;
-  if (memory == nullptr) {
-    return;
-  }
-  const bool is_free = !read_by_graph &&
-                       (!wait_for_all || cudaDeviceSynchronize() == cudaSuccess) &&
-                       cudaFreeAsync(memory, stream) == cudaSuccess;
-  if (!is_free) {
+  if (memory_ != nullptr && !was_captured_) {
+    const cudaStream_t release = streams_of(device_).release;
+    const bool is_ordered = std::all_of(streams_.begin(), streams_.end(), [&](cudaStream_t stream) {
+      return !is_capturing(stream) && order(stream, release);
+    });
+    if (is_ordered) {
+      cudaFreeAsync(memory_, release);
+    }
     cudaGetLastError();
-    kept_.push_back(memory);
   }
+  memory_ = nullptr;
+  was_captured_ = false;
+  streams_.clear();
 }
 
 }  // namespace ema_fused::cuda

@@ -24,10 +24,24 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
+// While it lives, this thread may allocate, copy and load code although some stream is being
+// captured: what it does is not meant for the graph.
+class BesideCaptures {
+ public:
+  BesideCaptures();
+  ~BesideCaptures();
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+  bool is_relaxed_;
+};
+
 // Every upload goes into fresh memory on a stream of its own, so that it neither waits for what the
 // device is doing nor is recorded where another stream is being captured into a graph. The memory
-// before it is given back behind the launches that read it; captured launches may read theirs
-// whenever the graph is replayed, so that memory stays until this object goes.
+// before it is given back behind the launches that read it. What a captured launch reads is never
+// given back: the graph may be replayed at any time, and nobody tells when it is gone.
 class UploadedMemory {
  public:
   explicit UploadedMemory(int device) : device_(device) {}
@@ -38,7 +52,8 @@ class UploadedMemory {
   // Complete when this returns.
   void upload(const void* bytes, std::size_t size);
 
-  // The memory, for a launch on `stream`.
+  // The memory, for a launch on `stream`, of the current device; the stream must live as long as
+  // this memory is in use.
   const void* use_on(cudaStream_t stream);
 
  private:
@@ -46,11 +61,8 @@ class UploadedMemory {
 
   int device_;
   void* memory_ = nullptr;
-  bool was_used_ = false;
-  bool on_several_streams_ = false;
   bool was_captured_ = false;
-  cudaStream_t stream_ = nullptr;  // of the last launch
-  std::vector<void*> kept_;
+  std::vector<cudaStream_t> streams_;  // of the launches that read memory_
 };
 
 }  // namespace ema_fused::cuda

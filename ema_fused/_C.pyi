@@ -63,9 +63,6 @@ class Plan:
     def elements(self) -> int: ...
     @property
     def chunks(self) -> int: ...
-    @property
-    def tables_built(self) -> int:
-        """How often the table was built: again whenever tensors have moved."""
 
 class SlotWatch:
     """Whether dictionaries still hold the objects they held."""

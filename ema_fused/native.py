@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,20 +29,26 @@ class NativePart:
         self._overlap_error = extension.OverlapError
         self._operation = extension.Operation
         self.AVERAGE = extension.Operation.AVERAGE
-        try:
+        with self._overlaps_explained():
             self._plan: Any = extension.Plan(
                 [task.averaged for task in tasks],
                 [task.source for task in tasks],
                 [(task.only_copy, task.average, task.pair) for task in tasks],
                 getattr(extension.Arithmetic, arithmetic.upper()),
             )
-        except extension.OverlapError as error:
-            raise self._explained(error) from None
         self.no_average = self._index(self._plan.no_average)
         self.no_swap = self._index(self._plan.no_swap)
 
     def _index(self, place: int) -> int | None:
         return None if place < 0 else self._indices[place]
+
+    @contextmanager
+    def _overlaps_explained(self) -> Iterator[None]:
+        """Tells of pairs by their names."""
+        try:
+            yield
+        except self._overlap_error as error:
+            raise self._explained(error) from None
 
     def _explained(self, error: Exception) -> ValueError:
         first, second, what = error.args
@@ -58,7 +65,8 @@ class NativePart:
         return self._plan.run
 
     def ready(self) -> bool:
-        return bool(self._plan.ready())
+        with self._overlaps_explained():
+            return bool(self._plan.ready())
 
     def changed(self) -> Changed | None:
         place, is_source, planned = self._plan.changed()
@@ -72,11 +80,6 @@ class NativePart:
     def chunks(self) -> int:
         return int(self._plan.chunks)
 
-    @property
-    def tables_built(self) -> int:
-        """How often the table was built: again whenever tensors have moved."""
-        return int(self._plan.tables_built)
-
     def average(self, update: Update) -> bool:
         found_inf: Tensor | None = None
         if update.found_inf is not None:
@@ -89,7 +92,7 @@ class NativePart:
         if isinstance(step, Tensor):
             step = step.to(self.device) if self._reads(step) else int(step)
         # Whatever was brought to the device is held by a local variable until it is launched.
-        try:
+        with self._overlaps_explained():
             return bool(
                 self._plan.run_with(
                     self.AVERAGE,
@@ -102,8 +105,6 @@ class NativePart:
                     step.data_ptr() if isinstance(step, Tensor) else 0,
                 )
             )
-        except self._overlap_error as error:
-            raise self._explained(error) from None
 
     def _reads(self, scalar: Tensor) -> bool:
         """Whether the kernel reads a number where it lies, so that nobody waits for it."""
@@ -124,10 +125,8 @@ class NativePart:
         return self._run(self._operation.SWAP)
 
     def _run(self, operation: Any) -> bool:
-        try:
+        with self._overlaps_explained():
             return bool(self._plan.run(operation))
-        except self._overlap_error as error:
-            raise self._explained(error) from None
 
 
 def _address(weight: float | Tensor) -> tuple[float, int, bool]:

@@ -173,8 +173,7 @@ class Plan:
         """Averages: ``averaged = (1 - weight) * averaged + weight * source``, in place.
 
         Doesn't wait for a CUDA device where the averages are on it: numbers that lie there are read
-        by the kernel. So it can be captured into a CUDA graph; the plan must live as long as the
-        graph is replayed.
+        by the kernel. So it can be captured into a CUDA graph.
 
         Args:
             weight: of the source; a number or a 0-dim tensor (read at every replay of a graph). Of
@@ -202,6 +201,7 @@ class Plan:
             type(weight) is float
             and at_once is not None
             and found_inf is None
+            and step is None
             and stream is None
             and not self._side_streams.unfinished
         ):
@@ -313,20 +313,15 @@ class Plan:
                 f"the stream is on {stream.device} and the plan has tensors on {elsewhere[0]} too; "
                 f"make a Plan for each device"
             )
-        for scalar in scalars:
-            if scalar.is_cuda:
-                scalar.record_stream(stream)
-        tensors = [*self.averaged, *self.source]
-        built = sum(part.tables_built for part in self._parts if isinstance(part, NativePart))
-        return self._side_streams.running_on(stream, tensors, built)
+        return self._side_streams.running_on(stream, [*self.averaged, *self.source, *scalars])
 
     def wait(self) -> None:
         """Makes each device's current stream wait for updates that were given another ``stream``.
 
-        The host doesn't wait. Call it before the optimizer writes the source.
+        The host doesn't wait. Call it before the optimizer writes the source, and before a graph is
+        captured.
         """
-        if self._side_streams.unfinished:
-            self._side_streams.wait()
+        self._side_streams.wait()
 
     def state_dict(self) -> dict[str, int]:
         """What stochastic rounding goes on from: ``seed`` and ``step``."""

@@ -18,11 +18,12 @@ case "$call" in *"$STUB_HANGS"*) exec sleep 60 ;; esac
 case "$call" in *"$STUB_FAILS"*) exit 3 ;; esac
 case "$call" in
   *gpu_device.py) if [ -n "$STUB_GPU" ]; then echo "9.0 nvidia_stub"; else exit 77; fi ;;
-  "python3 -c"*) echo 90-real ;;
+  *"-m pybind11 --cmakedir") echo pybind11-here ;;
   gpu_update* | *gpu_speed.py*) if [ -z "$STUB_GPU" ]; then exit 77; fi ;;
 esac
 """
 STEPS = [
+    "configure",
     "build",
     "configure_program",
     "build_program",
@@ -48,13 +49,13 @@ class Checked:
         seconds: int = 540,
         without: str | None = None,
     ) -> None:
-        programs, build, calls = folder / "bin", folder / "build", folder / "calls"
+        programs, build, calls = folder / "bin", folder / "build/program", folder / "calls"
         self.results = folder / "results"
         for parent, names in (
             (programs, ["python3", "cmake", "compute-sanitizer"]),
             (build, ["gpu_update"]),
         ):
-            parent.mkdir()
+            parent.mkdir(parents=True)
             for name in names:
                 if name != without:
                     (parent / name).write_text(STUB, encoding="utf-8")
@@ -62,7 +63,7 @@ class Checked:
         calls.touch()
         environment = {
             "PATH": f"{programs}:/usr/bin:/bin",
-            "GPU_CHECK_BUILD": str(build),
+            "GPU_CHECK_BUILD": str(build.parent),
             "GPU_CHECK_SECONDS": str(seconds),
             "STUB_CALLS": str(calls),
             "STUB_GPU": "yes" if gpu else "",
@@ -94,11 +95,15 @@ def test_all_steps_run_in_order(tmp_path: Path) -> None:
     assert checked.done.returncode == 0, checked.done.stdout + checked.done.stderr
     assert checked.outcomes == dict.fromkeys(STEPS, "ok")
     assert list(checked.outcomes) == STEPS
-    results, build = checked.results, tmp_path / "build"
+    results, build = checked.results, tmp_path / "build/program"
+    extension = tmp_path / "build/extension"
+    configured = "-G Ninja -DEMA_FUSED_CUDA=ON -DEMA_FUSED_CUDA_ARCHITECTURES=90-real"
     assert checked.calls[2:] == [
-        "python3 setup.py build_ext --inplace",
-        f"cmake -S . -B {build} -G Ninja -DEMA_FUSED_PYTHON=OFF -DEMA_FUSED_CUDA=ON "
-        "-DEMA_FUSED_TESTS=ON -DEMA_FUSED_CUDA_ARCHITECTURES=90-real",
+        f"cmake -S . -B {extension} {configured} -DPython_EXECUTABLE={tmp_path}/bin/python3 "
+        f"-Dpybind11_DIR=pybind11-here "
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={BENCHMARKS.parent}/ema_fused",
+        f"cmake --build {extension} --target _C",
+        f"cmake -S . -B {build} {configured} -DEMA_FUSED_PYTHON=OFF -DEMA_FUSED_TESTS=ON",
         f"cmake --build {build} --target gpu_update",
         "gpu_update ",
         *(
@@ -117,9 +122,9 @@ def test_all_steps_run_in_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fails", "failed"),
     [
-        ("setup.py", ["build", "tests", "speed"]),
-        ("cmake --build", ["build_program", "update", "memcheck", "racecheck", "initcheck"]),
-        ("cmake -S", ["configure_program", "update", "memcheck", "racecheck", "initcheck"]),
+        ("--target _C", ["build", "tests", "speed"]),
+        ("--target gpu", ["build_program", "update", "memcheck", "racecheck", "initcheck"]),
+        ("TESTS=ON", ["configure_program", "update", "memcheck", "racecheck", "initcheck"]),
         ("racecheck", ["racecheck"]),
         ("-m pytest", ["tests"]),
         ("gpu_speed.py", ["speed"]),
@@ -142,26 +147,27 @@ def test_without_a_gpu_the_script_builds_and_says_what_is_unmeasured(tmp_path: P
     assert checked.done.returncode == 77
     assert list(checked.outcomes) == STEPS
     assert {step for step, outcome in checked.outcomes.items() if outcome == "ok"} == {
+        "configure",
         "build",
         "configure_program",
         "build_program",
     }
     assert checked.outcomes["tests"] == "no GPU: all skipped"
     assert checked.outcomes["update"] == checked.outcomes["speed"] == "no GPU"
-    assert any(call.endswith("-DEMA_FUSED_CUDA_ARCHITECTURES=") for call in checked.calls)
+    assert any("-DEMA_FUSED_CUDA_ARCHITECTURES= " in call for call in checked.calls)
     assert "all of the speed is unmeasured" in checked.done.stdout.splitlines()[-1]
 
 
 def test_without_a_gpu_a_failed_build_is_a_failure(tmp_path: Path) -> None:
-    checked = Checked(tmp_path, gpu=False, fails="setup.py")
+    checked = Checked(tmp_path, gpu=False, fails="--target _C")
     assert checked.done.returncode == 1
     assert checked.outcomes["build"] == "FAILED: status 3"
 
 
 def test_a_step_that_hangs_is_stopped(tmp_path: Path) -> None:
-    checked = Checked(tmp_path, hangs="setup.py", seconds=4)
+    checked = Checked(tmp_path, hangs="--target _C", seconds=10)
     assert checked.done.returncode == 1
-    assert checked.outcomes["build"] == "FAILED: stopped after 1 s"
+    assert checked.outcomes["build"] == "FAILED: stopped after 3 s"
 
 
 @pytest.mark.skipif(

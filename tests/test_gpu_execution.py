@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ema_fused
 from ema_fused import ExponentialMovingAverage, Plan
 
 pytestmark = pytest.mark.gpu
@@ -224,14 +225,64 @@ def test_a_graph_keeps_its_table_while_the_plan_moves_on() -> None:
     assert averaged.unique().tolist() == [3.0]
 
 
-def test_tensors_that_moved_are_followed_into_a_capture() -> None:
+@pytest.mark.parametrize("streams", [1, 2])
+def test_tensors_that_moved_are_followed_into_a_capture(streams: int) -> None:
     averaged, source = filled(0.0), filled(1.0)
     plan = Plan([averaged], [source], backend="cuda")
+    if streams == 2:
+        plan.lerp_(0.0, stream=torch.cuda.Stream())
+        plan.wait()
+        torch.cuda.synchronize()
+        plan.wait()
     plan.lerp_(0.5)
     source.data = filled(2.5)
     graph = captured(lambda: plan.lerp_(0.5))  # the new table is uploaded beside the capture
     graph.replay()
     assert averaged.unique().tolist() == [1.5]
+
+
+def test_a_graph_keeps_the_table_of_a_plan_that_is_gone() -> None:
+    averaged, source = filled(0.0), filled(1.0)
+    graph = captured(lambda: ema_fused.lerp_([averaged], [source], 0.5))
+    plans = [Plan([filled(9.0)], [filled(9.0)], backend="cuda") for _ in range(50)]
+    for plan in plans:  # would take the table's memory if it were free
+        plan.lerp_(0.5)
+    graph.replay()
+    graph.replay()
+    assert averaged.unique().tolist() == [0.75]
+    # A table that is replaced because the layout is another is kept as well.
+    image, other = filled(0.0, 600).view(2, 3, 10, 10), filled(1.0, 600).view(2, 3, 10, 10)
+    plan = Plan([image], [other], backend="cuda")
+    graph = captured(lambda: plan.lerp_(0.5))
+    keep = image.data, other.data
+    image.data = image.data.to(memory_format=torch.channels_last)
+    other.data = other.data.to(memory_format=torch.channels_last)
+    plan.lerp_(1.0)
+    plans += [Plan([filled(9.0)], [filled(9.0)], backend="cuda") for _ in range(50)]
+    graph.replay()
+    assert keep[0].unique().tolist() == [0.5]
+    assert image.unique().tolist() == [1.0]
+
+
+def test_a_side_stream_can_be_captured_and_not_be_waited_for_later() -> None:
+    averaged, source = filled(0.0), filled(1.0)
+    plan, side = Plan([averaged], [source], backend="cuda"), torch.cuda.Stream()
+
+    def update() -> None:
+        plan.lerp_(0.5, stream=side)
+        source.add_(1.0)  # in the graph behind the update
+
+    graph = captured(update)
+    graph.replay()
+    graph.replay()
+    assert averaged.unique().tolist() == [1.25]
+    plan.lerp_(0.0)  # nothing captured is left to be waited for
+    with torch.cuda.stream(side):
+        slow()
+    plan.lerp_(0.0, stream=side)
+    with pytest.raises(RuntimeError, match=r"call plan.wait\(\) before the capture"):
+        captured(lambda: plan.lerp_(0.5))
+    torch.cuda.synchronize()
 
 
 def test_weights_of_pairs_are_frozen_in_a_graph() -> None:
@@ -275,37 +326,43 @@ def slow() -> None:
 
 
 def test_updates_run_on_the_current_stream_and_leave_the_device() -> None:
-    averaged, source = filled(0.0), filled(1.0)
+    averaged, source = filled(0.0), filled(0.0)
     plan = Plan([averaged], [source], backend="cuda")
-    stream = torch.cuda.Stream()
-    device = torch.cuda.current_device()
+    stream, device = torch.cuda.Stream(), torch.cuda.current_device()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(20):
-            source.mul_(1.0)
-            plan.lerp_(0.5)
+        slow()
+        source.fill_(1.0)  # on another stream the update would see 0
+        plan.lerp_(0.5)
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.cuda.current_device() == device
-    assert torch.equal(averaged, torch.full_like(averaged, 1 - 0.5**20))
+    assert averaged.unique().tolist() == [0.5]
 
 
 def test_a_side_stream_waits_and_is_waited_for() -> None:
     averaged, source = filled(0.0), filled(1.0)
     plan = Plan([averaged], [source], backend="cuda")
-    side = torch.cuda.Stream()
+    side, third = torch.cuda.Stream(), torch.cuda.Stream()
     slow()
     source.fill_(3.0)  # behind the sleep: the update must see it
     plan.lerp_(0.5, stream=side)
     plan.wait()
-    source.fill_(100.0)  # in front of nothing: the update must not see it
     assert averaged.unique().tolist() == [1.5]
+    with torch.cuda.stream(side):
+        slow()
+    plan.lerp_(0.5, stream=side)  # 2.25
+    with torch.cuda.stream(third):
+        plan.wait()
+    plan.wait()  # this stream has to wait as well, though another one did
+    source.fill_(100.0)  # the update must not see it
+    assert averaged.unique().tolist() == [2.25]
     # The plan's own methods wait by themselves: averaged first, then swapped.
     with torch.cuda.stream(side):
         slow()
     plan.lerp_(0.5, stream=side)
     plan.swap_()
     assert averaged.unique().tolist() == [100.0]
-    assert source.unique().tolist() == [50.75]
+    assert source.unique().tolist() == [51.125]
 
 
 def test_what_is_freed_early_is_not_given_away_early() -> None:
@@ -321,10 +378,42 @@ def test_what_is_freed_early_is_not_given_away_early() -> None:
     plan.source.clear()
     keep = plan.averaged
     del plan  # and with it the last that held the source
-    others = [filled(777.0) for _ in range(8)]  # on the current stream, at once
+    # On the current stream, at once, of both sizes.
+    others = [filled(777.0) for _ in range(8)]
+    others += [torch.full((), 777.0, device="cuda") for _ in range(200)]
     torch.cuda.synchronize()
     assert keep[0].unique().tolist() == [0.5]
     assert all(other.unique().tolist() == [777.0] for other in others)
+
+
+def test_memory_that_is_new_at_an_update_is_not_given_away_early() -> None:
+    averaged, source, side = filled(0.0), filled(0.0), torch.cuda.Stream()
+    plan = Plan([averaged], [source], backend="cuda")
+    for value in (1.0, 2.0, 3.0):
+        plan.lerp_(1.0, stream=side)
+        source.data = filled(value)
+        with torch.cuda.stream(side):
+            slow()
+        plan.lerp_(0.5, stream=side)
+        source.data = torch.empty(MEGA, device="cuda")  # frees what the update will read
+        others = [filled(777.0) for _ in range(8)]
+        torch.cuda.synchronize()
+        assert others[0].unique().tolist() == [777.0]
+        source.data = averaged.clone()
+        plan.wait()
+    assert averaged.unique().tolist() == [2.125]
+
+
+def test_an_error_leaves_the_order_as_it_was() -> None:
+    averaged, source, side = filled(0.0), filled(1.0), torch.cuda.Stream()
+    plan = Plan([averaged], [source], backend="cuda")
+    source.data = filled(1.0, 5)
+    with pytest.raises(ValueError, match="was planned as"):
+        plan.lerp_(0.5, stream=side)
+    source.data = filled(1.0)
+    plan.lerp_(0.5, stream=side)
+    plan.wait()
+    assert averaged.unique().tolist() == [0.5]
 
 
 def test_tables_are_replaced_while_launches_are_under_way() -> None:

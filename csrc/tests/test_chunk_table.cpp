@@ -139,6 +139,11 @@ void check_chunk_elements() {
   CHECK(chosen(25'557'032) == kLeastChunkElementsCuda);
   CHECK(chosen(268'435'456) == 40960);
   CHECK(chosen(std::int64_t{1} << 40) == kMostChunkElementsCuda);
+  std::vector<Pair> several(4, pair_of(0x1000, 0x2000, 268'435'456));
+  for (std::uint8_t k = 0; k < 4; ++k) {
+    several[k].average = k;
+  }
+  CHECK(chunk_elements_cuda(several, 396) == 40960);
 }
 
 Conflict conflict_of(std::vector<Pair> pairs, bool writes_source = false) {
