@@ -1,7 +1,8 @@
 """What competes in the update benchmark: the ways to move an averaged copy towards its source.
 
-Three groups. ``lists`` is the update alone, on prepared lists of float32 tensors; ``mixed`` the
-same with a bfloat16 source; ``models`` is a whole averaged model's ``update_parameters``. Within
+Four groups. ``lists`` is the update alone, on prepared lists of float32 tensors; ``mixed`` the
+same with a bfloat16 source; ``several`` four averages of one source; ``models`` is a whole averaged
+model's ``update_parameters``. Within
 a group every contender does the same work on the same source, and ours comes first.
 """
 
@@ -59,6 +60,7 @@ def groups(shapes: list[tuple[int, ...]], seed: int) -> Iterator[Group]:
     source = [torch.randn(shape, generator=generator) for shape in shapes]
     yield list_group(source)
     yield mixed_group([tensor.bfloat16() for tensor in source])
+    yield several_group(source, 4)
     yield model_group(source)
 
 
@@ -138,6 +140,34 @@ def mixed_group(source: list[Tensor]) -> Group:
                 averaged,
             ),
             Contender("loop: lerp_ of float()", lerp_loop, averaged),
+        ],
+    )
+
+
+def several_group(source: list[Tensor], count: int) -> Group:
+    """``count`` float32 averages of one source: in one pass, or one after the other."""
+    averages = [[torch.zeros_like(tensor) for tensor in source] for _ in range(count)]
+    together = ema_fused.Plan(averages, source)
+    alone = [ema_fused.Plan(averaged, source) for averaged in averages]
+    all_averaged = [tensor for averaged in averages for tensor in averaged]
+
+    def one_after_the_other() -> None:
+        for plan in alone:
+            plan.lerp_(WEIGHT)
+
+    def foreach() -> None:
+        for averaged in averages:
+            torch._foreach_lerp_(averaged, source, WEIGHT)
+
+    return Group(
+        "several",
+        source * count,
+        [
+            Contender(
+                f"ema_fused Plan of {count} averages", lambda: together.lerp_(WEIGHT), all_averaged
+            ),
+            Contender(f"{count} ema_fused Plans", one_after_the_other, all_averaged),
+            Contender(f"torch._foreach_lerp_ {count} times", foreach, all_averaged),
         ],
     )
 

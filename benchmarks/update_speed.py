@@ -29,6 +29,7 @@ import ema_fused
 _TITLES = {
     "lists": "Prepared lists, float32",
     "mixed": "Prepared lists, float32 average of a bfloat16 source",
+    "several": "Prepared lists, several float32 averages of one source",
     "models": "Whole averaged models, float32: `update_parameters`",
 }
 

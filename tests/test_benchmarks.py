@@ -103,14 +103,14 @@ def test_smoke_run_prints_tables_and_writes_json(tmp_path: Path) -> None:
     assert {key[:2] for key in found} == {
         (shapes, group)
         for shapes in ("smoke-mixed", "smoke-20x16")
-        for group in ("lists", "mixed", "models")
+        for group in ("lists", "mixed", "several", "models")
     }
     for (shapes, group, contender), row in found.items():
         timing = row["timing"]
         assert 0 < timing["lower_quartile"] <= timing["median"] <= timing["upper_quartile"]
-        ours = "ExponentialMovingAverage" if group == "models" else "Plan.lerp_"
-        reference = found[shapes, group, f"ema_fused {ours}"]["timing"]["median"]
-        assert row["ratio"] == pytest.approx(timing["median"] / reference)
+        ours = {"models": "ExponentialMovingAverage", "several": "Plan of 4 averages"}
+        reference = found[shapes, group, f"ema_fused {ours.get(group, 'Plan.lerp_')}"]["timing"]
+        assert row["ratio"] == pytest.approx(timing["median"] / reference["median"])
         row_of_table = next(
             line for line in done.stdout.splitlines() if line.startswith(f"| {contender} |")
         )
