@@ -57,6 +57,7 @@ def environment(device: torch.device) -> dict[str, str | int]:
             "driver": _driver(),
         }
     return about | {
+        "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
         "nvcc": _nvcc(),

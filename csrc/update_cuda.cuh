@@ -41,7 +41,7 @@ class DeviceTable {
   // How many blocks fill the device.
   std::int64_t blocks() const;
 
-  // Replaces the table, without waiting for the device. Launches under way keep the old one.
+  // Replaces the table, waiting for no launch. Launches under way keep the old one.
   void upload(const ChunkTable& table);
 
   // One kernel launch. `weights` (one a pair, in host memory) is copied before this returns; empty:

@@ -49,7 +49,8 @@ class BaseAveragedModel(nn.Module):
       a device, by the class's ``arithmetic`` (see :class:`~ema_fused.Plan`);
     * :meth:`avg_func` averages one tensor in place, as mmengine's subclasses do.
 
-    ``state_dict()`` holds what mmengine's holds: ``steps`` and ``module.*``.
+    ``state_dict()`` holds what mmengine's holds: ``steps`` and ``module.*``; with stochastic
+    rounding ``rounding_seed`` too.
 
     Args:
         model: the model to average; deep-copied. Wrappers around it or its parts
@@ -309,10 +310,15 @@ class BaseAveragedModel(nn.Module):
         return self.__dict__ | {"_pairing": None} | known
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Checkpoints written without stochastic rounding have no seed: it stays as it is."""
+        """Stochastic rounding may be switched on and off between runs.
+
+        Checkpoints written without it have no seed: ours stays. Without it a seed means nothing.
+        """
         seed = self._buffers.get("rounding_seed")
         if seed is not None:
             state_dict.setdefault(f"{prefix}rounding_seed", seed)
+        else:
+            state_dict.pop(f"{prefix}rounding_seed", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+import operator
+from typing import SupportsIndex
+
+
+def as_integer(value: object, what: str) -> int:
+    """``value`` as an int (a bool is none); raises TypeError where it is no integer."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{what} is {value!r}; an integer is expected")
+    return operator.index(value)
 
 
 def check_integer(name: str, value: object, *, least: int) -> None:
-    """Raises TypeError unless ``value`` is an int (no bool), ValueError if below ``least``."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}; an int is expected")
-    if value < least:
+    """Raises TypeError unless ``value`` is an integer, ValueError if below ``least``."""
+    if as_integer(value, name) < least:
         raise ValueError(f"{name} is {value}; at least {least} is expected")
 
 

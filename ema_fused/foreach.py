@@ -63,7 +63,7 @@ def _average_stochastically(task: Task, weight: float, seed: int, step: int) -> 
     order = sorted(range(averaged.dim()), key=averaged.stride, reverse=True)
     flat = mean.permute(order).reshape(-1)
     random = random_halves(
-        flat.numel(), seed=seed, step=step, pair=task.pair, device=averaged.device
+        flat.numel(), seed=seed, step=step, pair=task.number, device=averaged.device
     )
     rounded = round_stochastically(flat, averaged.dtype, random)
     averaged.permute(order).copy_(rounded.view(averaged.permute(order).shape))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 
+from ema_fused.pairs import label, overlap_error
 from ema_fused.parts import ListedPart, Task, Update
 
 # Sources are brought over in groups of about this size: enough to keep a link busy, and all the
@@ -13,14 +15,40 @@ from ema_fused.parts import ListedPart, Task, Update
 _GROUP_BYTES = 32 << 20
 
 
+def _refuse_overlaps(tasks: Sequence[Task], names: Sequence[str] | None) -> None:
+    """Raises ValueError where two averaged tensors share memory."""
+    spans = []
+    for task in tasks:
+        tensor = task.averaged
+        last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        begin = tensor.data_ptr()
+        spans.append((str(tensor.device), begin, begin + (last + 1) * tensor.itemsize, task.pair))
+    spans.sort()
+    for before, after in pairwise(spans):
+        if before[0] == after[0] and after[1] < before[2]:
+            raise overlap_error(
+                label(before[3], names),
+                label(after[3], names),
+                "averaged tensors overlap in memory",
+            )
+
+
 class MovedPart(ListedPart):
     """Brings the sources to the averaged tensors' device, a group at a time, and updates there."""
 
     backend = "moved"
 
-    def __init__(self, tasks: Sequence[Task], arithmetic: str, backend: str | None) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        arithmetic: str,
+        backend: str | None,
+        names: Sequence[str] | None = None,
+    ) -> None:
         super().__init__(tasks, arithmetic)
         self._backend = backend
+        # Before anything is written: a group would see only the overlaps within it.
+        _refuse_overlaps(self._distinct(), names)
 
     def _groups(self) -> Iterator[list[Task]]:
         group: list[Task] = []

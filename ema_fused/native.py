@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ema_fused import backends
-from ema_fused.pairs import label
+from ema_fused.pairs import label, overlap_error
 from ema_fused.parts import Changed, Task, Update
 
 
@@ -33,7 +33,7 @@ class NativePart:
             self._plan: Any = extension.Plan(
                 [task.averaged for task in tasks],
                 [task.source for task in tasks],
-                [(task.only_copy, task.average, task.pair) for task in tasks],
+                [(task.only_copy, task.average, task.number) for task in tasks],
                 getattr(extension.Arithmetic, arithmetic.upper()),
             )
         self.no_average = self._index(self._plan.no_average)
@@ -54,10 +54,7 @@ class NativePart:
         first, second, what = error.args
         pair = label(self._indices[first], self._names)
         other = label(self._indices[second], self._names)
-        return ValueError(
-            f"{pair} and {other}: {what}, so the result would depend on the order of the updates; "
-            f"pass one of the two, or make one a copy: tensor.clone()"
-        )
+        return overlap_error(pair, other, what)
 
     @property
     def run(self) -> Any:

@@ -22,6 +22,7 @@ class Pair(NamedTuple):
     averaged: Tensor
     source: Tensor
     averages: bool
+    number: int  # among all names: the same whatever of them is shared
 
 
 class Pairs(NamedTuple):
@@ -82,14 +83,14 @@ def pair_up(
         {name: not slot.is_cache for name, slot in theirs.items()},
     )
     pairs: list[Pair] = []
-    for name, source_name in names.items():
+    for number, (name, source_name) in enumerate(names.items()):
         slot, source = ours[name], theirs[source_name].tensor
         if slot.is_cache and not _is_like(slot.tensor, source):
             continue
         _check(name, slot.tensor, source)
         wanted = not slot.is_buffer or (update_buffers and not slot.is_cache)
         has_average = _kind(slot.tensor) in ("floating-point", "complex")
-        pairs.append(Pair(name, slot.tensor, source, wanted and has_average))
+        pairs.append(Pair(name, slot.tensor, source, wanted and has_average, number))
 
     updated: dict[tuple[int, int], Pair] = {}
     shared: list[Pair] = []
@@ -136,6 +137,7 @@ def plan_of(
         backend=backend,
         names=[pair.name for pair in pairs],
         rounding=rounding,
+        numbers=[pair.number for pair in pairs],
     )
 
 
@@ -255,7 +257,8 @@ class Pairing:
         self._average(weight, seed, step)
 
     def _average(self, weight: float, seed: int, step: int) -> None:
-        self._everything.load_state_dict({"seed": seed, "step": step})
+        if self._rounding == "stochastic":
+            self._everything.load_state_dict({"seed": seed, "step": step})
         self._everything.lerp_(weight)
 
     def follow_(self) -> None:
@@ -284,7 +287,7 @@ def _is_half(pair: Pair) -> bool:
 
 def _check_own_memory(pair: Pair) -> None:
     """An average in its model's own memory would look right and never average anything."""
-    name, averaged, source, averages = pair
+    name, averaged, source, averages, _ = pair
     if not averages or not source.requires_grad or averaged.device != source.device:
         return
     if averaged.numel() and averaged.data_ptr() == source.data_ptr():

@@ -6,7 +6,7 @@ is either refused with an error or left to ``foreach``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -18,14 +18,29 @@ def label(index: int, names: Sequence[str] | None) -> str:
 
 
 def check_lists(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    """Raises ValueError unless the lists pair up, TypeError where one is a lone tensor."""
-    for which, tensors in (("averaged", averaged), ("source", source)):
-        if isinstance(tensors, Tensor):
-            raise TypeError(f"{which} is one tensor; a list of tensors is expected: [{which}]")
+    """Raises ValueError unless the lists pair up, TypeError where one isn't a list of tensors."""
+    check_list(averaged, "averaged")
+    check_list(source, "source")
     if len(averaged) != len(source):
         raise ValueError(
             f"averaged has {len(averaged)} tensors and source has {len(source)}: pair "
             f"{min(len(averaged), len(source))} is incomplete; they must pair up one to one"
+        )
+
+
+def check_list(tensors: object, which: str) -> None:
+    """Raises TypeError unless ``tensors`` is a list or another sequence."""
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"{which} is one tensor; a list of tensors is expected: [{which}]")
+    if isinstance(tensors, Mapping):
+        raise TypeError(
+            f"{which} is a {type(tensors).__name__}; a list of tensors is expected: "
+            f"list({which}.values())"
+        )
+    if not isinstance(tensors, Sequence) or isinstance(tensors, str):
+        hint = f": list({which})" if isinstance(tensors, Iterable) else ""
+        raise TypeError(
+            f"{which} is a {type(tensors).__name__}; a list of tensors is expected{hint}"
         )
 
 
@@ -109,4 +124,12 @@ def refuse_swap(averaged: Tensor, source: Tensor, pair: str) -> TypeError:
     return TypeError(
         f"{pair}: {averaged.dtype} (averaged) and {source.dtype} (source) can't be swapped without "
         f"losing bits; equal dtypes are expected"
+    )
+
+
+def overlap_error(pair: str, other: str, what: str) -> ValueError:
+    """The error for two pairs that share memory."""
+    return ValueError(
+        f"{pair} and {other}: {what}, so the result would depend on the order of the updates; "
+        f"pass one of the two, or make one a copy: tensor.clone()"
     )

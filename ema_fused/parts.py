@@ -19,6 +19,7 @@ class Task(NamedTuple):
     source: Tensor
     only_copy: bool
     average: int  # which of several averages of one source
+    number: int  # what the random bits of its rounding are counted by
 
 
 class Update(NamedTuple):
@@ -122,7 +123,7 @@ class ListedPart:
                 (t.device, t.data_ptr(), t.dtype, t.shape, t.stride())
                 for t in (task.averaged, task.source)
             ]
-            key = tuple(sides)
+            key = (task.average, *sides)
             if sides[0] == sides[1] or key in seen:
                 continue
             seen.add(key)

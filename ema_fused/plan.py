@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -10,15 +11,18 @@ import torch
 from torch import Tensor
 
 from ema_fused import backends
+from ema_fused.checks import as_integer
 from ema_fused.native import NativePart
-from ema_fused.pairs import check_lists, label, refuse_average, refuse_swap
+from ema_fused.pairs import check_list, check_lists, label, refuse_average, refuse_swap
 from ema_fused.parts import Part, Task, Update, kind_of
-from ema_fused.rounding import check_rounding, check_seed
+from ema_fused.rounding import HALVES, check_rounding, check_seed
 from ema_fused.routing import split
 from ema_fused.streams import SideStreams
 
 ARITHMETICS = ("lerp", "axpby", "delta")
 MAX_AVERAGES = 8
+
+_STEPS = 2**32  # what the counter of the random bits has room for
 
 Weight = float | Tensor
 
@@ -26,14 +30,16 @@ Weight = float | Tensor
 class Plan:
     """Pairs of tensors, prepared once and updated in one launch a device.
 
-    Before each launch every pointer is compared with what was planned (some nanoseconds a tensor):
-    tensors whose storage was replaced (``param.data = other``) are followed. Nothing is recorded by
-    autograd, and tensors' version counters don't move.
+    Before each launch every pointer is compared with what was planned (some 10 nanoseconds a tensor
+    on one thread; torch's threads share it): tensors whose storage was replaced (``param.data =
+    other``) are followed. Nothing is recorded by autograd, and native kernels don't move the
+    tensors' version counters.
 
     Args:
         averaged: tensors to update in place, of any shapes and devices, in float64, float32,
             bfloat16 or float16 (other dtypes can be copied). Or up to eight such lists: several
-            averages of one source, which is read once for all of them.
+            averages of one source. It is read once for those of them that have one dtype and begin
+            equally far from a 16-byte boundary, as tensors of one dtype do unless they are views.
         source: as many tensors, each of the shape of its averaged tensor; dtype and device may
             differ from it. float8_e4m3fn and float8_e5m2 are read as their values.
         arithmetic: how an average is written, with w the weight of the source.
@@ -48,7 +54,9 @@ class Plan:
             last place are lost. ``"stochastic"``: up or down at random, so that the mean is right
             and nothing is lost in the long run. Computed by lerp.
         seed: of the random bits, in [0, 2**63). They depend on it, on the step, the pair and the
-            element, and on nothing else: CPU and CUDA give the same.
+            element, and on nothing else: not on the device or the backend.
+        numbers: one a pair: what its random bits are counted by, where its place in the lists is
+            not to count.
 
     A pair that occurs twice (tied tensors) is updated once; a pair whose two sides are the same
     memory is left alone; empty tensors are fine. The plan owns no memory but its chunk table (48
@@ -58,7 +66,8 @@ class Plan:
         averaged: the averaged tensors; of several averages, one list behind the other.
         source: the source of each.
         averages: how many averages each source has.
-        step: how many averagings were made, an int: what the random bits are counted by.
+        step: how many times :meth:`lerp_` was called without a step of its own (those that did
+            nothing for ``found_inf`` too): what the random bits are counted by.
 
     Raises:
         TypeError: an item is not a tensor, or a kind without plain strided elements (sparse,
@@ -80,6 +89,7 @@ class Plan:
         names: Sequence[str] | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        numbers: Sequence[int] | None = None,
     ) -> None:
         several = _as_several(averaged)
         for one in several:
@@ -93,9 +103,12 @@ class Plan:
                 f"rounding 'stochastic' goes with arithmetic 'lerp', and {arithmetic!r} was given: "
                 f"its own roundings are what stochastic rounding replaces"
             )
-        for what, flags in (("only_copy", only_copy), ("names", names)):
-            if flags is not None and len(flags) != len(source):
-                raise ValueError(f"{what} has {len(flags)} items for {len(source)} pairs")
+        each = (("only_copy", only_copy), ("names", names), ("numbers", numbers))
+        for what, items in each:
+            if items is not None and not isinstance(items, Sequence):
+                raise TypeError(f"{what} is {items!r}; a list of one item a pair is expected")
+            if items is not None and len(items) != len(source):
+                raise ValueError(f"{what} has {len(items)} items for {len(source)} pairs")
         if backend is not None:
             backends.check_name(backend)
         self.averaged = [tensor for one in several for tensor in one]
@@ -104,20 +117,29 @@ class Plan:
         self.arithmetic = arithmetic
         self.backend = backend
         self.rounding = rounding
-        self.seed = seed
+        self.seed = operator.index(seed)
         self.step = 0
         self._only_copy = [False] * len(source) if only_copy is None else list(only_copy)
         self._names = None if names is None else list(names)
+        self._numbers = None if numbers is None else list(numbers)
         self._side_streams = SideStreams()
         self._build()
 
     def _build(self) -> None:
         pairs = len(self._only_copy)
+        own = range(pairs) if self._numbers is None else self._numbers
+        span = max(own, default=0) + 1
         tasks = [
-            Task(i, averaged, source, self._only_copy[i % pairs], i // pairs)
-            for i, (averaged, source) in enumerate(zip(self.averaged, self.source, strict=True))
+            Task(k * pairs + i, self.averaged[k * pairs + i], source, copied, k, k * span + number)
+            for k in range(self.averages)
+            for i, (source, copied, number) in enumerate(
+                zip(self.source[:pairs], self._only_copy, own, strict=True)
+            )
         ]
         arithmetic = "stochastic" if self.rounding == "stochastic" else self.arithmetic
+        self._draws = arithmetic == "stochastic" and any(
+            task.averaged.dtype in HALVES and not task.only_copy for task in tasks
+        )
         self._labels = _labels(self._names, pairs, self.averages)
         self._parts: list[Part] = split(tasks, arithmetic, self.backend, self._labels)
         parts = self._parts
@@ -176,17 +198,19 @@ class Plan:
         by the kernel. So it can be captured into a CUDA graph.
 
         Args:
-            weight: of the source; a number or a 0-dim tensor (read at every replay of a graph). Of
-                one average also a sequence of one number a pair; of several averages a sequence of
-                one number or 0-dim tensor each. Not limited to [0, 1].
+            weight: of the source; a number or a 0-dim tensor. Of one average also a sequence of one
+                number a pair; of several averages a sequence of one number or 0-dim tensor each.
+                Not limited to [0, 1]. A captured graph reads a tensor on its device at every
+                replay, and keeps any other number as it was.
             found_inf: a tensor of one number, as ``torch.amp.GradScaler`` keeps it: anything but 0
                 makes this update do nothing.
             step: what the random bits of stochastic rounding are counted by, modulo 2**32: an
                 integer or a 0-dim int64 tensor. None: the plan's own :attr:`step`, which then
                 counts on.
-            stream: the CUDA stream to run on, instead of the current one. It waits for what the
-                current stream holds so far. Before other code writes the source or reads the
-                averages, let its stream wait: :meth:`wait`; this plan's own methods do.
+            stream: the ``torch.cuda.Stream`` to run on, instead of the current one. It waits for
+                what the current stream holds so far. Before other code writes the source or reads
+                the averages, let its stream wait: :meth:`wait`; this plan's own methods do. The
+                stream must live as long as the plan.
 
         Raises:
             TypeError: a pair that has no average (integers, bool) and isn't ``only_copy``.
@@ -229,7 +253,7 @@ class Plan:
             by_pair,
             None if found_inf is None else _as_flag(found_inf),
             self.seed,
-            self.step if step is None else _as_step(step),
+            _as_step(self.step if step is None else step),
         )
         read = (*weights, update.found_inf, update.step)
         with self._on(stream, [item for item in read if isinstance(item, Tensor)]):
@@ -240,7 +264,7 @@ class Plan:
 
     def _refuse_to_repeat(self, update: Update) -> None:
         """A graph replays the numbers it was captured with, the same random bits each time."""
-        if self.rounding == "nearest" or isinstance(update.step, Tensor):
+        if not self._draws or (isinstance(update.step, Tensor) and update.step.is_cuda):
             return
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -257,12 +281,16 @@ class Plan:
                     raise ValueError(
                         f"{len(weight)} weights for {self.averages} averages; one each is expected"
                     )
-                return [_as_number(item) for item in weight], []
+                return [_as_number(w, f" of average {k}") for k, w in enumerate(weight)], []
             if len(weight) != len(self.averaged):
                 raise ValueError(
                     f"{len(weight)} weights for {len(self.averaged)} pairs; one a pair is expected"
                 )
-            return [0.0], [float(item) for item in weight]
+            by_pair = [
+                w if type(w) is float else float(_as_number(w, f" of {label(i, self._labels)}"))
+                for i, w in enumerate(weight)
+            ]
+            return [0.0], by_pair
         return [_as_number(weight)] * self.averages, []
 
     def copy_(self, *, stream: torch.cuda.Stream | None = None) -> None:
@@ -307,6 +335,8 @@ class Plan:
         if stream is None:
             self.wait()
             return nullcontext()
+        if not isinstance(stream, torch.cuda.Stream):
+            raise TypeError(f"the stream is {stream!r}; a torch.cuda.Stream is expected")
         elsewhere = [t.device for t in self.averaged if t.is_cuda and t.device != stream.device]
         if elsewhere:
             raise ValueError(
@@ -334,11 +364,11 @@ class Plan:
             KeyError: one of ``seed`` and ``step`` is missing.
             TypeError, ValueError: they are no integers, or out of range.
         """
-        seed, step = state["seed"], state["step"]
-        check_seed(seed)
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise TypeError(f"step is {step!r}; an integer is expected")
-        self.seed, self.step = seed, step
+        missing = [key for key in ("seed", "step") if key not in state]
+        if missing:
+            raise KeyError(f"{' and '.join(missing)} missing: not the state of a Plan")
+        check_seed(state["seed"])
+        self.seed, self.step = operator.index(state["seed"]), as_integer(state["step"], "step")
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -367,7 +397,10 @@ class Plan:
 
     @property
     def launches(self) -> int:
-        """Kernel launches of an update: one a native part that has anything to do."""
+        """Kernel launches of an update: one a device that a native kernel has anything to do on.
+
+        (Sources on another device are brought over and planned at each update: not counted.)
+        """
         return sum(1 for part in self._parts if isinstance(part, NativePart) and part.chunks)
 
     def __repr__(self) -> str:
@@ -391,6 +424,7 @@ class Plan:
             "names": self._names,
             "rounding": self.rounding,
             "seed": self.seed,
+            "numbers": self._numbers,
             "step": self.step,
         }
 
@@ -404,7 +438,8 @@ def _as_several(
     averaged: Sequence[Tensor] | Sequence[Sequence[Tensor]],
 ) -> list[Sequence[Tensor]]:
     """The lists of averaged tensors: one, or several averages of one source."""
-    if isinstance(averaged, Tensor) or not averaged or not isinstance(averaged[0], (list, tuple)):
+    check_list(averaged, "averaged")
+    if not averaged or not isinstance(averaged[0], (list, tuple)):
         return [averaged]  # type: ignore[list-item]
     for k, one in enumerate(averaged):
         if not isinstance(one, (list, tuple)):
@@ -428,19 +463,23 @@ def _labels(names: list[str] | None, pairs: int, averages: int) -> list[str] | N
     return [f"{name} of average {k}" for k in range(averages) for name in own]
 
 
-def _as_number(weight: object) -> Weight:
+def _as_number(weight: object, of: str = "") -> Weight:
+    """A weight; ``of`` says whose, for messages."""
     if isinstance(weight, Tensor):
         if weight.dim() > 0:
             raise ValueError(
-                f"the weight is a tensor of shape {tuple(weight.shape)}; a number, a 0-dim "
+                f"the weight{of} is a tensor of shape {tuple(weight.shape)}; a number, a 0-dim "
                 f"tensor or a list of numbers is expected"
             )
         if weight.is_complex():
-            raise TypeError(f"the weight is {weight.dtype}; a real number is expected")
+            raise TypeError(f"the weight{of} is {weight.dtype}; a real number is expected")
         return weight if weight.is_cuda else float(weight)
-    if isinstance(weight, (str, complex)):
-        raise TypeError(f"the weight is {weight!r}; a real number is expected")
-    return float(weight)  # type: ignore[arg-type]
+    try:
+        if isinstance(weight, str):
+            raise TypeError
+        return float(weight)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"the weight{of} is {weight!r}; a real number is expected") from None
 
 
 def _as_flag(found_inf: object) -> Tensor:
@@ -450,7 +489,9 @@ def _as_flag(found_inf: object) -> Tensor:
         raise ValueError(
             f"found_inf has shape {tuple(found_inf.shape)}; a tensor of one number is expected"
         )
-    return found_inf.detach().to(torch.float32)
+    if found_inf.dtype == torch.float32:
+        return found_inf.detach()
+    return (found_inf.detach() != 0).to(torch.float32)
 
 
 def _as_step(step: object) -> int | Tensor:
@@ -460,6 +501,4 @@ def _as_step(step: object) -> int | Tensor:
                 f"step is {kind_of(step)}; an integer or a 0-dim int64 tensor is expected"
             )
         return step
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"step is {step!r}; an integer or a 0-dim int64 tensor is expected")
-    return step
+    return as_integer(step, "step") % _STEPS

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ema_fused.checks import as_integer
+
 ROUNDINGS = ("nearest", "stochastic")
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -25,9 +27,7 @@ def check_rounding(rounding: str) -> None:
 
 def check_seed(seed: object) -> None:
     """Raises TypeError or ValueError unless ``seed`` is an integer in [0, 2**63)."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed is {seed!r}; an integer is expected")
-    if not 0 <= seed < 2**63:
+    if not 0 <= as_integer(seed, "seed") < 2**63:
         raise ValueError(f"seed is {seed}; an integer in [0, 2**63) is expected")
 
 

@@ -62,7 +62,7 @@ def split(
         for device, places in groups.items()
     ]
     if moved:
-        parts.append(MovedPart([tasks[i] for i in moved], arithmetic, pin))
+        parts.append(MovedPart([tasks[i] for i in moved], arithmetic, pin, names))
     if refusals:
         parts.append(ForeachPart([tasks[i] for i in refusals], arithmetic))
     return parts

@@ -168,6 +168,25 @@ def test_every_default_architecture_compiles_without_spills(built: tuple[Path, s
     assert len(spills) >= len(kernels) > 0
     assert {("0", "0")} == set(spills)
     assert set(re.findall(r"(\d+) bytes stack frame", log)) == {"0"}
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
+    # Three blocks of 256 threads on a multiprocessor, which has 65,536.
+    assert len(registers) >= len(kernels) and max(registers) <= 65_536 // (3 * 256) // 8 * 8
+
+
+def test_kernels_move_vectors_and_use_no_local_memory(tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    target = tmp_path / "update.ptx"
+    flags = ["-std=c++17", "-O3", "-I", ROOT / "csrc", "-fmad=false", "-arch=compute_90", "-ptx"]
+    run([nvcc, *flags, ROOT / "csrc/update_cuda.cu", "-o", target], tmp_path)
+    kernels = target.read_text(encoding="utf-8").split(".entry ")[1:]
+    assert len(kernels) == 6  # four arithmetics, copy, swap
+    for kernel in kernels:
+        assert "ld.global.cs.v4.u32" in kernel
+        assert "st.global.cs.v4.u32" in kernel
+        assert "prefetch.global.L1" in kernel
+        assert ".local" not in kernel
 
 
 def test_source_archive_builds_the_same_wheel_without_torch(

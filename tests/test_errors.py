@@ -135,7 +135,9 @@ def test_lists_must_pair_up() -> None:
         ([torch.ones(3), torch.ones(4)], ValueError, "pair 1: a weight of shape"),
         ([torch.ones(3), torch.ones(3).double()], TypeError, "pair 1: dtypes"),
         ([torch.ones(3), 0.5], TypeError, "pair 1: the weight is 0.5"),
-        (None, TypeError, "NoneType"),
+        (None, TypeError, "the weight is None; a real number"),
+        ([0.5, None], TypeError, "the weight of pair 1 is None; a real number"),
+        ([0.5, "1"], TypeError, "the weight of pair 1 is '1'; a real number"),
     ],
     ids=str,
 )

@@ -20,7 +20,7 @@ def tasks() -> list[Task]:
     averaged += [averaged[0], torch.zeros(1, dtype=torch.int64)]
     source += [source[0], torch.ones(1, dtype=torch.int64)]
     return [
-        Task(i, a, s, only_copy=i == 5, average=0)
+        Task(i, a, s, only_copy=i == 5, average=0, number=i)
         for i, (a, s) in enumerate(zip(averaged, source, strict=True))
     ]
 
@@ -49,6 +49,15 @@ def test_each_average_has_its_weight_and_a_set_flag_stops_them_all() -> None:
     assert not any(task.averaged.any() for task in pairs)
     assert part.average(Update([0.5, 0.25], [], found_inf=torch.zeros(1)))
     assert [float(task.averaged[0]) for task in pairs] == [0.5, 0.25, 0.5]
+
+
+def test_overlaps_are_refused_before_anything_is_written() -> None:
+    memory = torch.zeros(10)
+    averaged = [torch.zeros(3), memory[:6], memory[5:]]
+    pairs = [Task(i, a, torch.ones(a.shape), False, 0, i) for i, a in enumerate(averaged)]
+    MovedPart(pairs[:2], "lerp", None)
+    with pytest.raises(ValueError, match="'b' and 'c': averaged tensors overlap in memory"):
+        MovedPart(pairs, "lerp", None, ["a", "b", "c"])
 
 
 def test_a_repeated_pair_is_swapped_once() -> None:

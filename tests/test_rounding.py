@@ -7,6 +7,7 @@ import math
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -111,7 +112,8 @@ def test_bits_depend_on_the_seed_the_step_the_pair_and_the_element(backend: str)
 
     first = averaged(0, 0)
     assert torch.equal(first, averaged(0, 0))
-    assert torch.equal(first, averaged(0, 2**32))  # modulo 2**32
+    for step in (2**32, 2**70, -(2**32)):  # modulo 2**32
+        assert torch.equal(first, averaged(0, step))
     for other in (averaged(1, 0), averaged(2**32, 0), averaged(0, 1), averaged(0, 0, pairs=2)):
         agree = (other == first).double().mean().item()
         assert 0.4 < agree < 0.8  # as chance has it: p**2 + (1 - p)**2, p the odds to round up
@@ -236,8 +238,55 @@ def test_checkpoints_without_a_seed_are_loaded(backend: str) -> None:
     stochastic = ExponentialMovingAverage(model, rounding="stochastic", seed=3, backend=backend)
     stochastic.load_state_dict(plain.state_dict())
     assert int(stochastic.rounding_seed) == 3
-    with pytest.raises(RuntimeError, match="rounding_seed"):
-        plain.load_state_dict(stochastic.state_dict())
+    saved = stochastic.state_dict()
+    plain.load_state_dict(saved)
+    assert "rounding_seed" in saved  # read, and left as it was
+
+
+def test_random_bits_do_not_depend_on_what_is_shared(backend: str) -> None:
+    results = []
+    for share_frozen in (False, True):
+        model = small_model()
+        model[0].weight.requires_grad_(False)
+        average = ExponentialMovingAverage(
+            model, momentum=0.01, rounding="stochastic", share_frozen=share_frozen, backend=backend
+        )
+        for step in range(4):
+            with torch.no_grad():
+                for parameter in model[2].parameters():
+                    parameter.add_(0.1 * (step + 1))
+            average.update_parameters(model)
+        results.append(list(average.module[2].parameters()))
+    assert same_bits(*results)
+
+
+def test_numbers_stand_in_for_the_places_in_the_lists(backend: str) -> None:
+    def averaged(places: int, numbers: list[int] | None) -> list[Tensor]:
+        values = [torch.zeros(512).bfloat16() for _ in range(places)]
+        sources = [torch.full((512,), 0.3)] * places
+        Plan(values, sources, rounding="stochastic", numbers=numbers, backend=backend).lerp_(0.01)
+        return values
+
+    three = averaged(3, None)
+    assert same_bits(averaged(2, [2, 0]), [three[2], three[0]])
+    assert not torch.equal(three[0], three[1])
+    with pytest.raises(ValueError, match="numbers has 1 items for 2 pairs"):
+        averaged(2, [0])
+
+
+def test_a_capture_is_refused_unless_the_step_can_advance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    halves = Plan([torch.zeros(3).bfloat16()], [torch.ones(3)], rounding="stochastic")
+    for step in (None, 3, torch.tensor(3)):
+        with pytest.raises(RuntimeError, match="the same random bits at every replay"):
+            halves.lerp_(0.5, step=step)
+    assert halves.step == 0
+    # What draws no bits repeats none.
+    Plan([torch.zeros(3)], [torch.ones(3)], rounding="stochastic").lerp_(0.5)
+    Plan([torch.zeros(3).bfloat16()], [torch.ones(3)]).lerp_(0.5)
 
 
 def test_wider_averages_are_rounded_to_nearest_as_ever(backend: str) -> None:
@@ -279,17 +328,18 @@ def test_bad_arguments_are_refused() -> None:
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match=r"seed is .*; an integer in \[0, 2\*\*63\)"):
             Plan(*pair, rounding="stochastic", seed=seed)
+    Plan(*pair, rounding="stochastic", seed=np.int64(3)).lerp_(0.0, step=np.int64(3))
     for seed in (1.0, True, "1", None):
         with pytest.raises(TypeError, match="an integer is expected"):
             Plan(*pair, rounding="stochastic", seed=seed)  # type: ignore[arg-type]
     plan = Plan(*pair, rounding="stochastic")
     for state in ({"seed": 0}, {"step": 0}):
-        with pytest.raises(KeyError):
+        with pytest.raises(KeyError, match="missing: not the state of a Plan"):
             plan.load_state_dict(state)
     with pytest.raises(TypeError, match=r"step is 1\.5"):
         plan.load_state_dict({"seed": 0, "step": 1.5})  # type: ignore[dict-item]
     for step in (1.5, True, "1"):
-        with pytest.raises(TypeError, match="an integer or a 0-dim int64 tensor"):
+        with pytest.raises(TypeError, match=r"step is .*; an integer is expected"):
             plan.lerp_(0.5, step=step)  # type: ignore[arg-type]
     for tensor in (torch.tensor(1.0), torch.tensor([1, 2])):
         with pytest.raises(ValueError, match="an integer or a 0-dim int64 tensor"):

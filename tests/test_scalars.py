@@ -1,4 +1,4 @@
-"""Weights and flags that are tensors: on the CPU here, on a GPU in tests/test_gpu.py."""
+"""Weights and flags that are tensors: on the CPU here, on a GPU in tests/test_gpu_execution.py."""
 
 from __future__ import annotations
 
@@ -29,6 +29,9 @@ def test_a_set_flag_makes_an_update_do_nothing(
     found_inf = torch.zeros(shape, dtype=dtype)
     plan.lerp_(0.5, found_inf=found_inf.fill_(1))
     assert [float(tensor.sum()) for tensor in averaged] == [0.0, 0.0, 1.0]
+    if dtype == torch.float64:
+        plan.lerp_(0.5, found_inf=found_inf.fill_(1e-300))  # would be 0 as a float32
+        assert not averaged[0].any()
     plan.lerp_(0.5, found_inf=found_inf.zero_())
     assert [float(tensor.sum()) for tensor in averaged] == [1.5, 2.5, 4.0]
 
@@ -70,4 +73,7 @@ def test_other_scalars_are_refused(backend: str) -> None:
         plan.lerp_(torch.tensor(1j))
     with pytest.raises(ValueError, match=r"the weight is a tensor of shape \(1,\)"):
         plan.lerp_(torch.zeros(1))
+    for stream in (3, "cuda", torch.device("cuda")):
+        with pytest.raises(TypeError, match=r"a torch.cuda.Stream is expected"):
+            plan.lerp_(0.5, stream=stream)  # type: ignore[arg-type]
     assert not any(tensor.any() for tensor in averaged)

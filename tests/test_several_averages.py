@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +120,25 @@ def test_what_does_not_fit_is_refused(backend: str) -> None:
     with pytest.raises(TypeError, match=r"'pair 0 of average 0'.*no average"):
         Plan(counts, [torch.tensor(3)], backend=backend).lerp_(0.5)
     assert not a[0].any()
+
+
+@pytest.mark.parametrize(
+    ("averaged", "source", "message"),
+    [
+        (iter([]), [], r"averaged is a list_iterator; a list of tensors is expected: list"),
+        ({"w": 1}, [], r"averaged is a dict; .*: list\(averaged.values\(\)\)"),
+        ([], (x for x in ()), r"source is a generator; .*: list\(source\)"),
+        ([], None, r"source is a NoneType; a list of tensors is expected"),
+        ("w", [], r"averaged is a str; a list of tensors is expected"),
+        (torch.zeros(2), [], r"averaged is one tensor; .*: \[averaged\]"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_lists_are_asked_for(averaged: Any, source: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        Plan(averaged, source)
+    with pytest.raises(TypeError, match=r"only_copy is True; a list of one item a pair"):
+        Plan([torch.zeros(1)], [torch.zeros(1)], only_copy=True)  # type: ignore[arg-type]
 
 
 def test_one_memory_can_not_be_two_averages() -> None:
