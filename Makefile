@@ -62,7 +62,12 @@ $(VENV)/.created:
 $(VENV)/.dependencies: $(VENV)/.created $(wildcard requirements/*.txt)
 	@echo "installing the pinned dependencies (the first time this downloads torch)"
 	@$(PIP) install $(CONSTRAINTS) --requirement requirements/develop.txt
-	@$(PIP) install $(CONSTRAINTS) --no-deps --requirement requirements/originals.txt
+	@$(PIP) install --target $(VENV)/mmcv_build --upgrade --requirement requirements/mmcv_build.txt
+	@PYTHONPATH=$(CURDIR)/$(VENV)/mmcv_build $(PIP) install $(CONSTRAINTS) --no-deps \
+		--no-build-isolation --requirement requirements/originals.txt
+	@rm -rf $(VENV)/unpacked
+	@grep == requirements/unpacked.txt | while read pin; do \
+		$(PIP) install --no-deps --target "$(VENV)/unpacked/$$pin" "$$pin" || exit 1; done
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)

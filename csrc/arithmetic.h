@@ -1,10 +1,11 @@
 // What an update does to one element, defined once for host and device.
 //
-// Three ways of writing (1 - w) * a + w * s are in use, and differ in the last bits:
-//   lerp    torch.lerp: the product is formed on the side of the nearer end
-//   axpby   averaged.mul_(1 - w).add_(source, alpha=w)
-//   delta   averaged.add_(source - averaged, alpha=w)
-// A drop-in uses the one of the system it replaces. A fourth, stochastic, is lerp with 16-bit
+// Four ways of writing (1 - w) * a + w * s are in use, and differ in the last bits:
+//   lerp      torch.lerp: the product is formed on the side of the nearer end
+//   axpby     averaged.mul_(1 - w).add_(source, alpha=w)
+//   delta     averaged.add_(source - averaged, alpha=w)
+//   products  averaged * (1 - w) + source * w
+// A drop-in uses the one of the system it replaces. A fifth, stochastic, is lerp with 16-bit
 // averages rounded at random (random.h). Products and sums are contracted here and
 // nowhere else (the build switches the compiler's own contraction off), as torch's kernels do where
 // the processor has a fused multiply-add.
@@ -16,7 +17,13 @@
 namespace ema_fused {
 
 enum class Operation : std::uint8_t { kAverage = 0, kCopy = 1, kSwap = 2 };
-enum class Arithmetic : std::uint8_t { kLerp = 0, kAxpby = 1, kDelta = 2, kStochastic = 3 };
+enum class Arithmetic : std::uint8_t {
+  kLerp = 0,
+  kAxpby = 1,
+  kDelta = 2,
+  kProducts = 3,
+  kStochastic = 4
+};
 
 // x * y + z, rounded once where the hardware can.
 template <typename Compute>
@@ -107,6 +114,27 @@ struct Delta {
       difference = to_compute<Compute>(from_compute<A>(difference));
     }
     averaged = from_compute<A>(multiply_add(take, difference, a));
+  }
+};
+
+template <typename A, typename S>
+struct Products {
+  using Compute = ComputeType<A, S>;
+  static constexpr bool kReadsAveraged = true;
+  static constexpr bool kWritesSource = false;
+  static constexpr bool kRandom = false;
+  Compute keep;
+  Compute take;
+
+  // 1 - w in double, as Python computes it.
+  EMA_FUSED_HD explicit Products(double weight)
+      : keep(static_cast<Compute>(1.0 - weight)), take(static_cast<Compute>(weight)) {}
+  EMA_FUSED_HD void operator()(A& averaged, S& source) const {
+    // Both products are tensors of their own there, rounded to the averaged type.
+    const Compute kept = to_compute<Compute>(averaged) * keep;
+    const Compute taken = to_compute<Compute>(source) * take;
+    averaged = from_compute<A>(to_compute<Compute>(from_compute<A>(kept)) +
+                               to_compute<Compute>(from_compute<A>(taken)));
   }
 };
 

@@ -111,6 +111,7 @@ PYBIND11_MODULE(_C, module) {
       .value("LERP", Arithmetic::kLerp)
       .value("AXPBY", Arithmetic::kAxpby)
       .value("DELTA", Arithmetic::kDelta)
+      .value("PRODUCTS", Arithmetic::kProducts)
       .value("STOCHASTIC", Arithmetic::kStochastic);
 
   module.def("connect", &torch_doors::connect, py::arg("tensor_type"), py::arg("library"),

@@ -115,6 +115,8 @@ EMA_FUSED_HD void dispatch(const Chunk& chunk, Run&& run) {
       return with_types<Axpby, true>(chunk, run);
     } else if constexpr (kArithmetic == Arithmetic::kDelta) {
       return with_types<Delta, true>(chunk, run);
+    } else if constexpr (kArithmetic == Arithmetic::kProducts) {
+      return with_types<Products, true>(chunk, run);
     } else {
       return with_types<StochasticLerp, true>(chunk, run);
     }
@@ -162,6 +164,8 @@ auto for_launch(const Launch& launch, Call&& call) {
       return call(Constant<Operation::kAverage>{}, Constant<Arithmetic::kAxpby>{});
     case Arithmetic::kDelta:
       return call(Constant<Operation::kAverage>{}, Constant<Arithmetic::kDelta>{});
+    case Arithmetic::kProducts:
+      return call(Constant<Operation::kAverage>{}, Constant<Arithmetic::kProducts>{});
     case Arithmetic::kStochastic:
       return call(Constant<Operation::kAverage>{}, Constant<Arithmetic::kStochastic>{});
     case Arithmetic::kLerp:

@@ -17,6 +17,7 @@ class Arithmetic:
     LERP: Arithmetic
     AXPBY: Arithmetic
     DELTA: Arithmetic
+    PRODUCTS: Arithmetic
     STOCHASTIC: Arithmetic
 
 CHUNK_ELEMENTS_CPU: int

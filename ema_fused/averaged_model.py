@@ -269,7 +269,7 @@ class BaseAveragedModel(nn.Module):
             rounding=self.rounding,
             backend=self.backend,
             shares=self._shares,
-            when_model_is_gone=functools.partial(_let_go, weakref.ref(self)),
+            when_one_is_gone=functools.partial(_let_go, weakref.ref(self)),
         )
         self._pairing = pairing
         self._in_vain = 0 if known is None or known.was_reused else self._in_vain + 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from typing import Unpack
 
@@ -12,7 +11,7 @@ from torch import nn
 
 from ema_fused import schedules
 from ema_fused.averaged_model import BaseAveragedModel, Device, Options
-from ema_fused.checks import check_fraction, check_integer, check_positive
+from ema_fused.checks import check_fraction, check_integer, check_momentum, check_positive
 
 
 class StochasticWeightAverage(BaseAveragedModel):
@@ -54,7 +53,7 @@ class ExponentialMovingAverage(BaseAveragedModel):
         # Those whose schedule is their own are given a number.
         own_schedule = type(self).momentum_at is not ExponentialMovingAverage.momentum_at
         if own_schedule or not callable(momentum):
-            _check_momentum(momentum)
+            check_momentum(momentum)
         super().__init__(model, interval, device, update_buffers, **options)
         self.momentum = momentum
 
@@ -186,19 +185,3 @@ class CosineEMA(ExponentialMovingAverage):
         now = torch.tensor(min(steps, total), device="cpu")
         phase = (math.pi * now / float(total)).item()
         return schedules.half_cosine(phase, self.momentum, self.end_momentum)
-
-
-def _check_momentum(momentum: object) -> None:
-    if not isinstance(momentum, (int, float)) or isinstance(momentum, bool):
-        raise TypeError(f"momentum is {momentum!r}; a number in (0, 1) is expected")
-    if not 0.0 < momentum < 1.0:
-        raise ValueError(
-            f"momentum is {momentum}; a number in (0, 1) is expected: the weight of the model's "
-            f"values, 1 - decay"
-        )
-    if momentum > 0.5:
-        warnings.warn(
-            f"momentum is {momentum}. It is the weight of the model's values, not of the average, "
-            f"and usually small: a decay of {momentum} would be momentum={1 - momentum:.6g}",
-            stacklevel=3,
-        )

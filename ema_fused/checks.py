@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from typing import SupportsIndex
 
 
@@ -30,3 +31,23 @@ def check_positive(name: str, value: float) -> None:
     """Raises ValueError unless ``value`` is above 0 and finite."""
     if not 0.0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}; a finite number above 0 is expected")
+
+
+def check_momentum(momentum: object) -> None:
+    """Raises TypeError unless ``momentum`` is a number, ValueError unless it lies in (0, 1).
+
+    Warns above 0.5: probably it was meant as a decay.
+    """
+    if not isinstance(momentum, (int, float)) or isinstance(momentum, bool):
+        raise TypeError(f"momentum is {momentum!r}; a number in (0, 1) is expected")
+    if not 0.0 < momentum < 1.0:
+        raise ValueError(
+            f"momentum is {momentum}; a number in (0, 1) is expected: the weight of the model's "
+            f"values, 1 - decay"
+        )
+    if momentum > 0.5:
+        warnings.warn(
+            f"momentum is {momentum}. It is the weight of the model's values, not of the average, "
+            f"and usually small: a decay of {momentum} would be momentum={1 - momentum:.6g}",
+            stacklevel=4,
+        )

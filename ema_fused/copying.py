@@ -71,9 +71,9 @@ class FrozenShares:
 
     def __init__(
         self,
-        names: Iterable[str],
-        device: torch.device | str | int | None,
-        dtype: torch.dtype | None,
+        names: Iterable[str] = (),
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.names = set(names)
         self._device = device

@@ -35,6 +35,8 @@ def _average_same(
     for a, s, weight in zip(averaged, source, weights, strict=True):
         if arithmetic == "axpby":
             a.mul_(1 - weight).add_(s, alpha=weight)
+        elif arithmetic == "products":
+            a.mul_(1 - weight).add_(s * weight)
         else:
             a.add_(s - a, alpha=weight)
 
@@ -49,6 +51,11 @@ def _average_mixed(averaged: Tensor, source: Tensor, weight: float, arithmetic: 
     elif arithmetic == "axpby":
         kept = (a * (1 - weight)).to(averaged.dtype).to(dtype)
         result = kept.add_(s, alpha=weight)
+    elif arithmetic == "products":
+        kept, taken = (
+            product.to(averaged.dtype).to(dtype) for product in (a * (1 - weight), s * weight)
+        )
+        result = kept + taken
     else:
         result = a.add(s - a, alpha=weight)
     averaged.copy_(result)

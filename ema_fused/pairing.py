@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -32,29 +33,35 @@ class Pairs(NamedTuple):
     shared: list[Pair]
 
 
+class Kind(enum.Enum):
+    """What a module holds a tensor as."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CACHE = "non-persistent buffer"  # each module fills it for itself
+
+
 class _Slot(NamedTuple):
     tensor: Tensor
-    is_buffer: bool
-    # A non-persistent buffer is a cache that each module fills for itself.
-    is_cache: bool
+    kind: Kind
 
 
-def _slots(root: nn.Module) -> dict[str, _Slot]:
-    """All parameters and buffers by name, tied ones under each of their names."""
+def _slots(root: nn.Module, leave: Collection[Kind]) -> dict[str, _Slot]:
+    """Parameters and buffers but those to leave, by name; tied ones under each of their names."""
     slots = {}
     for path, module in root.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                slots[prefix + name] = _Slot(parameter, False, False)
+                slots[prefix + name] = _Slot(parameter, Kind.PARAMETER)
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 is_cache = name in module._non_persistent_buffers_set
-                slots[prefix + name] = _Slot(buffer, True, is_cache)
-    return slots
+                slots[prefix + name] = _Slot(buffer, Kind.CACHE if is_cache else Kind.BUFFER)
+    return {name: slot for name, slot in slots.items() if slot.kind not in leave}
 
 
-def _kind(tensor: Tensor) -> str:
+def _numbers(tensor: Tensor) -> str:
     if tensor.is_floating_point():
         return "floating-point"
     if tensor.is_complex():
@@ -63,9 +70,14 @@ def _kind(tensor: Tensor) -> str:
 
 
 def pair_up(
-    averaged: nn.Module, model: nn.Module, *, update_buffers: bool, shares: FrozenShares
+    averaged: nn.Module,
+    model: nn.Module,
+    *,
+    update_buffers: bool,
+    shares: FrozenShares,
+    leave: Collection[Kind] = (),
 ) -> Pairs:
-    """The pairs of both modules, tied ones once.
+    """The pairs of both modules, tied ones once; kinds to ``leave`` are as if they weren't there.
 
     Parameters are averaged, and with ``update_buffers`` the persistent buffers; what has no average
     (integers, bool) and all other buffers follow by copy. A non-persistent buffer without a partner
@@ -77,19 +89,19 @@ def pair_up(
         TypeError: one side is floating-point and the other isn't, or the like.
         Nothing has been changed then.
     """
-    ours, theirs = _slots(averaged), _slots(model)
+    ours, theirs = _slots(averaged, leave), _slots(model, leave)
     names = match_names(
-        {name: not slot.is_cache for name, slot in ours.items()},
-        {name: not slot.is_cache for name, slot in theirs.items()},
+        {name: slot.kind is not Kind.CACHE for name, slot in ours.items()},
+        {name: slot.kind is not Kind.CACHE for name, slot in theirs.items()},
     )
     pairs: list[Pair] = []
     for number, (name, source_name) in enumerate(names.items()):
         slot, source = ours[name], theirs[source_name].tensor
-        if slot.is_cache and not _is_like(slot.tensor, source):
+        if slot.kind is Kind.CACHE and not _is_like(slot.tensor, source):
             continue
         _check(name, slot.tensor, source)
-        wanted = not slot.is_buffer or (update_buffers and not slot.is_cache)
-        has_average = _kind(slot.tensor) in ("floating-point", "complex")
+        wanted = slot.kind is Kind.PARAMETER or (update_buffers and slot.kind is Kind.BUFFER)
+        has_average = _numbers(slot.tensor) in ("floating-point", "complex")
         pairs.append(Pair(name, slot.tensor, source, wanted and has_average, number))
 
     updated: dict[tuple[int, int], Pair] = {}
@@ -103,7 +115,7 @@ def pair_up(
 
 
 def _is_like(averaged: Tensor, source: Tensor) -> bool:
-    return averaged.shape == source.shape and _kind(averaged) == _kind(source)
+    return averaged.shape == source.shape and _numbers(averaged) == _numbers(source)
 
 
 def _check(name: str, averaged: Tensor, source: Tensor) -> None:
@@ -113,11 +125,11 @@ def _check(name: str, averaged: Tensor, source: Tensor) -> None:
             f"in the model; equal shapes are expected. If the model was resized on purpose, build "
             f"a new average of it"
         )
-    if _kind(averaged) != _kind(source):
+    if _numbers(averaged) != _numbers(source):
         raise TypeError(
             f"{name!r} is {averaged.dtype} in the average and {source.dtype} in the model; "
-            f"{_kind(averaged)} and {_kind(source)} tensors don't pair up. Convert the model back, "
-            f"or build a new average of it"
+            f"{_numbers(averaged)} and {_numbers(source)} tensors don't pair up. Convert the model "
+            f"back, or build a new average of it"
         )
 
 
@@ -147,12 +159,13 @@ class Pairing:
     Follows the tensors: :meth:`holds` tells when slots hold other objects; tensors that got another
     dtype in place (``module.double()``) are paired anew when a plan refuses them.
 
-    The plans hold the model's tensors: whoever holds a pairing lets it go when the model is gone.
+    The plans hold the tensors of both: whoever holds a pairing lets it go when a module is gone.
 
     Args:
-        averaged: the module with the averages.
+        averaged: the module with the averages; not kept alive.
         model: the module they are averages of; not kept alive.
-        when_model_is_gone: called once no one else holds ``model``.
+        when_one_is_gone: called once no one else holds ``averaged`` or ``model``.
+        leave: kinds of tensors that are neither averaged nor copied.
         update_buffers: whether persistent floating-point buffers are averaged too.
         arithmetic: of the averages, as in :class:`~ema_fused.Plan`; ``rounding`` too.
         backend: as in :class:`~ema_fused.Plan`.
@@ -170,27 +183,33 @@ class Pairing:
         *,
         update_buffers: bool,
         arithmetic: str,
-        rounding: str,
-        backend: str | None,
-        shares: FrozenShares,
-        when_model_is_gone: Callable[[object], None],
+        rounding: str = "nearest",
+        backend: str | None = None,
+        shares: FrozenShares | None = None,
+        when_one_is_gone: Callable[[object], object] | None = None,
+        leave: Collection[Kind] = (),
     ) -> None:
-        self.averaged = averaged
         self.update_buffers = update_buffers
         self.was_reused = False
-        self._model = weakref.ref(model, when_model_is_gone)
+        self._averaged = weakref.ref(averaged, when_one_is_gone)
+        self._model = weakref.ref(model, when_one_is_gone)
         self._arithmetic = arithmetic
         self._rounding = rounding
         self._backend = backend
-        self._shares = shares
+        self._shares = FrozenShares() if shares is None else shares
+        self._leave = leave
         self._prepare()
 
     def _prepare(self) -> None:
-        model = self._model()
-        assert model is not None, "a pairing is only used with its model at hand"
-        slots_changed = ModuleWatch(self.averaged, model).changed
+        averaged, model = self._averaged(), self._model()
+        assert averaged is not None and model is not None, "both are at hand wherever it is used"
+        slots_changed = ModuleWatch(averaged, model).changed
         pairs, shared = pair_up(
-            self.averaged, model, update_buffers=self.update_buffers, shares=self._shares
+            averaged,
+            model,
+            update_buffers=self.update_buffers,
+            shares=self._shares,
+            leave=self._leave,
         )
         everything = plan_of(
             pairs, arithmetic=self._arithmetic, rounding=self._rounding, backend=self._backend
@@ -210,7 +229,7 @@ class Pairing:
 
     def holds(self, averaged: nn.Module, model: nn.Module, update_buffers: bool) -> bool:
         """Whether the pairs are still those of these modules: some nanoseconds a slot."""
-        if averaged is not self.averaged or model is not self._model():
+        if averaged is not self._averaged() or model is not self._model():
             return False
         if update_buffers != self.update_buffers:
             return False
@@ -244,7 +263,7 @@ class Pairing:
         self._prepare()
         self._everything.copy_()
 
-    def average_(self, weight: float, *, seed: int, step: int) -> None:
+    def average_(self, weight: float, *, seed: int = 0, step: int = 0) -> None:
         """Averages what has an average and copies the rest, in one launch a device.
 
         ``seed`` and ``step`` are those of stochastic rounding.

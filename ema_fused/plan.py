@@ -19,7 +19,7 @@ from ema_fused.rounding import HALVES, check_rounding, check_seed
 from ema_fused.routing import split
 from ema_fused.streams import SideStreams
 
-ARITHMETICS = ("lerp", "axpby", "delta")
+ARITHMETICS = ("lerp", "axpby", "delta", "products")
 MAX_AVERAGES = 8
 
 _STEPS = 2**32  # what the counter of the random bits has room for
@@ -45,6 +45,7 @@ class Plan:
         arithmetic: how an average is written, with w the weight of the source.
             ``"lerp"``: as ``torch.lerp``. ``"axpby"``: as ``averaged.mul_(1 - w).add_(source,
             alpha=w)``. ``"delta"``: as ``averaged.add_(source - averaged, alpha=w)``.
+            ``"products"``: as ``averaged * (1 - w) + source * w``.
             Equal in exact arithmetic; they differ in the last bits.
         only_copy: one flag a pair: pairs that :meth:`lerp_` copies instead of averaging (integer
             buffers, buffers that follow the model). None: no pair.

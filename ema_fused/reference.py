@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 def average(averaged: ArrayLike, source: ArrayLike, weight: float) -> NDArray[np.float64]:
     """``(1 - weight) * averaged + weight * source`` in float64, whatever the shapes' dtype.
 
-    Every arithmetic of a Plan ("lerp", "axpby", "delta") is this, up to rounding.
+    Every arithmetic of a Plan ("lerp", "axpby", "delta", "products") is this, up to rounding.
     """
     a = np.asarray(averaged, dtype=np.float64)
     s = np.asarray(source, dtype=np.float64)

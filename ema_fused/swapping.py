@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ema_fused.copying import FrozenShares
 from ema_fused.pairing import Pair, pair_up, plan_of
@@ -37,12 +38,18 @@ def _refuse_loading(module: nn.Module, *_: Any) -> None:
     refuse_while_swapped("load_state_dict() was called", module)
 
 
+def _each_source_once(pairs: Iterable[Pair]) -> list[Pair]:
+    """A source that is tied more often takes its first average."""
+    distinct: dict[int, Pair] = {}
+    for pair in pairs:
+        distinct.setdefault(id(pair.source), pair)
+    return list(distinct.values())
+
+
 def _pairs(averaged: nn.Module, model: nn.Module, shares: FrozenShares) -> list[Pair]:
-    """All that the average holds, each source once: one tied more often takes its first average."""
-    pairs: dict[int, Pair] = {}
-    for pair in pair_up(averaged, model, update_buffers=False, shares=shares).updated:
-        pairs.setdefault(id(pair.source), pair)
-    return list(pairs.values())
+    """All that the average holds."""
+    pairs = pair_up(averaged, model, update_buffers=False, shares=shares).updated
+    return _each_source_once(pairs)
 
 
 def copy_to(
@@ -58,59 +65,115 @@ def copy_to(
     ).copy_()
 
 
-class _Exchange:
-    """Puts averages into a model and takes them out again.
+class Exchange:
+    """Puts averages into a model and takes them out again; planned once for any number of times.
 
     Tensors of one dtype are swapped in place. Where a model's dtype differs from its average's, a
     swap would lose bits: the model's tensors are kept aside, on the average's device, and
     overwritten.
+
+    Args:
+        averaged: the module with the averages.
+        model: the module to put them into.
+        find_pairs: gives the pairs of the two to exchange, each source once. Asked again after
+            tensors were replaced.
+        backend: as in :class:`~ema_fused.Plan`.
     """
 
     def __init__(
-        self, averaged: nn.Module, model: nn.Module, shares: FrozenShares, backend: str | None
+        self,
+        averaged: nn.Module,
+        model: nn.Module,
+        find_pairs: Callable[[], list[Pair]],
+        *,
+        backend: str | None,
     ) -> None:
-        self._averaged = averaged
-        self._model = model
-        self._shares = shares
+        self._modules = (averaged, model)
+        self._find_pairs = find_pairs
         self._backend = backend
-        self._slots_changed = ModuleWatch(averaged, model).changed
-        pairs = _pairs(averaged, model, shares)
+        self._kept: dict[str, Tensor] = {}
+        self._prepare()
+
+    def _prepare(self) -> None:
+        slots_changed = ModuleWatch(*self._modules).changed
+        pairs = self._find_pairs()
         self._swaps = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
         self._overwrites = [pair for pair in pairs if pair.averaged.dtype != pair.source.dtype]
-        self._swap = plan_of(self._swaps, backend=backend)
+        self._swap = plan_of(self._swaps, backend=self._backend)
         self._overwrite = self._plan_overwriting([pair.averaged for pair in self._overwrites])
-        self._kept = [
-            pair.source.detach().to(pair.averaged.device, copy=True) for pair in self._overwrites
-        ]
+        self._slots_changed = slots_changed
 
-    def _plan_overwriting(self, values: list[Any]) -> Plan:
+    def _plan_overwriting(self, values: list[Tensor]) -> Plan:
         sources = [pair.source for pair in self._overwrites]
         names = [pair.name for pair in self._overwrites]
         return Plan(sources, values, backend=self._backend, names=names)
 
     def put_in(self) -> None:
+        """Exchanges the tensors of average and model.
+
+        Raises:
+            KeyError, TypeError, ValueError: as ``pair_up``; nothing has been exchanged then.
+        """
+        if self._slots_changed() or not self._is_as_planned():
+            self._prepare()
+        kept = {
+            pair.name: pair.source.detach().to(pair.averaged.device, copy=True)
+            for pair in self._overwrites
+        }
         self._swap.swap_()
         self._overwrite.copy_()
+        self._kept = kept
+
+    def _is_as_planned(self) -> bool:
+        """Whether swaps are still swaps, after ``module.double()`` or the like."""
+        return all(pair.averaged.dtype == pair.source.dtype for pair in self._swaps) and all(
+            pair.averaged.dtype != pair.source.dtype for pair in self._overwrites
+        )
 
     def take_out(self) -> None:
+        """Exchanges them back.
+
+        Raises:
+            RuntimeError: dtypes, shapes or names have changed since.
+        """
         try:
             if self._slots_changed():
                 self._find_again()
             self._swap.swap_()
-            self._plan_overwriting(self._kept).copy_()
+            self._plan_overwriting([self._kept[pair.name] for pair in self._overwrites]).copy_()
         except (KeyError, TypeError, ValueError) as error:
             raise RuntimeError(
-                f"the model's own weights can't be put back, because the model was changed inside "
-                f"the swapped() block: {error}. They are in averaged.module now; leave names, "
-                f"dtypes and shapes as they are inside the block"
+                f"the model's own weights can't be put back, because the model was changed while "
+                f"averaged weights were in it: {error}. They are in averaged.module now; leave "
+                f"names, dtypes and shapes as they are in between"
             ) from error
+        self._kept = {}
 
     def _find_again(self) -> None:
         """The same pairs by name, in modules whose slots hold other tensors by now."""
-        found = {pair.name: pair for pair in _pairs(self._averaged, self._model, self._shares)}
+        found = {pair.name: pair for pair in self._find_pairs()}
         self._swaps = [found[pair.name] for pair in self._swaps]
         self._overwrites = [found[pair.name] for pair in self._overwrites]
         self._swap = plan_of(self._swaps, backend=self._backend)
+        self._overwrite = self._plan_overwriting([pair.averaged for pair in self._overwrites])
+        self._slots_changed = ModuleWatch(*self._modules).changed
+
+
+def exchange_of_averages(
+    averaged: nn.Module,
+    model: nn.Module,
+    *,
+    update_buffers: bool,
+    shares: FrozenShares,
+    backend: str | None = None,
+) -> Exchange:
+    """The exchange of what is averaged alone: parameters, and with ``update_buffers`` buffers."""
+
+    def find_pairs() -> list[Pair]:
+        pairs = pair_up(averaged, model, update_buffers=update_buffers, shares=shares).updated
+        return _each_source_once(pair for pair in pairs if pair.averages)
+
+    return Exchange(averaged, model, find_pairs, backend=backend)
 
 
 @contextmanager
@@ -128,7 +191,9 @@ def swapped(
         owner: the averaged model around ``averaged``; unusable inside the block, as both others.
     """
     refuse_while_swapped("swapped() was called", owner, model)
-    exchange = _Exchange(averaged, model, shares, backend)
+    exchange = Exchange(
+        averaged, model, functools.partial(_pairs, averaged, model, shares), backend=backend
+    )
     modules = {*owner.modules(), *model.modules()}
     hooks = []
     for module in modules:

@@ -23,7 +23,7 @@ def bits(tensor: Tensor) -> Tensor:
     return torch.where(tensor.isnan(), torch.nan, tensor).view(integers[tensor.itemsize])
 
 
-@pytest.mark.parametrize("arithmetic", ["lerp", "axpby", "delta"])
+@pytest.mark.parametrize("arithmetic", ["lerp", "axpby", "delta", "products"])
 @pytest.mark.parametrize("averaged_dtype", AVERAGED, ids=str)
 @pytest.mark.parametrize("dtype", READ, ids=str)
 def test_every_value_is_averaged_as_its_float32(

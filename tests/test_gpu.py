@@ -37,7 +37,7 @@ def test_lerp_equals_torch_to_the_bit(dtype: torch.dtype, weight: float) -> None
     assert all(torch.equal(a, e) for a, e in zip(averaged, expected, strict=True))
 
 
-@pytest.mark.parametrize("arithmetic", ["lerp", "axpby", "delta"])
+@pytest.mark.parametrize("arithmetic", ["lerp", "axpby", "delta", "products"])
 @pytest.mark.parametrize("source_dtype", SOURCES, ids=str)
 @pytest.mark.parametrize("averaged_dtype", FLOATS, ids=str)
 def test_cuda_and_cpu_give_the_same_bits(

@@ -99,13 +99,15 @@ def as_original(averaged: Tensor, source: Tensor, weight: float, arithmetic: str
         return averaged.lerp_(source, weight)
     if arithmetic == "axpby":
         return averaged.mul_(1 - weight).add_(source, alpha=weight)
+    if arithmetic == "products":
+        return averaged * (1 - weight) + source * weight
     return averaged.add_(source - averaged, alpha=weight)
 
 
 @given(
     n=st.sampled_from([*SIZES, 40_001]),
     dtype=st.sampled_from([torch.float64, torch.float32]),
-    arithmetic=st.sampled_from(["axpby", "delta"]),
+    arithmetic=st.sampled_from(["axpby", "delta", "products"]),
     weight=weights,
     seed=st.integers(0, 2**32),
 )
@@ -130,7 +132,17 @@ def test_sixteen_bit_originals_are_met_to_the_bit(arithmetic: str, dtype: torch.
     assert_same_bits(averaged, expected)
 
 
-@pytest.mark.parametrize("arithmetic", ["lerp", "axpby", "delta"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sixteen_bit_products_are_met_to_the_bit_by_every_backend(
+    dtype: torch.dtype, backend: str
+) -> None:
+    averaged, source = values((100_003,), dtype, 1, False), values((100_003,), dtype, 2, False)
+    expected = as_original(averaged, source, 0.3, "products")
+    Plan([averaged], [source], arithmetic="products", backend=backend).lerp_(0.3)
+    assert_same_bits(averaged, expected)
+
+
+@pytest.mark.parametrize("arithmetic", ["lerp", "axpby", "delta", "products"])
 @pytest.mark.parametrize("source_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("averaged_dtype", FLOATS, ids=str)
 def test_every_pair_of_dtypes_is_within_rounding_of_float64(

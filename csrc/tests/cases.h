@@ -354,8 +354,8 @@ inline void check_all(const Subject& subject, std::uint64_t seeds) {
     Random random(seed);
     for (const Weighting weighting :
          {Weighting::kNumber, Weighting::kByPair, Weighting::kByAverage, Weighting::kByAddress}) {
-      for (const Arithmetic arithmetic :
-           {Arithmetic::kLerp, Arithmetic::kAxpby, Arithmetic::kDelta, Arithmetic::kStochastic}) {
+      for (const Arithmetic arithmetic : {Arithmetic::kLerp, Arithmetic::kAxpby, Arithmetic::kDelta,
+                                          Arithmetic::kProducts, Arithmetic::kStochastic}) {
         const bool found_inf = random.below(8) == 0;
         check_launch(Operation::kAverage, arithmetic, weighting, found_inf, subject, random);
       }

@@ -1,0 +1,185 @@
+"""The averaging hooks of mmcv 1.x: mmcv's own ``EMAHook``, and those of mmdet 2.x."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ema_fused import schedules
+from ema_fused.checks import check_fraction, check_integer, check_momentum, check_positive
+from ema_fused.hooks.frameworks import register_beside, register_instead, unwrapped
+from ema_fused.hooks.on_mmcv import HOOKS, Hook, is_module_wrapper
+from ema_fused.hooks.registered_averages import RegisteredAverages
+
+__all__ = [
+    "BaseEMAHook",
+    "EMAHook",
+    "ExpMomentumEMAHook",
+    "LinearMomentumEMAHook",
+    "register",
+]
+
+
+class BaseEMAHook(Hook):  # type: ignore[misc]
+    """Keeps averages as buffers ``ema_<name>`` of the model, with ``.`` as ``_`` in the name.
+
+    ``averaged = (1 - momentum) * averaged + momentum * source`` after each ``interval`` iterations.
+    From the end of a training epoch (evaluation, checkpoint) to the beginning of the next the model
+    holds the averages, and the buffers the model's own weights; so the run ends with the averages
+    in the model.
+
+    Args:
+        momentum: the weight of the model's values, in (0, 1).
+        interval: iterations from one update to the next.
+        skip_buffers: average parameters alone, otherwise persistent floating-point buffers too.
+            Then integer buffers follow by copy.
+        resume_from: path of a checkpoint to resume, once the averages are registered.
+        momentum_fun: the momentum as a function of the iteration; None keeps ``momentum``.
+
+    Attributes:
+        param_ema_buffer: for each averaged name, the name of its buffer.
+
+    Raises:
+        TypeError, ValueError: an argument is of a wrong type or out of its range.
+    """
+
+    def __init__(
+        self,
+        momentum: float = 0.0002,
+        interval: int = 1,
+        skip_buffers: bool = False,
+        resume_from: str | None = None,
+        momentum_fun: Callable[[int], float] | None = None,
+    ) -> None:
+        check_momentum(momentum)
+        check_integer("interval", interval, least=1)
+        self.momentum = momentum
+        self.interval = interval
+        self.skip_buffers = skip_buffers
+        self.checkpoint = resume_from
+        self.momentum_fun = momentum_fun
+
+    def before_run(self, runner: Any) -> None:
+        """Registers the averages in the model, and resumes.
+
+        Raises:
+            ValueError: two names become one buffer's name, or the model has that name already.
+        """
+        model = unwrapped(runner.model, is_module_wrapper)
+        self._averages = RegisteredAverages(model, self.skip_buffers)
+        self.param_ema_buffer = self._averages.names
+        if self.checkpoint is not None:
+            runner.resume(self.checkpoint)
+
+    def get_momentum(self, runner: Any) -> float:
+        """The weight of the model's values at ``runner.iter``."""
+        return self.momentum_fun(runner.iter) if self.momentum_fun else self.momentum
+
+    def _is_due(self, iteration: int) -> bool:
+        return (iteration + 1) % self.interval == 0
+
+    def after_train_iter(self, runner: Any) -> None:
+        """Takes the model into its averages.
+
+        Raises:
+            ValueError: ``momentum_fun`` gives a momentum outside [0, 1].
+        """
+        if self._is_due(runner.iter):
+            momentum = self.get_momentum(runner)
+            check_fraction("momentum", momentum)
+            self._averages.average_(momentum)
+
+    def after_train_epoch(self, runner: Any) -> None:
+        """Puts the averages into the model, to be evaluated and saved."""
+        self._averages.put_in()
+
+    def before_train_epoch(self, runner: Any) -> None:
+        """Takes them out again."""
+        self._averages.take_out()
+
+
+class ExpMomentumEMAHook(BaseEMAHook):
+    """Momentum falls from near 1: ``(1 - momentum) * exp(-(1 + iter) / total_iter) + momentum``.
+
+    Args:
+        total_iter: the time constant of the fall in iterations, above 0.
+        **kwargs: as :class:`BaseEMAHook`; a ``momentum_fun`` among them doesn't count.
+    """
+
+    def __init__(self, total_iter: int = 2000, **kwargs: Any) -> None:
+        check_positive("total_iter", total_iter)
+        super().__init__(**kwargs)
+        self.momentum_fun = lambda step: schedules.exponential(
+            step, momentum=self.momentum, gamma=total_iter
+        )
+
+
+class LinearMomentumEMAHook(BaseEMAHook):
+    """Momentum grows: ``min(momentum ** interval, (1 + iter) / (warm_up + iter))``.
+
+    With the defaults the first of the two is smaller from the start, and momentum constant; as in
+    the original, which raises it to ``interval`` as if it were a decay.
+
+    Args:
+        warm_up: iterations, 1 or more.
+        **kwargs: as :class:`BaseEMAHook`; a ``momentum_fun`` among them doesn't count.
+    """
+
+    def __init__(self, warm_up: int = 100, **kwargs: Any) -> None:
+        check_integer("warm_up", warm_up, least=1)
+        super().__init__(**kwargs)
+        self.momentum_fun = lambda step: schedules.linear_warmup(
+            step, momentum=self.momentum**self.interval, warm_up=warm_up
+        )
+
+
+class EMAHook(BaseEMAHook):
+    """mmcv's own: parameters alone, after iterations 0, ``interval``, 2 ``interval``, ...
+
+    Args:
+        momentum: the weight of the model's values, in (0, 1). The attribute is what the average
+            ends with, ``momentum ** interval``.
+        interval: iterations from one update to the next.
+        warm_up: as in :class:`LinearMomentumEMAHook`.
+        resume_from: as in :class:`BaseEMAHook`.
+    """
+
+    def __init__(
+        self,
+        momentum: float = 0.0002,
+        interval: int = 1,
+        warm_up: int = 100,
+        resume_from: str | None = None,
+    ) -> None:
+        check_integer("warm_up", warm_up, least=1)
+        super().__init__(momentum, interval, skip_buffers=True, resume_from=resume_from)
+        self.warm_up = warm_up
+        self.momentum = momentum**interval
+        self.momentum_fun = lambda step: schedules.linear_warmup(
+            step, momentum=self.momentum, warm_up=self.warm_up
+        )
+
+    def _is_due(self, iteration: int) -> bool:
+        return iteration % self.interval == 0
+
+
+_CLASSES = {
+    "EMAHook": EMAHook,
+    "ExpMomentumEMAHook": ExpMomentumEMAHook,
+    "LinearMomentumEMAHook": LinearMomentumEMAHook,
+}
+
+
+def register(*, replace: bool = False) -> None:
+    """Registers the hooks in mmcv's ``HOOKS`` as ``FusedEMAHook`` and so on.
+
+    Args:
+        replace: also under the originals' names, in the originals' place. Call it after mmdet is
+            imported.
+    """
+    register_beside(HOOKS, _CLASSES)
+    if replace:
+        register_instead(HOOKS, _CLASSES)
+
+
+register()

@@ -1,0 +1,442 @@
+"""mmengine's averaged models and ``EMAHook``, and ``MomentumUpdateHook`` for mmengine's runners."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any, Unpack
+
+from torch import nn
+
+from ema_fused import averages
+from ema_fused.averaged_model import BaseAveragedModel, Device, Options
+from ema_fused.averages import (
+    ExpMomentumEMA,
+    ExponentialMovingAverage,
+    MomentumAnnealingEMA,
+    StochasticWeightAverage,
+)
+from ema_fused.backends import SlowPathWarning
+from ema_fused.checks import check_fraction, check_integer, check_momentum
+from ema_fused.copying import FrozenShares
+from ema_fused.hooks import on_mmengine
+from ema_fused.hooks.frameworks import register_beside, unwrapped
+from ema_fused.hooks.momentum_update import MomentumUpdate, momentum_update
+from ema_fused.hooks.on_mmengine import (
+    HOOKS,
+    MODELS,
+    Hook,
+    MessageHub,
+    MMLogger,
+    is_model_wrapper,
+)
+from ema_fused.swapping import Exchange, copy_to, exchange_of_averages
+
+__all__ = [
+    "BYOLHook",
+    "BaseAveragedModel",
+    "CosineEMA",
+    "EMAHook",
+    "ExpMomentumEMA",
+    "ExponentialMovingAverage",
+    "InvertedCosineEMA",
+    "MomentumAnnealingEMA",
+    "MomentumUpdateHook",
+    "StochasticWeightAverage",
+    "momentum_update",
+    "register",
+]
+
+_AVERAGED = "module."  # before the names of averaged tensors in an averaged model's state
+_SHOWN = 6
+
+
+class CosineEMA(averages.CosineEMA):
+    """:class:`ema_fused.CosineEMA`, which takes ``max_iters`` from the runner where none is given.
+
+    MMPretrain's convention: momentum is the weight of the model's values, 0.004 -> 0.
+    """
+
+    def total_steps(self) -> int:
+        """The iterations of the whole training.
+
+        Raises:
+            RuntimeError: ``max_iters`` wasn't given, and no runner trains.
+        """
+        if self.max_iters is None:
+            found = MessageHub.get_current_instance().runtime_info.get("max_iters")
+            if found is not None:
+                return int(found)
+        return super().total_steps()
+
+
+class InvertedCosineEMA(CosineEMA):
+    """The ``CosineEMA`` of MMSelfSup 1.0: its momentum is the weight of the *average*, 0.996 -> 1.
+
+    Args:
+        momentum: the weight of the average at step 0, in (0, 1).
+        end_momentum: at the last step, in [0, 1].
+
+    The others as :class:`CosineEMA`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float = 0.996,
+        end_momentum: float = 1.0,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+        *,
+        max_iters: int | None = None,
+        **options: Unpack[Options],
+    ) -> None:
+        with warnings.catch_warnings():
+            # That it is large: here it should be.
+            warnings.simplefilter("ignore")
+            check_momentum(momentum)
+        check_fraction("end_momentum", end_momentum)
+        super().__init__(
+            model,
+            1 - momentum,
+            1 - end_momentum,
+            interval,
+            device,
+            update_buffers,
+            max_iters=max_iters,
+            **options,
+        )
+        self.momentum = momentum
+        self.end_momentum = end_momentum
+
+    def momentum_at(self, steps: int) -> float:
+        return 1 - super().momentum_at(steps)
+
+
+# Averages of ours by the classes that they replace.
+_REPLACED: dict[str, type[BaseAveragedModel]] = {
+    "mmengine.model.averaged_model.StochasticWeightAverage": StochasticWeightAverage,
+    "mmengine.model.averaged_model.ExponentialMovingAverage": ExponentialMovingAverage,
+    "mmengine.model.averaged_model.MomentumAnnealingEMA": MomentumAnnealingEMA,
+    "mmdet.models.layers.ema.ExpMomentumEMA": ExpMomentumEMA,
+    "mmpretrain.models.utils.ema.CosineEMA": CosineEMA,
+    "mmselfsup.models.utils.ema.CosineEMA": InvertedCosineEMA,
+}
+# By their names, where no framework that is installed knows them.
+_BY_NAME: dict[str, type[BaseAveragedModel]] = {
+    "StochasticWeightAverage": StochasticWeightAverage,
+    "ExponentialMovingAverage": ExponentialMovingAverage,
+    "MomentumAnnealingEMA": MomentumAnnealingEMA,
+    "ExpMomentumEMA": ExpMomentumEMA,
+    "CosineEMA": CosineEMA,
+    "mmselfsup.CosineEMA": InvertedCosineEMA,
+}
+
+
+def _averaged_class(ema_type: str | type) -> type:
+    """What ``ema_type`` means, or our class for it.
+
+    Raises:
+        KeyError: there is no such average.
+    """
+    found: Any = ema_type
+    if isinstance(ema_type, str):
+        with MODELS.switch_scope_and_registry(None) as registry:
+            try:
+                found = registry.get(ema_type)
+            except RuntimeError:  # how some releases say that there is none
+                found = None
+        if not callable(found):
+            found = _BY_NAME.get(ema_type) or _BY_NAME.get(ema_type.rpartition(".")[2])
+        if found is None:
+            raise KeyError(
+                f"ema_type {ema_type!r} is not registered in mmengine's MODELS; ema_fused has "
+                f"{', '.join(_BY_NAME)}. Import the module that registers yours "
+                f"(custom_imports in a config), or correct the name"
+            )
+    averaged: type = _REPLACED.get(f"{found.__module__}.{found.__qualname__}", found)
+    return averaged
+
+
+class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
+    """Keeps an average of the model, evaluates it, and saves it, as mmengine's ``EMAHook``.
+
+    The same arguments, moments and checkpoints. Averages are updated in one launch and swapped in
+    place. Averages of mmengine, mmdet, MMPretrain and MMSelfSup are replaced by ours; another that
+    derives from mmengine's classes is used as it is, with a warning.
+
+    Args:
+        ema_type: name of an averaged model in ``MODELS``, or its class.
+        strict_load: whether the keys of a checkpoint must match. If not, each side without a value
+            takes the other's, with a warning.
+        begin_iter: the iteration, counted from 1, that averaging starts with; 0 is the same as 1.
+            Before it the average is a copy of the model.
+        begin_epoch: the same in epochs; only one of the two may be given.
+        **kwargs: arguments of the averaged model.
+
+    Raises:
+        TypeError, ValueError: an argument is of a wrong type or out of its range.
+    """
+
+    def __init__(
+        self,
+        ema_type: str | type = "ExponentialMovingAverage",
+        strict_load: bool = False,
+        begin_iter: int = 0,
+        begin_epoch: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        check_integer("begin_iter", begin_iter, least=0)
+        check_integer("begin_epoch", begin_epoch, least=0)
+        if begin_iter and begin_epoch:
+            raise ValueError(
+                f"begin_iter is {begin_iter} and begin_epoch is {begin_epoch}; only one of them "
+                f"may be set"
+            )
+        super().__init__(ema_type, strict_load, begin_iter, begin_epoch, **kwargs)
+        self._exchange: Exchange | None = None
+        self._is_swapped = False
+
+    def before_run(self, runner: Any) -> None:
+        """Makes the averaged copy of the model.
+
+        Raises:
+            KeyError: ``ema_type`` doesn't exist.
+        """
+        self._take_out()
+        self.src_model = unwrapped(runner.model, is_model_wrapper)
+        kind = _averaged_class(self.ema_cfg["type"])
+        self.ema_model = MODELS.build(
+            {**self.ema_cfg, "type": kind}, default_args={"model": self.src_model}
+        )
+        self._exchange = None
+        if not isinstance(self.ema_model, BaseAveragedModel):
+            warnings.warn(
+                f"EMAHook averages by {kind.__name__}, which is not one of ema_fused's: it runs at "
+                f"its own speed. Derive it from ema_fused.hooks.mmengine.BaseAveragedModel",
+                SlowPathWarning,
+                stacklevel=2,
+            )
+
+    def before_train(self, runner: Any) -> None:
+        """Checks that averaging begins within the run.
+
+        Raises:
+            ValueError: it doesn't.
+        """
+        name, begin, last = (
+            ("begin_epoch", self.begin_epoch, runner.max_epochs)
+            if self.enabled_by_epoch
+            else ("begin_iter", self.begin_iter, runner.max_iters)
+        )
+        if begin > last:
+            raise ValueError(
+                f"{name} is {begin} and the run ends after {last}: nothing would be averaged; at "
+                f"most {last} is expected"
+            )
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Takes averages out that an evaluation which raised has left in the model."""
+        self._take_out()
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        """Takes the model into its average, or copies it before averaging begins."""
+        if isinstance(self.ema_model, BaseAveragedModel) and not self._ema_started(runner):
+            self.ema_model.copy_from(self.src_model)
+        else:
+            super().after_train_iter(runner, batch_idx, data_batch, outputs)
+
+    def before_val_epoch(self, runner: Any) -> None:
+        self._put_in()
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        self._take_out()
+
+    def before_test_epoch(self, runner: Any) -> None:
+        self._put_in()
+
+    def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        self._take_out()
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Puts the average under ``state_dict`` and the model's own weights beside it.
+
+        During an evaluation too, where the model holds the averages.
+
+        Raises:
+            KeyError: the average has names that the model's state lacks.
+        """
+        was_swapped = self._is_swapped
+        self._take_out()
+        ema_state = checkpoint["ema_state_dict"] = self.ema_model.state_dict()
+        model_state = checkpoint["state_dict"]
+        if was_swapped:
+            # Both states are to stay as they are when the averages are put in again.
+            own = self.src_model.state_dict()
+            for name, tensor in model_state.items():
+                model_state[name] = own.get(name, tensor).to(tensor.device, copy=True)
+            for name, tensor in ema_state.items():
+                ema_state[name] = tensor.clone()
+            self._put_in()
+        lacking, _ = _differences(model_state, ema_state)
+        if lacking:
+            raise KeyError(
+                f"the model's state lacks what its average has: {_listed(lacking)}; leave the "
+                f"structure of the model as it is while it trains"
+            )
+        for name in _averaged_names(ema_state):
+            key = _AVERAGED + name
+            model_state[name], ema_state[key] = ema_state[key], model_state[name]
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Resumes the average; without resuming, or where there is none, takes ``state_dict``.
+
+        Raises:
+            KeyError: names differ, with ``strict_load``.
+            RuntimeError: a shape differs; or names, where there is no average.
+        """
+        logger = MMLogger.get_current_instance()
+        if "ema_state_dict" in checkpoint and runner._resume:
+            self._resume_average(checkpoint)
+            return
+        if runner._resume:
+            logger.warning(
+                "the checkpoint has no `ema_state_dict`: the average starts as a copy of its "
+                "`state_dict`"
+            )
+        state = {re.sub(r"^module\.", "", name): t for name, t in checkpoint["state_dict"].items()}
+        on_mmengine.load_state_dict(self.ema_model.module, state, strict=self.strict_load)
+
+    def _resume_average(self, checkpoint: dict[str, Any]) -> None:
+        """Gives the model's own weights back to ``state_dict``, and loads the average."""
+        model_state, ema_state = checkpoint["state_dict"], checkpoint["ema_state_dict"]
+        lacking, without_average = _differences(model_state, ema_state)
+        present = self.src_model.state_dict()
+        unknown = [n for n in present if n not in model_state and _AVERAGED + n not in ema_state]
+        if lacking or without_average or unknown:
+            difference = (
+                f"the checkpoint doesn't match: its state_dict lacks {_listed(lacking + unknown)}; "
+                f"its ema_state_dict lacks {_listed(without_average + unknown)}"
+            )
+            if self.strict_load:
+                raise KeyError(f"{difference}. Load it with strict_load=False, or load another one")
+            MMLogger.get_current_instance().warning(
+                f"{difference}. Each takes the other's value; the average takes the model's "
+                f"present one where there is none"
+            )
+        for name in [*_averaged_names(ema_state), *without_average]:
+            key = _AVERAGED + name
+            average = model_state[name] if name in model_state else ema_state[key]
+            model_state[name], ema_state[key] = ema_state.get(key, average), average
+        ema_state.update({_AVERAGED + name: present[name] for name in unknown})
+        self.ema_model.load_state_dict(ema_state, strict=self.strict_load)
+
+    def _copy_average_to_model(self) -> None:
+        ours = isinstance(self.ema_model, BaseAveragedModel)
+        copy_to(
+            self.ema_model.module,
+            self.src_model,
+            shares=self.ema_model._shares if ours else FrozenShares(),
+            backend=self.ema_model.backend if ours else None,
+        )
+
+    def _put_in(self) -> None:
+        if not self._is_swapped:
+            self._swap_ema_parameters()
+
+    def _take_out(self) -> None:
+        if self._is_swapped:
+            self._swap_ema_parameters()
+
+    def _swap_ema_parameters(self) -> None:
+        """Exchanges what is averaged with the model's, in place."""
+        if self._exchange is None:
+            ours = isinstance(self.ema_model, BaseAveragedModel)
+            self._exchange = exchange_of_averages(
+                self.ema_model.module,
+                self.src_model,
+                update_buffers=self.ema_model.update_buffers,
+                shares=self.ema_model._shares if ours else FrozenShares(),
+                backend=self.ema_model.backend if ours else None,
+            )
+        if self._is_swapped:
+            self._exchange.take_out()
+        else:
+            self._exchange.put_in()
+        self._is_swapped = not self._is_swapped
+
+
+def _averaged_names(ema_state: dict[str, Any]) -> list[str]:
+    """The names, as the model's state has them, of what an averaged model's state holds."""
+    return [name[len(_AVERAGED) :] for name in ema_state if name.startswith(_AVERAGED)]
+
+
+def _differences(
+    model_state: dict[str, Any], ema_state: dict[str, Any]
+) -> tuple[list[str], list[str]]:
+    """(names in the average's state alone, names in the model's state alone)."""
+    averaged = _averaged_names(ema_state)
+    return (
+        [name for name in averaged if name not in model_state],
+        [name for name in model_state if _AVERAGED + name not in ema_state],
+    )
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return (", ".join(names[:_SHOWN]) + more) or "nothing"
+
+
+class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
+    """MMSelfSup 0.x's hook, for algorithms of the BYOL kind under mmengine's runners.
+
+    Arguments and errors as :class:`~ema_fused.hooks.momentum_update.MomentumUpdate`.
+    """
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        if self._is_due(runner.iter):
+            model = unwrapped(runner.model, is_model_wrapper)
+            self._set_momentum(model, runner.iter, runner.max_iters)
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
+    ) -> None:
+        if self._is_due(runner.iter):
+            self._update(unwrapped(runner.model, is_model_wrapper))
+
+
+BYOLHook = MomentumUpdateHook
+
+_HOOKS = {"EMAHook": EMAHook, "MomentumUpdateHook": MomentumUpdateHook, "BYOLHook": BYOLHook}
+_MODELS = {
+    "StochasticWeightAverage": StochasticWeightAverage,
+    "ExponentialMovingAverage": ExponentialMovingAverage,
+    "MomentumAnnealingEMA": MomentumAnnealingEMA,
+}
+_MODELS_OF_OTHERS = {
+    "ExpMomentumEMA": ExpMomentumEMA,
+    "CosineEMA": CosineEMA,
+    "InvertedCosineEMA": InvertedCosineEMA,
+}
+
+
+def register(*, replace: bool = False) -> None:
+    """Registers hooks in mmengine's ``HOOKS`` and averages in ``MODELS``, as ``Fused...``.
+
+    Args:
+        replace: also under the originals' names, in the originals' place, so that a config runs
+            unchanged; the ``CosineEMA`` of MMSelfSup 1.0 too, where that is imported already.
+    """
+    register_beside(HOOKS, _HOOKS)
+    register_beside(MODELS, _MODELS | _MODELS_OF_OTHERS)
+    if replace:
+        on_mmengine.replace_hooks("mmengine", _HOOKS)
+        on_mmengine.replace_models("mmengine", _MODELS)
+        if "mmselfsup" in MODELS.children:
+            on_mmengine.replace_models("mmselfsup", {"CosineEMA": InvertedCosineEMA})
+
+
+register()

@@ -1,0 +1,116 @@
+"""MMPretrain's ``EMAHook``, which can evaluate with averaged weights, without, or both ways."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from ema_fused.hooks import mmengine
+from ema_fused.hooks.frameworks import register_beside
+from ema_fused.hooks.mmengine import CosineEMA
+from ema_fused.hooks.on_mmengine import HOOKS, MODELS, MMLogger, replace_hooks, replace_models
+
+__all__ = ["CosineEMA", "EMAHook", "register"]
+
+
+class EMAHook(mmengine.EMAHook):
+    """:class:`ema_fused.hooks.mmengine.EMAHook`, with a choice of what is evaluated.
+
+    A checkpoint with an average that is loaded without resuming (``load_from``) gives the model and
+    the average that average, and the average its steps.
+
+    Args:
+        evaluate_on_ema: validate and test with the averaged weights.
+        evaluate_on_origin: with the model's own weights. Where both are set, these come second, and
+            their metrics go to the message hub as ``val/<metric>_origin``. Where none is set, this
+            one is, with a warning.
+
+    The others as :class:`ema_fused.hooks.mmengine.EMAHook`.
+    """
+
+    def __init__(
+        self,
+        ema_type: str | type = "ExponentialMovingAverage",
+        strict_load: bool = False,
+        begin_iter: int = 0,
+        begin_epoch: int = 0,
+        evaluate_on_ema: bool = True,
+        evaluate_on_origin: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(ema_type, strict_load, begin_iter, begin_epoch, **kwargs)
+        if not (evaluate_on_ema or evaluate_on_origin):
+            warnings.warn(
+                "neither evaluate_on_ema nor evaluate_on_origin is set: the model's own weights "
+                "are evaluated. To evaluate nothing, set val_interval in train_cfg",
+                stacklevel=2,
+            )
+            evaluate_on_origin = True
+        self.evaluate_on_ema = evaluate_on_ema
+        self.evaluate_on_origin = evaluate_on_origin
+        self.load_ema_from_ckpt = False
+
+    def before_train(self, runner: Any) -> None:
+        super().before_train(runner)
+        if self.load_ema_from_ckpt and not runner._resume:
+            MMLogger.get_current_instance().info(
+                "the checkpoint's average is loaded into the model: the run doesn't resume it"
+            )
+            self._copy_average_to_model()
+
+    def before_val_epoch(self, runner: Any) -> None:
+        if self.evaluate_on_ema:
+            super().before_val_epoch(runner)
+
+    def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        super().after_val_epoch(runner, metrics)
+        if self.evaluate_on_ema and self.evaluate_on_origin:
+            self._evaluate_again(runner, runner.val_loop, "val")
+
+    def before_test_epoch(self, runner: Any) -> None:
+        _tell_what_is_tested("averaged" if self.evaluate_on_ema else "own")
+        if self.evaluate_on_ema:
+            super().before_test_epoch(runner)
+
+    def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        super().after_test_epoch(runner, metrics)
+        if self.evaluate_on_ema and self.evaluate_on_origin:
+            _tell_what_is_tested("own")
+            self._evaluate_again(runner, runner.test_loop, "test")
+
+    @staticmethod
+    def _evaluate_again(runner: Any, loop: Any, stage: str) -> None:
+        runner.model.eval()
+        for index, batch in enumerate(loop.dataloader):
+            loop.run_iter(index, batch)
+        metrics = loop.evaluator.evaluate(len(loop.dataloader.dataset))
+        for name, value in metrics.items():
+            runner.message_hub.update_scalar(f"{stage}/{name}_origin", value)
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        if "ema_state_dict" in checkpoint and not runner._resume:
+            self._resume_average(checkpoint)
+        else:
+            super().after_load_checkpoint(runner, checkpoint)
+        self.load_ema_from_ckpt = "ema_state_dict" in checkpoint
+
+
+def _tell_what_is_tested(which: str) -> None:
+    MMLogger.get_current_instance().info(f"testing the model with its {which} weights")
+
+
+def register(*, replace: bool = False) -> None:
+    """Registers the hook as ``FusedMMPretrainEMAHook`` and the average as ``FusedCosineEMA``.
+
+    Args:
+        replace: also as ``EMAHook`` and ``CosineEMA``, in the originals' place: in MMPretrain's
+            registries where MMPretrain is installed, else in mmengine's.
+    """
+    register_beside(HOOKS, {"MMPretrainEMAHook": EMAHook})
+    register_beside(MODELS, {"CosineEMA": CosineEMA})
+    if replace:
+        replace_hooks("mmpretrain", {"EMAHook": EMAHook})
+        replace_models("mmpretrain", {"CosineEMA": CosineEMA})
+
+
+register()

@@ -1,0 +1,51 @@
+"""MMSelfSup 0.x's ``MomentumUpdateHook`` (also ``BYOLHook``), for the runners of mmcv 1.x.
+
+For mmengine's runners there is one in :mod:`ema_fused.hooks.mmengine`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ema_fused.hooks.frameworks import register_beside, register_instead, unwrapped
+from ema_fused.hooks.momentum_update import MomentumUpdate, momentum_update
+from ema_fused.hooks.on_mmcv import HOOKS, Hook, is_module_wrapper
+
+__all__ = ["BYOLHook", "MomentumUpdateHook", "momentum_update", "register"]
+
+
+class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
+    """Averages the target network after each iteration, its momentum along a cosine.
+
+    The model is seen through a wrapper, or does without one. Arguments and errors as
+    :class:`~ema_fused.hooks.momentum_update.MomentumUpdate`.
+    """
+
+    def before_train_iter(self, runner: Any) -> None:
+        if self._is_due(runner.iter):
+            model = unwrapped(runner.model, is_module_wrapper)
+            self._set_momentum(model, runner.iter, runner.max_iters)
+
+    def after_train_iter(self, runner: Any) -> None:
+        if self._is_due(runner.iter):
+            self._update(unwrapped(runner.model, is_module_wrapper))
+
+
+BYOLHook = MomentumUpdateHook
+
+_CLASSES = {"MomentumUpdateHook": MomentumUpdateHook, "BYOLHook": BYOLHook}
+
+
+def register(*, replace: bool = False) -> None:
+    """Registers the hook in mmcv's ``HOOKS`` as ``FusedMomentumUpdateHook`` and ``FusedBYOLHook``.
+
+    Args:
+        replace: also as ``MomentumUpdateHook`` and ``BYOLHook``, in the originals' place. Call it
+            after MMSelfSup is imported.
+    """
+    register_beside(HOOKS, _CLASSES)
+    if replace:
+        register_instead(HOOKS, _CLASSES)
+
+
+register()

@@ -1,0 +1,157 @@
+"""The target network of BYOL and MoCo v3: an average of the online network, one launch an update.
+
+Here alone ``momentum`` is the weight of the *target*, as in MMSelfSup: 0.996, not 0.004.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ema_fused.backends import SlowPathWarning
+from ema_fused.checks import check_fraction, check_integer
+from ema_fused.pairing import Kind, Pairing
+
+_pairings: dict[tuple[int, int], Pairing] = {}
+
+
+def momentum_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
+    """``target = target * momentum + online * (1 - momentum)``, in place, for all parameters.
+
+    Rounds as MMSelfSup's algorithms do. The pairs are planned once for two networks; tensors whose
+    storage is replaced (``parameter.data = ...``) are followed. Buffers are left alone.
+
+    Args:
+        target: the network that is averaged.
+        online: the network that is trained, of the same structure.
+        momentum: the weight of ``target``, in [0, 1].
+
+    Raises:
+        KeyError: names of parameters don't match.
+        ValueError: ``momentum`` is out of its range, a shape differs, or a trainable parameter is
+            the target's own memory.
+        TypeError: one side of a pair is floating-point and the other isn't.
+        Nothing has been updated then.
+    """
+    check_fraction("momentum", momentum)
+    key = (id(target), id(online))
+    pairing = _pairings.get(key)
+    if pairing is None or not pairing.holds(target, online, update_buffers=False):
+        pairing = Pairing(
+            target,
+            online,
+            update_buffers=False,
+            arithmetic="products",
+            leave=(Kind.BUFFER, Kind.CACHE),
+            when_one_is_gone=lambda _: _pairings.pop(key, None),
+        )
+        _pairings[key] = pairing
+    # Exact for a momentum of 1/2 and more, and 1 minus it is the momentum again.
+    pairing.average_(1.0 - momentum)
+
+
+class Networks(NamedTuple):
+    """The names of an algorithm's two networks."""
+
+    target: str
+    online: str
+
+
+# What momentum_update() of MMSelfSup 0.11's algorithms averages.
+_ALGORITHMS = {
+    "mmselfsup.models.algorithms.byol.BYOL.momentum_update": Networks("target_net", "online_net"),
+    "mmselfsup.models.algorithms.mocov3.MoCoV3.momentum_update": Networks(
+        "momentum_encoder", "base_encoder"
+    ),
+    "mmselfsup.models.algorithms.cae.CAE.momentum_update": Networks("teacher", "backbone"),
+}
+
+
+class MomentumUpdate:
+    """What ``MomentumUpdateHook`` does at each iteration, whatever runner calls it.
+
+    MMSelfSup's own algorithms (BYOL, MoCo v3, CAE) are updated in one launch instead of by their
+    ``momentum_update()``. Of another algorithm that method is called, unless ``networks`` names
+    what is to be averaged.
+
+    Args:
+        end_momentum: of the target network at the end of the training, in [0, 1].
+        update_interval: iterations from one update to the next.
+        networks: names of the model's attributes (target, online) to average.
+
+    Raises:
+        TypeError, ValueError: an argument is of a wrong type or out of its range.
+    """
+
+    def __init__(
+        self,
+        end_momentum: float = 1.0,
+        update_interval: int = 1,
+        networks: tuple[str, str] | None = None,
+        **ignored: object,
+    ) -> None:
+        check_fraction("end_momentum", end_momentum)
+        check_integer("update_interval", update_interval, least=1)
+        if networks is not None and len(networks) != 2:
+            raise ValueError(
+                f"networks is {networks!r}; two names are expected: of the target network and of "
+                f"the online network"
+            )
+        if ignored:
+            warnings.warn(
+                f"MomentumUpdateHook ignores {', '.join(ignored)}, as the original does",
+                stacklevel=2,
+            )
+        self.end_momentum = end_momentum
+        self.update_interval = update_interval
+        self.networks = None if networks is None else Networks(*networks)
+        self._warned = False
+
+    def _is_due(self, iteration: int) -> bool:
+        return (iteration + 1) % self.update_interval == 0
+
+    def _set_momentum(self, model: nn.Module, iteration: int, max_iters: int) -> None:
+        """``end - (end - base) * (cos(pi * iteration / max_iters) + 1) / 2`` (arXiv 2006.07733)."""
+        base = _attribute(model, "base_momentum")
+        _attribute(model, "momentum")
+        phase = math.pi * iteration / float(max_iters)
+        weight = self.end_momentum - (self.end_momentum - base) * (math.cos(phase) + 1) / 2
+        model.momentum = weight
+
+    def _update(self, model: nn.Module) -> None:
+        networks = self.networks or self._known_networks(model)
+        if networks is not None:
+            target, online = (_attribute(model, name) for name in networks)
+            momentum_update(target, online, _attribute(model, "momentum"))
+            return
+        update = _attribute(model, "momentum_update")
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{type(model).__name__} is updated by its own momentum_update(). Call "
+                f"ema_fused.hooks.momentum_update.momentum_update in it, or name its networks: "
+                f"networks=('target_net', 'online_net')",
+                SlowPathWarning,
+                stacklevel=3,
+            )
+        update()
+
+    @staticmethod
+    def _known_networks(model: nn.Module) -> Networks | None:
+        method = getattr(type(model), "momentum_update", None)
+        qualified = f"{getattr(method, '__module__', '')}.{getattr(method, '__qualname__', '')}"
+        return _ALGORITHMS.get(qualified)
+
+
+def _attribute(model: nn.Module, name: str) -> Any:
+    try:
+        return getattr(model, name)
+    except AttributeError:
+        raise AttributeError(
+            f"{type(model).__name__} has no attribute {name!r}, which MomentumUpdateHook needs: "
+            f"algorithms of the BYOL kind have base_momentum, momentum, and momentum_update() or "
+            f"two networks"
+        ) from None

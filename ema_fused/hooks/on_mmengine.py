@@ -1,0 +1,55 @@
+"""What the modules on mmengine share: its names, or what to install for them, and registering."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from ema_fused.hooks.frameworks import missing, register_instead
+
+try:
+    from mmengine.hooks import EMAHook, Hook
+    from mmengine.logging import MessageHub, MMLogger
+    from mmengine.model import is_model_wrapper
+    from mmengine.registry import HOOKS, MODELS
+    from mmengine.runner.checkpoint import load_state_dict
+except ImportError as error:
+    raise missing("mmengine", "mmengine", error) from error
+
+__all__ = [
+    "HOOKS",
+    "MODELS",
+    "EMAHook",
+    "Hook",
+    "MMLogger",
+    "MessageHub",
+    "is_model_wrapper",
+    "load_state_dict",
+    "replace_hooks",
+    "replace_models",
+]
+
+
+def replace_hooks(scope: str, classes: Mapping[str, type]) -> None:
+    """Puts hooks in the originals' place in the registry of ``scope``."""
+    register_instead(_registry("HOOKS", HOOKS, scope), classes)
+
+
+def replace_models(scope: str, classes: Mapping[str, type]) -> None:
+    """Puts averaged models in the originals' place in the registry of ``scope``."""
+    register_instead(_registry("MODELS", MODELS, scope), classes)
+
+
+def _registry(name: str, root: Any, scope: str) -> Any:
+    """The registry of the package ``scope``; mmengine's own where that isn't installed."""
+    registry = root
+    if scope != root.scope:
+        try:
+            registry = getattr(importlib.import_module(f"{scope}.registry"), name)
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.partition(".")[0] != scope:
+                raise
+    # The originals register themselves when they are imported: now, so that ours come later.
+    registry.import_from_location()
+    return registry

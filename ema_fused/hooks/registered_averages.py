@@ -1,0 +1,157 @@
+"""Averages that are buffers of the model itself: ``ema_<name>``, as mmcv 1.x's hooks keep them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from ema_fused.plan import Plan
+from ema_fused.watch import ModuleWatch
+
+# What a hook has registered in a model: a second run finds them there.
+_registered: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+class _Pair(NamedTuple):
+    name: str
+    averaged: Tensor
+    source: Tensor
+
+
+class RegisteredAverages:
+    """Averages of a model's tensors, registered as buffers of the model.
+
+    A tensor without a mean (integers, bool) is copied. Tied tensors have one average, registered
+    under each of their names. Tensors that the model gains later are taken in with their value
+    then.
+
+    Args:
+        model: the model, not wrapped.
+        skip_buffers: average parameters alone, otherwise persistent buffers too.
+
+    Attributes:
+        names: for each averaged name of the model, that of the buffer with its average.
+
+    Raises:
+        ValueError: two names become one buffer's name, or the model has that name already.
+    """
+
+    def __init__(self, model: nn.Module, skip_buffers: bool) -> None:
+        self._model = model
+        self._skip_buffers = skip_buffers
+        ours = _registered.setdefault(model, set())
+        for buffer in ours:
+            model._buffers.pop(buffer, None)
+        ours.clear()
+        self.names: dict[str, str] = {}
+        self._prepare()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What is averaged or copied, by name."""
+        model = self._model
+        if self._skip_buffers:
+            return dict(model.named_parameters())
+        tensors: dict[str, Tensor] = {}
+        for path, module in model.named_modules(remove_duplicate=False):
+            persistent = {
+                name: buffer
+                for name, buffer in module._buffers.items()
+                if name not in module._non_persistent_buffers_set
+            }
+            for name, tensor in (module._parameters | persistent).items():
+                if tensor is not None:
+                    tensors[f"{path}.{name}" if path else name] = tensor
+        ours = _registered[model]
+        return {name: tensor for name, tensor in tensors.items() if name not in ours}
+
+    def _prepare(self) -> None:
+        tensors = self._tensors()
+        missing = [name for name in self.names if name not in tensors]
+        if missing:
+            raise KeyError(
+                f"the model has lost {', '.join(missing)}, which are averaged; leave the structure "
+                f"of the model as it is while it trains"
+            )
+        self._register([name for name in tensors if name not in self.names], tensors)
+        pairs: dict[int, _Pair] = {}
+        for name, source in tensors.items():
+            averaged = self._model._buffers[self.names[name]]
+            assert averaged is not None
+            pairs.setdefault(id(source), _Pair(name, averaged, source))
+        self._plan = _plan(list(pairs.values()))
+        copied = [pair for pair in pairs.values() if not _has_mean(pair.source)]
+        self._copied = _plan(copied)
+        self._changed = ModuleWatch(self._model).changed
+
+    def _register(self, names: list[str], tensors: dict[str, Tensor]) -> None:
+        """Registers an average for each name; for none where one of them can't be."""
+        taken = {buffer: name for name, buffer in self.names.items()}
+        new: dict[str, str] = {}
+        for name in names:
+            buffer = f"ema_{name.replace('.', '_')}"  # a buffer's name has no dots
+            if buffer in taken:
+                raise ValueError(
+                    f"the averages of {taken[buffer]!r} and {name!r} would both be called "
+                    f"{buffer!r}; rename one of the two in the model"
+                )
+            if hasattr(self._model, buffer):
+                raise ValueError(
+                    f"the average of {name!r} would be called {buffer!r}, and the model has that "
+                    f"already; rename it in the model"
+                )
+            taken[buffer] = name
+            new[name] = buffer
+        averages = {
+            id(tensors[name]): self._model._buffers[buffer] for name, buffer in self.names.items()
+        }
+        for name, buffer in new.items():
+            source = tensors[name]
+            if id(source) not in averages:
+                averages[id(source)] = source.detach().clone()
+            self._model.register_buffer(buffer, averages[id(source)])
+        self.names |= new
+        _registered[self._model].update(new.values())
+
+    def average_(self, momentum: float) -> None:
+        """``averaged = (1 - momentum) * averaged + momentum * source``, and copies the integers.
+
+        Raises:
+            KeyError: the model has lost a tensor.
+            ValueError: a shape differs. Nothing has been updated then.
+        """
+        self._run(lambda: self._plan.lerp_(momentum))
+
+    def put_in(self) -> None:
+        """Exchanges model and averages, in place; integers stay as they are in the model."""
+        self._run(lambda: self._copied.copy_())
+        self._plan.swap_()
+
+    def take_out(self) -> None:
+        """Exchanges them back."""
+        self._run(lambda: self._plan.swap_())
+
+    def _run(self, operation: Callable[[], None]) -> None:
+        if not self._changed():
+            try:
+                return operation()
+            except ValueError:
+                pass  # a dtype has changed, or the like: planned for what is there now
+        self._prepare()
+        operation()
+
+
+def _has_mean(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def _plan(pairs: list[_Pair]) -> Plan:
+    return Plan(
+        [pair.averaged for pair in pairs],
+        [pair.source for pair in pairs],
+        arithmetic="axpby",
+        only_copy=[not _has_mean(pair.source) for pair in pairs],
+        names=[pair.name for pair in pairs],
+    )
