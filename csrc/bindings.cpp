@@ -145,6 +145,8 @@ PYBIND11_MODULE(_C, module) {
              return std::make_unique<Plan>(averaged, source, std::move(pairs), arithmetic);
            }),
            py::arg("averaged"), py::arg("source"), py::arg("options"), py::arg("arithmetic"))
+      .def("release", &Plan::release)
+      .def("matches", &Plan::matches, py::arg("averaged"), py::arg("source"))
       .def("ready", &Plan::ready)
       .def(
           "run",

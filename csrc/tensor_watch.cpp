@@ -121,10 +121,46 @@ TensorWatch::TensorWatch(const pybind11::list& tensors) : tensors_(tensors) {
   }
 }
 
-TensorWatch::~TensorWatch() {
+TensorWatch::~TensorWatch() { release(); }
+
+void TensorWatch::release() {
   for (const Expected& expected : expected_) {
     shim().free_tensor(expected.handle);
   }
+  expected_.clear();
+  tensors_ = pybind11::list();
+  released_ = true;
+}
+
+bool TensorWatch::matches(const pybind11::list& averaged, const pybind11::list& source) const {
+  return averaged.size() + source.size() == facts_.size() && matches(averaged, 0) &&
+         matches(source, averaged.size());
+}
+
+// Tells them from those remembered from place `first` on, without an allocation.
+bool TensorWatch::matches(const pybind11::list& tensors, std::size_t first) const {
+  for (std::size_t i = 0; i < tensors.size(); ++i) {
+    const pybind11::handle tensor = tensors[i];
+    const TensorFacts& facts = facts_[first + i];
+    dlpack::Tensor now{};
+    std::string why_not;
+    if (!torch_doors::is_tensor(tensor) || !torch_doors::describe(tensor, now, why_not)) {
+      return false;
+    }
+    const char* data =
+        now.data == nullptr ? nullptr : static_cast<char*>(now.data) + now.byte_offset;
+    const auto& dtype = facts.exact_dtype;
+    const auto dimensions = static_cast<std::size_t>(now.ndim);
+    if (data != facts.data || now.dtype.code != dtype.code || now.dtype.bits != dtype.bits ||
+        now.dtype.lanes != dtype.lanes || now.device.type != facts.device.type ||
+        now.device.id != facts.device.id || dimensions != facts.sizes.size() ||
+        !std::equal(facts.sizes.begin(), facts.sizes.end(), now.shape) ||
+        !std::equal(facts.strides.begin(), facts.strides.end(), now.strides) ||
+        torch_doors::is_negated(tensor)) {
+      return false;
+    }
+  }
+  return true;
 }
 
 Change TensorWatch::check() {

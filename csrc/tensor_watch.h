@@ -49,6 +49,14 @@ class TensorWatch {
   // words; -1 where there is none.
   std::pair<std::int64_t, std::string> changed_kind() const;
 
+  // Lets the tensors go. From here on nothing can be asked but facts() and matches().
+  void release();
+  bool released() const { return released_; }
+
+  // Whether fresh tensors are, place by place, what is remembered: memory, type, shape, strides and
+  // device. Asks the tensors that are given, so no address can be stale.
+  bool matches(const pybind11::list& averaged, const pybind11::list& source) const;
+
   const std::vector<TensorFacts>& facts() const { return facts_; }
 
  private:
@@ -66,12 +74,14 @@ class TensorWatch {
   Change compare(const torch_doors::Shim& torch, std::size_t i) const;
   bool same_layout(const torch_doors::Shim& torch, const Expected& expected) const;
   bool adopt(std::size_t i);
+  bool matches(const pybind11::list& tensors, std::size_t first) const;
   Change check_through_dlpack();
 
   pybind11::list tensors_;
   std::vector<TensorFacts> facts_;
   std::vector<Expected> expected_;  // empty where the shim is missing
   std::vector<std::int64_t> layouts_;
+  bool released_ = false;
 };
 
 }  // namespace ema_fused

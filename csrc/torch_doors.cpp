@@ -101,7 +101,15 @@ bool describe(py::handle tensor, dlpack::Tensor& description, std::string& why_n
   return false;
 }
 
-bool is_negated(py::handle tensor) { return doors().is_neg(tensor).ptr() == Py_True; }
+bool is_negated(py::handle tensor) {
+  PyObject* answer = PyObject_CallOneArg(doors().is_neg.ptr(), tensor.ptr());
+  if (answer == nullptr) {
+    throw py::error_already_set();
+  }
+  const bool negated = answer == Py_True;
+  Py_DECREF(answer);
+  return negated;
+}
 
 void* current_stream(std::int32_t device_type, std::int32_t device_id) {
   void* stream = nullptr;

@@ -34,6 +34,10 @@ class Plan:
         arithmetic: Arithmetic,
     ) -> None:
         """options, one a pair: (only copied, which average, its number in the caller's lists)."""
+    def release(self) -> None:
+        """Lets the tensors go: nothing is checked from here on but by matches()."""
+    def matches(self, averaged: list[Tensor], source: list[Tensor]) -> bool:
+        """Whether these are what was planned: memory, dtype, shape, strides, device."""
     def ready(self) -> bool:
         """False where a tensor's dtype, shape, strides or device has changed."""
     def run(self, operation: Operation, weight: float = ...) -> bool:

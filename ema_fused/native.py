@@ -61,6 +61,19 @@ class NativePart:
         """The compiled ``run(operation, weight) -> bool``, for the shortest way to a launch."""
         return self._plan.run
 
+    @property
+    def places(self) -> list[int]:
+        """The places of its pairs in the plan's lists."""
+        return self._indices
+
+    def release(self) -> None:
+        """Lets the tensors go; from here on :meth:`matches` says whether it may be run."""
+        self._plan.release()
+
+    def matches(self, averaged: list[Tensor], source: list[Tensor]) -> bool:
+        """Whether these are the pairs it was made for: memory, dtype, shape, strides, device."""
+        return bool(self._plan.matches(averaged, source))
+
     def ready(self) -> bool:
         with self._overlaps_explained():
             return bool(self._plan.ready())

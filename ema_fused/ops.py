@@ -1,7 +1,7 @@
 """Stateless updates of lists of tensors, as torch's foreach functions are called.
 
-Each call plans anew. Where the same tensors are updated at every step, a :class:`~ema_fused.Plan`
-made once is the fast way.
+Lists of the same tensors are known again: their plan is kept, the tensors aren't. Comparing them
+takes some 150 nanoseconds a tensor; a :class:`~ema_fused.Plan` of your own needs a tenth of that.
 """
 
 from __future__ import annotations
@@ -11,8 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ema_fused.arguments import as_weights
+from ema_fused.native import NativePart
 from ema_fused.pairs import check_lists, check_pair, label
+from ema_fused.parts import Update
 from ema_fused.plan import Plan
+from ema_fused.plan_cache import PlanCache
+
+_plans = PlanCache()
 
 
 def lerp_(
@@ -41,7 +47,15 @@ def lerp_(
     if isinstance(weight, Sequence) and any(isinstance(item, Tensor) for item in weight):
         _lerp_by_tensors(averaged, source, weight)
         return
-    Plan(averaged, source).lerp_(weight)
+    parts = _known_parts(averaged, source)
+    if parts is None or any(part.no_average is not None for part in parts):
+        plan = Plan(averaged, source)
+        plan.lerp_(weight)
+        _keep(plan)
+        return
+    weights, by_pair = as_weights(weight, 1, len(averaged), None)
+    for part in parts:
+        part.average(Update(weights, by_pair))
 
 
 def _lerp_by_tensors(
@@ -82,7 +96,14 @@ def copy_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     Raises:
         TypeError, ValueError: as :func:`lerp_`, but any dtype is fine.
     """
-    Plan(averaged, source).copy_()
+    parts = _known_parts(averaged, source)
+    if parts is None:
+        plan = Plan(averaged, source)
+        plan.copy_()
+        _keep(plan)
+        return
+    for part in parts:
+        part.copy()
 
 
 def swap_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
@@ -92,4 +113,21 @@ def swap_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         TypeError: the dtypes of a pair differ.
         ValueError: as :func:`lerp_`; also where two sources overlap.
     """
-    Plan(averaged, source).swap_()
+    parts = _known_parts(averaged, source)
+    if parts is None or any(part.no_swap is not None for part in parts):
+        plan = Plan(averaged, source)
+        plan.swap_()
+        _keep(plan)
+        return
+    for part in parts:
+        part.swap()
+
+
+def _known_parts(averaged: object, source: object) -> list[NativePart] | None:
+    if not isinstance(averaged, (list, tuple)) or not isinstance(source, (list, tuple)):
+        return None
+    return _plans.find(list(averaged), list(source))
+
+
+def _keep(plan: Plan) -> None:
+    _plans.keep(plan.give_up(), plan.tensors)

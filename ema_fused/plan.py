@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ema_fused import backends
+from ema_fused.arguments import Weight, as_flag, as_step, as_weights
 from ema_fused.checks import as_integer
 from ema_fused.native import NativePart
 from ema_fused.pairs import check_list, check_lists, label, refuse_average, refuse_swap
@@ -21,10 +22,6 @@ from ema_fused.streams import SideStreams
 
 ARITHMETICS = ("lerp", "axpby", "delta", "products")
 MAX_AVERAGES = 8
-
-_STEPS = 2**32  # what the counter of the random bits has room for
-
-Weight = float | Tensor
 
 
 class Plan:
@@ -248,13 +245,13 @@ class Plan:
         if self._no_average is not None:
             i = self._no_average
             raise refuse_average(self.averaged[i], self.source[i], label(i, self._labels))
-        weights, by_pair = self._as_weights(weight)
+        weights, by_pair = as_weights(weight, self.averages, len(self.averaged), self._labels)
         update = Update(
             weights,
             by_pair,
-            None if found_inf is None else _as_flag(found_inf),
+            None if found_inf is None else as_flag(found_inf),
             self.seed,
-            _as_step(self.step if step is None else step),
+            as_step(self.step if step is None else step),
         )
         read = (*weights, update.found_inf, update.step)
         with self._on(stream, [item for item in read if isinstance(item, Tensor)]):
@@ -273,26 +270,6 @@ class Plan:
                 "every replay; pass step=, a 0-dim int64 tensor on the device, and advance it in "
                 "the graph: step += 1"
             )
-
-    def _as_weights(self, weight: Weight | Sequence[Weight]) -> tuple[list[Weight], list[float]]:
-        """(one weight an average, or one number a pair)."""
-        if isinstance(weight, Sequence) and not isinstance(weight, str):
-            if self.averages > 1:
-                if len(weight) != self.averages:
-                    raise ValueError(
-                        f"{len(weight)} weights for {self.averages} averages; one each is expected"
-                    )
-                return [_as_number(w, f" of average {k}") for k, w in enumerate(weight)], []
-            if len(weight) != len(self.averaged):
-                raise ValueError(
-                    f"{len(weight)} weights for {len(self.averaged)} pairs; one a pair is expected"
-                )
-            by_pair = [
-                w if type(w) is float else float(_as_number(w, f" of {label(i, self._labels)}"))
-                for i, w in enumerate(weight)
-            ]
-            return [0.0], by_pair
-        return [_as_number(weight)] * self.averages, []
 
     def copy_(self, *, stream: torch.cuda.Stream | None = None) -> None:
         """Copies every source into its averaged tensors, converting the dtype where they differ.
@@ -370,6 +347,11 @@ class Plan:
             raise KeyError(f"{' and '.join(missing)} missing: not the state of a Plan")
         check_seed(state["seed"])
         self.seed, self.step = operator.index(state["seed"]), as_integer(state["step"], "step")
+
+    def give_up(self) -> list[Part]:
+        """The parts, for somebody else to run; the plan must not be used from here on."""
+        parts, self._parts = self._parts, []
+        return parts
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -462,44 +444,3 @@ def _labels(names: list[str] | None, pairs: int, averages: int) -> list[str] | N
         return names
     own = [f"pair {i}" for i in range(pairs)] if names is None else names
     return [f"{name} of average {k}" for k in range(averages) for name in own]
-
-
-def _as_number(weight: object, of: str = "") -> Weight:
-    """A weight; ``of`` says whose, for messages."""
-    if isinstance(weight, Tensor):
-        if weight.dim() > 0:
-            raise ValueError(
-                f"the weight{of} is a tensor of shape {tuple(weight.shape)}; a number, a 0-dim "
-                f"tensor or a list of numbers is expected"
-            )
-        if weight.is_complex():
-            raise TypeError(f"the weight{of} is {weight.dtype}; a real number is expected")
-        return weight if weight.is_cuda else float(weight)
-    try:
-        if isinstance(weight, str):
-            raise TypeError
-        return float(weight)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise TypeError(f"the weight{of} is {weight!r}; a real number is expected") from None
-
-
-def _as_flag(found_inf: object) -> Tensor:
-    if not isinstance(found_inf, Tensor):
-        raise TypeError(f"found_inf is {found_inf!r}; a tensor of one number is expected")
-    if found_inf.numel() != 1:
-        raise ValueError(
-            f"found_inf has shape {tuple(found_inf.shape)}; a tensor of one number is expected"
-        )
-    if found_inf.dtype == torch.float32:
-        return found_inf.detach()
-    return (found_inf.detach() != 0).to(torch.float32)
-
-
-def _as_step(step: object) -> int | Tensor:
-    if isinstance(step, Tensor):
-        if step.numel() != 1 or step.dtype != torch.int64:
-            raise ValueError(
-                f"step is {kind_of(step)}; an integer or a 0-dim int64 tensor is expected"
-            )
-        return step
-    return as_integer(step, "step") % _STEPS
