@@ -1,4 +1,4 @@
-"""The numbers an update is given: weights, overflow flag, step; checked, and as kernels take them."""
+"""Numbers an update is given (weights, overflow flag, step): checked, and as kernels take them."""
 
 from __future__ import annotations
 

@@ -11,12 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ema_fused import backends
 from ema_fused.arguments import as_weights
 from ema_fused.native import NativePart
 from ema_fused.pairs import check_lists, check_pair, label
 from ema_fused.parts import Update
 from ema_fused.plan import Plan
-from ema_fused.plan_cache import PlanCache
+from ema_fused.plan_cache import Kind, PlanCache
 
 _plans = PlanCache()
 
@@ -47,11 +48,28 @@ def lerp_(
     if isinstance(weight, Sequence) and any(isinstance(item, Tensor) for item in weight):
         _lerp_by_tensors(averaged, source, weight)
         return
-    parts = _known_parts(averaged, source)
+    update_(averaged, source, weight)
+
+
+def update_(
+    averaged: Sequence[Tensor],
+    source: Sequence[Tensor],
+    weight: float | Sequence[float] | Sequence[Tensor] | Tensor,
+    *,
+    arithmetic: str = "lerp",
+    only_copy: Sequence[bool] | None = None,
+) -> None:
+    """:func:`lerp_` with what else a :class:`~ema_fused.Plan` can do, its plan found again.
+
+    Raises:
+        TypeError, ValueError: as the plan; nothing has been updated then.
+    """
+    kind = _kind(averaged, arithmetic, only_copy)
+    parts = _known_parts(kind, averaged, source)
     if parts is None or any(part.no_average is not None for part in parts):
-        plan = Plan(averaged, source)
+        plan = Plan(averaged, source, arithmetic=arithmetic, only_copy=only_copy)
         plan.lerp_(weight)
-        _keep(plan)
+        _plans.keep(kind, plan.give_up())
         return
     weights, by_pair = as_weights(weight, 1, len(averaged), None)
     for part in parts:
@@ -96,11 +114,12 @@ def copy_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     Raises:
         TypeError, ValueError: as :func:`lerp_`, but any dtype is fine.
     """
-    parts = _known_parts(averaged, source)
+    kind = _kind(averaged)
+    parts = _known_parts(kind, averaged, source)
     if parts is None:
         plan = Plan(averaged, source)
         plan.copy_()
-        _keep(plan)
+        _plans.keep(kind, plan.give_up())
         return
     for part in parts:
         part.copy()
@@ -113,21 +132,28 @@ def swap_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         TypeError: the dtypes of a pair differ.
         ValueError: as :func:`lerp_`; also where two sources overlap.
     """
-    parts = _known_parts(averaged, source)
+    kind = _kind(averaged)
+    parts = _known_parts(kind, averaged, source)
     if parts is None or any(part.no_swap is not None for part in parts):
         plan = Plan(averaged, source)
         plan.swap_()
-        _keep(plan)
+        _plans.keep(kind, plan.give_up())
         return
     for part in parts:
         part.swap()
 
 
-def _known_parts(averaged: object, source: object) -> list[NativePart] | None:
+def _kind(
+    averaged: object, arithmetic: str = "lerp", only_copy: Sequence[bool] | None = None
+) -> Kind:
+    pairs = len(averaged) if isinstance(averaged, (list, tuple)) else -1
+    copied = None if only_copy is None else tuple(only_copy)
+    return Kind(pairs, arithmetic, copied, backends.pinned(None))
+
+
+def _known_parts(kind: Kind, averaged: object, source: object) -> list[NativePart] | None:
     if not isinstance(averaged, (list, tuple)) or not isinstance(source, (list, tuple)):
         return None
-    return _plans.find(list(averaged), list(source))
-
-
-def _keep(plan: Plan) -> None:
-    _plans.keep(plan.give_up(), plan.tensors)
+    if len(averaged) != len(source):
+        return None
+    return _plans.find(kind, list(averaged), list(source))

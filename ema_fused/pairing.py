@@ -46,7 +46,7 @@ class _Slot(NamedTuple):
     kind: Kind
 
 
-def _slots(root: nn.Module, leave: Collection[Kind]) -> dict[str, _Slot]:
+def _slots(root: nn.Module, leave: Collection[Kind], caches_are_buffers: bool) -> dict[str, _Slot]:
     """Parameters and buffers but those to leave, by name; tied ones under each of their names."""
     slots = {}
     for path, module in root.named_modules(remove_duplicate=False):
@@ -56,7 +56,7 @@ def _slots(root: nn.Module, leave: Collection[Kind]) -> dict[str, _Slot]:
                 slots[prefix + name] = _Slot(parameter, Kind.PARAMETER)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                is_cache = name in module._non_persistent_buffers_set
+                is_cache = not caches_are_buffers and name in module._non_persistent_buffers_set
                 slots[prefix + name] = _Slot(buffer, Kind.CACHE if is_cache else Kind.BUFFER)
     return {name: slot for name, slot in slots.items() if slot.kind not in leave}
 
@@ -76,6 +76,7 @@ def pair_up(
     update_buffers: bool,
     shares: FrozenShares,
     leave: Collection[Kind] = (),
+    caches_are_buffers: bool = False,
 ) -> Pairs:
     """The pairs of both modules, tied ones once; kinds to ``leave`` are as if they weren't there.
 
@@ -89,7 +90,7 @@ def pair_up(
         TypeError: one side is floating-point and the other isn't, or the like.
         Nothing has been changed then.
     """
-    ours, theirs = _slots(averaged, leave), _slots(model, leave)
+    ours, theirs = (_slots(root, leave, caches_are_buffers) for root in (averaged, model))
     names = match_names(
         {name: slot.kind is not Kind.CACHE for name, slot in ours.items()},
         {name: slot.kind is not Kind.CACHE for name, slot in theirs.items()},
@@ -166,6 +167,7 @@ class Pairing:
         model: the module they are averages of; not kept alive.
         when_one_is_gone: called once no one else holds ``averaged`` or ``model``.
         leave: kinds of tensors that are neither averaged nor copied.
+        caches_are_buffers: treat non-persistent buffers as the others.
         update_buffers: whether persistent floating-point buffers are averaged too.
         arithmetic: of the averages, as in :class:`~ema_fused.Plan`; ``rounding`` too.
         backend: as in :class:`~ema_fused.Plan`.
@@ -188,6 +190,7 @@ class Pairing:
         shares: FrozenShares | None = None,
         when_one_is_gone: Callable[[object], object] | None = None,
         leave: Collection[Kind] = (),
+        caches_are_buffers: bool = False,
     ) -> None:
         self.update_buffers = update_buffers
         self.was_reused = False
@@ -198,6 +201,7 @@ class Pairing:
         self._backend = backend
         self._shares = FrozenShares() if shares is None else shares
         self._leave = leave
+        self._caches_are_buffers = caches_are_buffers
         self._prepare()
 
     def _prepare(self) -> None:
@@ -210,6 +214,7 @@ class Pairing:
             update_buffers=self.update_buffers,
             shares=self._shares,
             leave=self._leave,
+            caches_are_buffers=self._caches_are_buffers,
         )
         everything = plan_of(
             pairs, arithmetic=self._arithmetic, rounding=self._rounding, backend=self._backend

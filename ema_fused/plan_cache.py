@@ -12,16 +12,23 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ema_fused import backends
 from ema_fused.native import NativePart
 from ema_fused.parts import Part
 
 _BOUND = 16  # entries, each of 48 bytes a chunk and some 200 bytes a tensor
 
 
-class _Entry(NamedTuple):
-    pin: str | None
+class Kind(NamedTuple):
+    """What a plan is made for, beside its tensors."""
+
     pairs: int
+    arithmetic: str
+    only_copy: tuple[bool, ...] | None
+    backend: str | None
+
+
+class _Entry(NamedTuple):
+    kind: Kind
     parts: list[tuple[NativePart, list[int] | None]]  # with the places of its pairs; None: all
 
     def matches(self, averaged: list[Tensor], source: list[Tensor]) -> bool:
@@ -43,22 +50,19 @@ class PlanCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def find(self, averaged: list[Tensor], source: list[Tensor]) -> list[NativePart] | None:
+    def find(
+        self, kind: Kind, averaged: list[Tensor], source: list[Tensor]
+    ) -> list[NativePart] | None:
         """The parts of the plan for these tensors, to be run at once; None: not known."""
-        pin = backends.pinned(None)
         for entry in self._entries:
-            if (
-                entry.pairs == len(averaged) == len(source)
-                and entry.pin == pin
-                and entry.matches(averaged, source)
-            ):
+            if entry.kind == kind and entry.matches(averaged, source):
                 if entry is not self._entries[0]:
                     rest = [other for other in self._entries if other is not entry]
                     self._entries = [entry, *rest]
                 return [part for part, _ in entry.parts]
         return None
 
-    def keep(self, parts: Sequence[Part], pairs: int) -> None:
+    def keep(self, kind: Kind, parts: Sequence[Part]) -> None:
         """Takes over the parts of a plan, which must not be used any more.
 
         Only of plans that native kernels serve: planning the others is a small part of their time.
@@ -70,7 +74,7 @@ class PlanCache:
             part.release()
         whole = len(native) == 1
         placed = [(part, None if whole else part.places) for part in native]
-        entry = _Entry(backends.pinned(None), pairs, placed)
+        entry = _Entry(kind, placed)
         self._entries = [entry, *self._entries[: self._bound - 1]]
 
     def clear(self) -> None:

@@ -35,9 +35,9 @@ def plans_made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     made: list[int] = []
     original = ops.Plan
 
-    def counted(averaged: Any, source: Any) -> ema_fused.Plan:
+    def counted(averaged: Any, source: Any, **options: Any) -> ema_fused.Plan:
         made.append(len(averaged))
-        return original(averaged, source)
+        return original(averaged, source, **options)
 
     monkeypatch.setattr(ops, "Plan", counted)
     yield made
