@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ema_fused.attaching import Attachment, attach
 from ema_fused.averaged_model import BaseAveragedModel
 from ema_fused.averages import (
     CosineEMA,
@@ -17,6 +18,7 @@ from ema_fused.plan import Plan
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attachment",
     "BaseAveragedModel",
     "CosineEMA",
     "ExpMomentumEMA",
@@ -25,6 +27,7 @@ __all__ = [
     "Plan",
     "SlowPathWarning",
     "StochasticWeightAverage",
+    "attach",
     "copy_",
     "lerp_",
     "swap_",

@@ -165,14 +165,19 @@ class BaseAveragedModel(nn.Module):
         refuse_while_swapped("the averaged model was called", self)
         return self.module(*args, **kwargs)
 
-    def update_parameters(self, model: nn.Module) -> None:
+    def update_parameters(self, model: nn.Module, *, found_inf: Tensor | None = None) -> None:
         """Takes the present weights of ``model`` into the average.
 
-        Doesn't wait for the device. Call it after each ``optimizer.step()``.
+        Doesn't wait for the device. Call it after each ``optimizer.step()``, or let
+        :func:`ema_fused.attach` do it.
 
         Args:
             model: the model that was averaged from the start, or another of the same structure;
                 wrapped or not.
+            found_inf: a tensor of one number, as ``torch.amp.GradScaler`` gives it to a fused
+                optimizer: anything but 0 says that the step was skipped, and this call doesn't
+                count. On a CUDA device it is read there, and waited for only where a copy is due
+                (the first call, calls between intervals) or an ``avg_func`` of a class's own.
 
         Raises:
             KeyError: names of parameters or buffers don't match those of the average.
@@ -186,6 +191,11 @@ class BaseAveragedModel(nn.Module):
         buffer = self._buffers["steps"]
         assert buffer is not None
         steps = self._step_count.read(buffer)
+        averages = steps > 0 and steps % self.interval == 0
+        if found_inf is not None and (self._one_by_one or not averages):
+            if bool(found_inf):
+                return
+            found_inf = None
         if steps <= 0:
             pairing.copy_()
         elif steps % self.interval:
@@ -201,9 +211,12 @@ class BaseAveragedModel(nn.Module):
                 self._warn_of_losses(weight)
             seed = self._buffers.get("rounding_seed")
             pairing.average_(
-                weight, seed=self._seed.read(seed) if seed is not None else 0, step=steps
+                weight,
+                seed=self._seed.read(seed) if seed is not None else 0,
+                step=steps,
+                found_inf=found_inf,
             )
-        self._step_count.write(buffer, steps + 1)
+        self._step_count.count(buffer, unless=found_inf)
 
     def copy_from(self, model: nn.Module) -> None:
         """Sets the average to the present weights and buffers of ``model``; ``steps`` stays.
@@ -306,8 +319,19 @@ class BaseAveragedModel(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: everything but the plans, which hold the model itself."""
         refuse_while_swapped("the averaged model was copied or pickled", self)
+        self._settle()
         known = {"_step_count": KnownInteger(), "_seed": KnownInteger()}
         return self.__dict__ | {"_pairing": None} | known
+
+    def _settle(self) -> None:
+        """Makes ``steps`` right where the last update may have been skipped on the device."""
+        buffer = self._buffers["steps"]
+        assert buffer is not None
+        self._step_count.settle(buffer)
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self._settle()
+        super()._save_to_state_dict(*arguments)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         """Stochastic rounding may be switched on and off between runs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -16,14 +17,17 @@ class KnownInteger:
     or its version counter has moved (``fill_``, ``load_state_dict``, a broadcast).
     """
 
-    __slots__ = ("_buffer", "_value", "_version")
+    __slots__ = ("_buffer", "_unsettled", "_value", "_version")
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
         self._version = -1
         self._value = 0
+        # Whether the last change was to be, on its way to the host: (the flag there, its event).
+        self._unsettled: tuple[Tensor, torch.cuda.Event] | None = None
 
     def read(self, buffer: Tensor) -> int:
+        self.settle(buffer)
         if buffer is not self._buffer or buffer._version != self._version:
             self._value = int(buffer.item())
             self._buffer = buffer
@@ -35,3 +39,41 @@ class KnownInteger:
         buffer.fill_(value)
         self._value = value
         self._version = buffer._version
+
+    def count(self, buffer: Tensor, *, unless: Tensor | None) -> None:
+        """Adds 1 to a buffer that has just been read, unless that flag is set.
+
+        A flag on a CUDA device is not waited for now: until :meth:`settle` a buffer elsewhere may
+        be 1 too high; one beside the flag is right at once.
+        """
+        if unless is None or not unless.is_cuda:
+            if unless is None or not bool(unless):
+                self.write(buffer, self._value + 1)
+            return
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+        flag.copy_((unless != 0).reshape(()), non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record(torch.cuda.current_stream(unless.device))
+        self._unsettled = (flag, arrived)
+        if buffer.device == unless.device:
+            buffer.add_((unless == 0).reshape(()))
+            self._value += 1
+            self._version = buffer._version
+        else:
+            self.write(buffer, self._value + 1)
+
+    def settle(self, buffer: Tensor) -> None:
+        """Takes back the last :meth:`count` where its flag was set.
+
+        Waits for that flag: by the next update the device has long passed it.
+        """
+        if self._unsettled is None:
+            return
+        flag, arrived = self._unsettled
+        self._unsettled = None
+        arrived.synchronize()
+        if not bool(flag):
+            return
+        self._value -= 1
+        if buffer is self._buffer and buffer._version == self._version and not buffer.is_cuda:
+            self.write(buffer, self._value)

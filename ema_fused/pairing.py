@@ -268,22 +268,25 @@ class Pairing:
         self._prepare()
         self._everything.copy_()
 
-    def average_(self, weight: float, *, seed: int = 0, step: int = 0) -> None:
+    def average_(
+        self, weight: float, *, seed: int = 0, step: int = 0, found_inf: Tensor | None = None
+    ) -> None:
         """Averages what has an average and copies the rest, in one launch a device.
 
-        ``seed`` and ``step`` are those of stochastic rounding.
+        ``seed`` and ``step`` are those of stochastic rounding; where ``found_inf`` is set, nothing
+        is done.
         """
         try:
-            return self._average(weight, seed, step)
+            return self._average(weight, seed, step, found_inf)
         except ValueError:
             pass
         self._prepare()
-        self._average(weight, seed, step)
+        self._average(weight, seed, step, found_inf)
 
-    def _average(self, weight: float, seed: int, step: int) -> None:
+    def _average(self, weight: float, seed: int, step: int, found_inf: Tensor | None) -> None:
         if self._rounding == "stochastic":
             self._everything.load_state_dict({"seed": seed, "step": step})
-        self._everything.lerp_(weight)
+        self._everything.lerp_(weight, found_inf=found_inf)
 
     def follow_(self) -> None:
         """Copies only what isn't averaged."""

@@ -7,6 +7,7 @@ import io
 import pickle
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -144,9 +145,9 @@ def test_every_update_of_a_network_is_one_operation_of_one_plan(
     def count(name: str) -> None:
         real = getattr(Plan, name)
 
-        def counted(plan: Plan, *weight: float) -> None:
+        def counted(plan: Plan, *weight: float, **options: Any) -> None:
             calls.append(name)
-            real(plan, *weight)
+            real(plan, *weight, **options)
 
         monkeypatch.setattr(Plan, name, counted)
 

@@ -1,0 +1,98 @@
+"""Updates an average after each real step of an optimizer, in any training loop."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ema_fused.averaged_model import BaseAveragedModel
+
+
+class Averaged(Protocol):
+    """An averaged model: ours, torch's ``AveragedModel``, or what else is updated by its method."""
+
+    def update_parameters(self, model: nn.Module, /) -> None: ...
+
+
+class Attachment:
+    """Holds an average at its optimizer; also a context manager that detaches at its end."""
+
+    def __init__(self, handle: Any) -> None:
+        self._handle = handle
+
+    def detach(self) -> None:
+        """Ends the updates. Once more does nothing."""
+        self._handle.remove()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.detach()
+
+
+def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attachment:
+    """Updates ``averaged`` with ``model`` after each step that ``optimizer`` really makes.
+
+    Once a step, however many micro-batches it takes. A step that ``torch.amp.GradScaler`` skips
+    because of overflowed gradients is not counted: most optimizers aren't called then; a fused one
+    is, and finds a flag on the device, which then decides about the update as well, without waiting
+    for the device (:meth:`BaseAveragedModel.update_parameters`; of other averaged models the flag
+    is waited for).
+
+    The optimizer's ``state_dict`` is unchanged. Pickling or copying the optimizer leaves the
+    attachment behind: attach the copy where it should update an average too.
+
+    Args:
+        optimizer: as made by ``torch.optim``; of a wrapper (Accelerate's) the one inside.
+        model: the model that it trains, wrapped or not.
+        averaged: the average of ``model``.
+
+    Returns:
+        An :class:`Attachment`: ``detach()`` ends it; so does the end of a ``with`` block.
+
+    Raises:
+        TypeError: an argument is of another kind.
+        ValueError: the optimizer has no parameter of the model. Those it is given later
+            (``add_param_group``) don't matter.
+    """
+    hooked = getattr(optimizer, "register_step_post_hook", None)
+    if hooked is None:
+        raise TypeError(
+            f"the optimizer is a {type(optimizer).__name__}, which has no register_step_post_hook; "
+            f"a torch.optim.Optimizer is expected (of a wrapper the one inside: wrapper.optimizer)"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model is a {type(model).__name__}; a torch.nn.Module is expected")
+    if not callable(getattr(averaged, "update_parameters", None)):
+        raise TypeError(
+            f"the average is a {type(averaged).__name__}, which has no update_parameters(model); "
+            f"pass an averaged model, ema_fused's or torch's"
+        )
+    trained = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    if not any(id(parameter) in trained for parameter in model.parameters()):
+        raise ValueError(
+            "the optimizer has no parameter of the model, so its steps wouldn't change what is "
+            "averaged; pass the optimizer that trains this model, made after the model was moved "
+            "or wrapped"
+        )
+
+    def update(optimizer: Optimizer, _: Any, __: Any) -> None:
+        # Set while a GradScaler lets a fused optimizer decide about its step.
+        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+        with torch.no_grad():
+            if isinstance(averaged, BaseAveragedModel):
+                averaged.update_parameters(model, found_inf=found_inf)
+            elif found_inf is None or not bool(found_inf):
+                averaged.update_parameters(model)
+
+    return Attachment(hooked(update))
