@@ -14,6 +14,7 @@ from ema_fused.averages import (
 from ema_fused.backends import SlowPathWarning
 from ema_fused.ops import copy_, lerp_, swap_
 from ema_fused.plan import Plan
+from ema_fused.power_function import PowerFunctionEMA
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "ExponentialMovingAverage",
     "MomentumAnnealingEMA",
     "Plan",
+    "PowerFunctionEMA",
     "SlowPathWarning",
     "StochasticWeightAverage",
     "attach",

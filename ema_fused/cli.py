@@ -1,16 +1,22 @@
-"""The command ``python -m ema_fused info``: what a bug report should hold."""
+"""The commands ``python -m ema_fused ...``.
+
+``info`` tells what a bug report should hold; ``reconstruct`` makes an average from snapshots.
+"""
 
 from __future__ import annotations
 
 import argparse
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 import ema_fused
 from ema_fused import backends
+from ema_fused.reconstruction import Reconstruction
 
 Line = tuple[str, str]
 
@@ -82,11 +88,66 @@ def info() -> str:
     )
 
 
+@contextmanager
+def _progress_bar(total: int) -> Iterator[Callable[[int], object] | None]:
+    """A bar on the terminal, if there is one and tqdm is installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield None
+        return
+    # disable=None: only where stderr is a terminal.
+    with tqdm(total=total, unit="B", unit_scale=True, desc="averaging", disable=None) as bar:
+        yield bar.update
+
+
+def reconstruct(
+    run_dir: Path, sigma_rel: float, output: Path, step: int | None, picture: Path | None
+) -> str:
+    """Writes the average of width ``sigma_rel``, and says what was done."""
+    made = Reconstruction(run_dir, sigma_rel, step)
+    with _progress_bar(made.bytes) as progress:
+        made.save(output, progress)
+    lines = [
+        f"{output}: sigma_rel {sigma_rel:g} at step {made.steps} from {len(made.snapshots)} "
+        f"snapshots, {made.bytes:,} bytes",
+        f"the profile reached is off by {made.error:.2g} of the one asked for",
+    ]
+    if picture is not None:
+        made.picture(picture)
+        lines.append(f"{picture}: both profiles")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m ema_fused", description=ema_fused.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, compiled and used: for a bug report")
-    parser.parse_args(arguments)
-    sys.stdout.write(info() + "\n")
+    making = commands.add_parser(
+        "reconstruct",
+        help="an average of any width from the snapshots of PowerFunctionEMA",
+        description="Makes the power-function average of any width from the snapshots of a run.",
+    )
+    making.add_argument("run_dir", type=Path, help="the folder with the snapshots")
+    making.add_argument(
+        "--sigma-rel", type=float, required=True, help="the width wanted, in (0, 0.2887)"
+    )
+    making.add_argument(
+        "-o", "--output", type=Path, required=True, help="the safetensors file to write"
+    )
+    making.add_argument("--step", type=int, help="that of a snapshot; without it the last")
+    making.add_argument(
+        "--picture", type=Path, help="a PNG to draw the profiles asked for and reached in"
+    )
+    given = parser.parse_args(arguments)
+    if given.command == "info":
+        sys.stdout.write(info() + "\n")
+        return 0
+    try:
+        done = reconstruct(given.run_dir, given.sigma_rel, given.output, given.step, given.picture)
+    except (ImportError, OSError, ValueError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write(done + "\n")
     return 0

@@ -1,10 +1,11 @@
-"""``python -m ema_fused info``."""
+"""``python -m ema_fused info``, and ``reconstruct`` where something is not installed."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -97,3 +98,39 @@ def test_an_unknown_command_is_refused() -> None:
     done = run_module("inform")
     assert done.returncode == 2
     assert "invalid choice" in done.stderr
+
+
+def test_reconstruct_needs_no_progress_bar(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("safetensors")
+    model = torch.nn.Linear(3, 2)
+    ema = ema_fused.PowerFunctionEMA(model)
+    ema.update_parameters(model)
+    ema.save_snapshot(tmp_path)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    out = tmp_path / "out.safetensors"
+    assert cli.main(["reconstruct", str(tmp_path), "--sigma-rel", "0.07", "-o", str(out)]) == 0
+    assert out.exists()
+    assert "sigma_rel 0.07 at step 1 from 2 snapshots, 32 bytes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("missing", ["safetensors", "matplotlib"])
+def test_reconstruct_tells_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    missing: str,
+) -> None:
+    pytest.importorskip("safetensors")
+    model = torch.nn.Linear(3, 2)
+    ema = ema_fused.PowerFunctionEMA(model)
+    ema.update_parameters(model)
+    ema.save_snapshot(tmp_path)
+    module = "safetensors.torch" if missing == "safetensors" else "matplotlib.figure"
+    monkeypatch.setitem(sys.modules, module, None)
+    arguments = ["--sigma-rel", "0.07", "-o", str(tmp_path / "o"), "--picture", str(tmp_path / "p")]
+    assert cli.main(["reconstruct", str(tmp_path), *arguments]) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and missing in told
+    assert "pip install 'ema_fused[posthoc]'" in told

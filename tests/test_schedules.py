@@ -10,7 +10,22 @@ from typing import Any
 import pytest
 
 from ema_fused import schedules
-from ema_fused.schedules import annealing, constant, cosine, exponential, linear_warmup
+from ema_fused.schedules import (
+    annealing,
+    constant,
+    cosine,
+    delayed_warmup_ratio,
+    exponential,
+    half_life_ramp_up,
+    linear_warmup,
+    mean,
+    momentum_of_half_life,
+    power_function,
+    scale_momentum,
+    warmup_exponential,
+    warmup_power,
+    warmup_ratio,
+)
 
 ALL = {
     "constant": partial(constant, momentum=0.25),
@@ -18,7 +33,16 @@ ALL = {
     "exponential": partial(exponential, momentum=0.01, gamma=20),
     "linear_warmup": partial(linear_warmup, momentum=0.5, warm_up=10),
     "cosine": partial(cosine, start=0.3, end=0.1, total=50),
+    "mean": mean,
+    "warmup_power": partial(warmup_power, momentum=0.01, gamma=3, power=0.75, after=4),
+    "warmup_ratio": partial(warmup_ratio, momentum=0.01),
+    "delayed_warmup_ratio": partial(delayed_warmup_ratio, momentum=0.01, after=4),
+    "warmup_exponential": partial(warmup_exponential, momentum=0.01, tau=30),
+    "half_life_ramp_up": partial(half_life_ramp_up, half_life=500, batch_size=16),
+    "power_function": partial(power_function, sigma_rel=0.05),
 }
+# Those whose memory grows from nothing: the first value is a copy, and none outweighs the last.
+FALLING = [name for name in ALL if name not in ("constant", "linear_warmup", "cosine")]
 
 
 def test_annealing_falls_as_a_hyperbola_down_to_its_momentum() -> None:
@@ -65,6 +89,91 @@ def test_cosine_starts_and_ends_flat() -> None:
     assert changes[0] == pytest.approx(changes[-1]) == pytest.approx(math.pi**2 / 40_000, rel=1e-2)
 
 
+def test_mean_weighs_all_values_alike() -> None:
+    average = 0.0
+    values = [3.0, 5.0, -1.0, 9.0, 4.0]
+    for step, value in enumerate(values):
+        average += mean(step) * (value - average)
+    assert average == pytest.approx(sum(values) / len(values))
+
+
+def test_warmup_power_waits_falls_and_is_held() -> None:
+    warmup = partial(warmup_power, momentum=0.05, largest=0.5, gamma=2, power=0.5, after=10)
+    assert {warmup(step) for step in range(12)} == {1.0}
+    assert warmup(12) == 0.5  # sqrt(2 / 3) is larger
+    assert warmup(41) == pytest.approx(0.25)  # s = 30: (1 + 15) ** -0.5
+    assert warmup(808) > 0.05
+    assert warmup(809) == pytest.approx(0.05)  # s = 798: (1 + 399) ** -0.5
+    assert warmup(10**6) == 0.05
+    # The table in ema-pytorch's documentation: decay 0.999 at 31,600 steps, 0.9999 at a million.
+    long = partial(warmup_power, momentum=0.0)
+    assert 1 - long(31_601) == pytest.approx(0.999, abs=1e-6)
+    assert 1 - long(1_000_001) == pytest.approx(0.9999, abs=1e-9)
+
+
+def test_warmup_ratio_counts_ten_before_the_first() -> None:
+    assert warmup_ratio(0) == 0.9
+    assert warmup_ratio(8) == 0.5
+    assert warmup_ratio(80, momentum=0.2) == 0.2
+    delayed = partial(delayed_warmup_ratio, momentum=0.2, largest=0.75, after=3)
+    assert [delayed(step) for step in (0, 4, 5, 7, 12, 1000)] == [
+        1.0,
+        1.0,
+        0.75,
+        9 / 13,
+        0.5,
+        0.2,
+    ]
+
+
+def test_warmup_exponential_forgets_the_start() -> None:
+    assert warmup_exponential(0) == 1.0
+    assert warmup_exponential(2000) == pytest.approx(1 - 0.9999 * (1 - 1 / math.e))
+    assert warmup_exponential(10**6, momentum=0.25, tau=5) == 0.25
+
+
+def test_half_life_is_where_a_weight_is_halved() -> None:
+    momentum = momentum_of_half_life(100)
+    assert (1 - momentum) ** 100 == pytest.approx(0.5)
+    # In samples: 250 steps of 8.
+    assert (1 - momentum_of_half_life(2000, batch_size=8)) ** 250 == pytest.approx(0.5)
+    assert momentum_of_half_life(1e12) == pytest.approx(math.log(2) * 1e-12, rel=1e-12)
+
+
+def test_half_life_ramps_up_with_the_samples_seen() -> None:
+    ramp = partial(half_life_ramp_up, half_life=1000, batch_size=10, ratio=0.1)
+    assert ramp(0) == 1.0
+    assert ramp(1) == pytest.approx(1 - 0.5**10)
+    assert ramp(100) == pytest.approx(1 - 0.5**0.1)
+    assert ramp(1000) == ramp(10**7) == pytest.approx(1 - 0.5**0.01)
+
+
+def test_power_function_is_beta_of_the_time_after_the_update() -> None:
+    # gamma = 6.94 is the paper's number for a width of 0.1, and 16.97 for 0.05.
+    assert power_function(0) == 1.0
+    assert power_function(9) == pytest.approx(1 - 0.9**7.937203937601806)
+    assert power_function(9, sigma_rel=0.05) == pytest.approx(1 - 0.9**17.97219860230345)
+    assert power_function(10**9) == pytest.approx(7.937203937601806e-9, rel=1e-8)
+
+
+def test_scaled_momentum_forgets_as_fast_per_sample() -> None:
+    assert scale_momentum(0.5, 2) == pytest.approx(0.75)
+    assert (1 - scale_momentum(0.001, 8)) == pytest.approx(0.999**8)
+    assert scale_momentum(scale_momentum(0.1, 4), 0.25) == pytest.approx(0.1)
+    assert scale_momentum(0.0, 3) == 0.0
+    assert scale_momentum(1.0, 3) == 1.0
+    for half_life in (7.0, 1000.0):
+        scaled = scale_momentum(momentum_of_half_life(half_life), 16)
+        assert scaled == pytest.approx(momentum_of_half_life(half_life, batch_size=16))
+
+
+@pytest.mark.parametrize("name", FALLING)
+def test_a_warm_up_begins_with_much_and_falls(name: str) -> None:
+    values = [ALL[name](step) for step in range(2000)]
+    assert values[0] > 0.89
+    assert values == sorted(values, reverse=True)
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_every_value_is_a_weight(name: str) -> None:
     values = [ALL[name](step) for step in range(2000)]
@@ -92,6 +201,21 @@ def test_a_negative_step_is_refused(name: str) -> None:
         (cosine, {"start": 1.1, "total": 5}),
         (cosine, {"end": -0.1, "total": 5}),
         (cosine, {"total": 0}),
+        (warmup_power, {"momentum": 1.5}),
+        (warmup_power, {"largest": -0.5}),
+        (warmup_power, {"gamma": 0}),
+        (warmup_power, {"power": -1}),
+        (warmup_power, {"after": -1}),
+        (warmup_ratio, {"momentum": -1}),
+        (delayed_warmup_ratio, {"largest": 2}),
+        (delayed_warmup_ratio, {"after": -2}),
+        (warmup_exponential, {"tau": 0}),
+        (half_life_ramp_up, {"half_life": 0}),
+        (half_life_ramp_up, {"ratio": 0, "half_life": 5}),
+        (half_life_ramp_up, {"batch_size": 0, "half_life": 5}),
+        (power_function, {"sigma_rel": 0.0}),
+        (power_function, {"sigma_rel": 0.28868}),
+        (power_function, {"sigma_rel": math.nan}),
     ],
     ids=lambda value: value.__name__ if callable(value) else "-".join(map(str, value)),
 )
@@ -99,6 +223,20 @@ def test_arguments_out_of_range_are_named(schedule: Any, wrong: dict[str, float]
     first = next(iter(wrong))
     with pytest.raises(ValueError, match=f"{first} is .*expected"):
         schedule(3, **wrong)
+
+
+@pytest.mark.parametrize(
+    ("helper", "arguments", "named"),
+    [
+        (momentum_of_half_life, (0.0,), "half_life is 0.0"),
+        (momentum_of_half_life, (math.inf,), "half_life is inf"),
+        (scale_momentum, (1.5, 2), "momentum is 1.5"),
+        (scale_momentum, (0.5, 0), "kappa is 0"),
+    ],
+)
+def test_helpers_name_what_is_out_of_range(helper: Any, arguments: Any, named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named}.*expected"):
+        helper(*arguments)
 
 
 def test_half_cosine_ends_exactly() -> None:

@@ -37,7 +37,7 @@ def accelerate(wrapper: Wrapper) -> str:
     """
     cls = type(wrapper)
     name = f"{cls.__module__}.{cls.__qualname__}"
-    if cls.__module__.startswith("ema_fused.adapters."):
+    if any(base.__module__.startswith("ema_fused.adapters.") for base in cls.__mro__):
         return f"{cls.__qualname__} is updated by ema_fused already"
     if name not in _REPLACED:
         raise TypeError(

@@ -1,0 +1,162 @@
+"""ema-pytorch's ``EMA`` with our update."""
+
+from __future__ import annotations
+
+import weakref
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ema_fused.adapters.following import known_integer, notes_of
+from ema_fused.hooks.frameworks import missing
+from ema_fused.naming import match_names
+from ema_fused.plan import Plan
+from ema_fused.watch import ModuleWatch
+
+try:
+    from ema_pytorch import ema_pytorch as original
+except ImportError as error:
+    raise missing("ema_pytorch", "ema_pytorch", error) from error
+
+__all__ = ["EMA"]
+
+
+class EMA(original.EMA):  # type: ignore[misc]
+    """ema-pytorch's ``EMA``: each average is one launch a device, and no device is waited for.
+
+    It gives the original's bits on equal dtypes. ``step`` and ``initted`` are known on the host and
+    written into their buffers; the decay is computed in float32 as there, but on the host. (Where
+    the buffers are on a GPU the original computes it there, and its last bit may differ.)
+
+    Tensors are paired by name, wrappers seen through, where the original filters by name and pairs
+    by order. ``use_foreach`` makes no difference. Dtypes and devices may differ within a pair,
+    whether ``coerce_dtype`` and ``allow_different_devices`` allow it or not; it is computed in the
+    wider of the two dtypes, with nothing rounded before. Integers stay as they are, as there.
+
+    All other options as there, and the arguments, methods, attributes and ``state_dict`` too. What
+    is no module becomes an ``EMAPytree``, which is the original's.
+
+    Raises from ``update`` and ``update_moving_average``:
+        KeyError: names don't match.
+        ValueError: shapes differ.
+        The averages and ``step`` are unchanged then.
+    """
+
+    def get_current_decay(self) -> float:
+        step = known_integer(self, "step").read(self.step)
+        # As a tensor, so that it is rounded as there.
+        epoch = torch.tensor(step, device="cpu").sub(self.update_after_step + 1).clamp(min=0.0)
+        if not epoch > 0:
+            return 0.0
+        decay = 1 - (1 + epoch / self.inv_gamma).pow(-self.power)
+        return float(decay.clamp(min=self.min_value, max=self.beta))
+
+    def update(self) -> None:
+        started, count = known_integer(self, "initted"), known_integer(self, "step")
+        step = count.read(self.step)
+        is_first = not started.read(self.initted)
+        is_due = step % self.update_every == 0
+        count.write(self.step, step + 1)
+        try:
+            if is_first:
+                if self.ema_model is None:
+                    self.init_ema()
+                self.copy_params_from_model_to_ema()
+                started.write(self.initted, True)
+                return
+            if is_due and step <= self.update_after_step:
+                self.copy_params_from_model_to_ema()
+                return
+            if is_due:
+                self.update_moving_average(self.ema_model, self.model)
+        except Exception:
+            count.write(self.step, step)
+            raise
+        every = self.update_model_with_ema_every
+        if every is not None and step % every == 0:
+            self.update_model_with_ema()
+
+    def update_moving_average(
+        self, ma_model: nn.Module, current_model: nn.Module, current_decay: float | None = None
+    ) -> None:
+        if self.is_frozen:
+            return
+        if self.move_ema_to_online_device:
+            device = original.get_module_device(current_model)
+            if original.get_module_device(ma_model) != device:
+                ma_model.to(device)
+        weight = 1.0 - (self.get_current_decay() if current_decay is None else current_decay)
+        place = "into the model" if ma_model is self.model else "into the average"
+        notes = notes_of(self)
+        chosen = _Chosen(
+            frozenset(self.parameter_names) | frozenset(self.buffer_names),
+            frozenset(self.ignore_names),
+            tuple(self.ignore_startswith_names),
+            frozenset(self.param_or_buffer_names_no_ema),
+        )
+        kept = notes.get(place)
+        if kept is not None and kept.holds(ma_model, current_model, chosen):
+            try:
+                kept.plan.lerp_(weight)
+                return
+            except ValueError:  # converted in place
+                pass
+        kept = _Kept(ma_model, current_model, chosen)
+        kept.plan.lerp_(weight)
+        notes[place] = kept
+
+
+class _Chosen(NamedTuple):
+    """Which tensors are averaged and which copied, by their names in the averaged copy."""
+
+    names: frozenset[str]
+    ignored: frozenset[str]
+    ignored_prefixes: tuple[str, ...]
+    copied: frozenset[str]
+
+    def ignores(self, name: str) -> bool:
+        return name in self.ignored or name.startswith(self.ignored_prefixes)
+
+    def plan(self, averaged: nn.Module, model: nn.Module) -> Plan:
+        ours, theirs = _numbers_in(averaged), _numbers_in(model)
+        matched = match_names(
+            {name: not self.ignores(name) for name in ours},
+            {name: not self.ignores(name) for name in theirs},
+        )
+        # Either of the two may be the averaged copy, and the other be wrapped.
+        pairs = [
+            (name, source)
+            for name, source in matched.items()
+            if self.names & {name, source} and not self.ignores(name) and not self.ignores(source)
+        ]
+        return Plan(
+            [ours[name] for name, _ in pairs],
+            [theirs[source] for _, source in pairs],
+            only_copy=[bool(self.copied & {name, source}) for name, source in pairs],
+            names=[name for name, _ in pairs],
+        )
+
+
+def _numbers_in(module: nn.Module) -> dict[str, Tensor]:
+    """What can be averaged: tied tensors once, non-persistent buffers too."""
+    return {
+        name: tensor
+        for name, tensor in chain(module.named_parameters(), module.named_buffers())
+        if tensor.is_floating_point() or tensor.is_complex()
+    }
+
+
+class _Kept:
+    """A plan, good for as long as modules and options stay as they are."""
+
+    def __init__(self, averaged: nn.Module, model: nn.Module, chosen: _Chosen) -> None:
+        self._modules = weakref.ref(averaged), weakref.ref(model)
+        self._chosen = chosen
+        self._changed = ModuleWatch(averaged, model).changed
+        self.plan = chosen.plan(averaged, model)
+
+    def holds(self, averaged: nn.Module, model: nn.Module, chosen: _Chosen) -> bool:
+        is_same = averaged is self._modules[0]() and model is self._modules[1]()
+        return is_same and chosen == self._chosen and not self._changed()

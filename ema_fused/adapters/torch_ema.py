@@ -1,0 +1,52 @@
+"""torch-ema's ``ExponentialMovingAverage`` with our update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from ema_fused.hooks.frameworks import missing
+from ema_fused.ops import update_
+from ema_fused.pairs import can_average
+
+try:
+    from torch_ema import ema as original
+except ImportError as error:
+    raise missing("torch_ema", "torch_ema", error) from error
+
+__all__ = ["ExponentialMovingAverage"]
+
+
+class ExponentialMovingAverage(original.ExponentialMovingAverage):  # type: ignore[misc]
+    """torch-ema's average: the whole of ``update`` is one launch a device.
+
+    An update is within 2 units in the last place of the original's, which rounds once more (see
+    ``"delta"`` of :class:`~ema_fused.Plan`). Dtypes and devices may differ within a pair, and is
+    computed in the wider of the two. Integer tensors, on which the original raises, follow by copy.
+
+    Arguments, methods, attributes and ``state_dict`` as torch-ema's. All but ``update`` is its own.
+
+    Raises from ``update``:
+        ValueError: the parameters are not as many as the averages, or gone; shapes differ.
+        The averages and ``num_updates`` are unchanged then.
+    """
+
+    num_updates: int | None
+
+    def update(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        source = self._get_parameters(parameters)
+        decay = self.decay
+        counted: int | None = self.num_updates
+        if counted is not None:
+            counted += 1
+            decay = min(decay, (1 + counted) / (10 + counted))
+        copied = [not can_average(a, s) for a, s in zip(self.shadow_params, source, strict=True)]
+        update_(
+            self.shadow_params,
+            source,
+            1.0 - decay,
+            arithmetic="delta",
+            only_copy=copied if any(copied) else None,
+        )
+        self.num_updates = counted

@@ -1,0 +1,1 @@
+"""Averages inside training loops of other libraries, one module a library."""

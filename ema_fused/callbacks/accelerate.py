@@ -1,0 +1,70 @@
+"""An average of a model that is trained with Hugging Face's ``accelerate``.
+
+Our averaged models need no wrapper there: they have the ``state_dict`` that checkpoints take, and
+know models that ``prepare`` has wrapped. What has to be added is when to update::
+
+    average = ExponentialMovingAverage(model, momentum=0.001)
+    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    accelerator.register_for_checkpointing(average)  # save_state() and load_state() take it along
+
+    for images, labels in batches:
+        with accelerator.accumulate(model):
+            accelerator.backward(loss(model(images), labels))
+            optimizer.step()
+            optimizer.zero_grad()
+            update_average(accelerator, average, model)
+
+    model.eval()
+    with average.swapped(model):
+        evaluate(model)
+    accelerator.save_model(average.module, "averaged")
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ema_fused.averaged_model import BaseAveragedModel
+from ema_fused.hooks.frameworks import missing
+
+try:
+    from accelerate import Accelerator
+except ImportError as error:
+    raise missing("accelerate", "accelerate", error) from error
+
+__all__ = ["update_average"]
+
+
+def update_average(accelerator: Any, average: BaseAveragedModel, model: nn.Module) -> bool:
+    """Takes ``model`` into ``average`` if the optimizer has just made a step.
+
+    It has made none where gradients are still being accumulated, nor where the gradient scaler
+    found an overflow. Call it after ``optimizer.step()``, for each batch.
+
+    Args:
+        accelerator: an ``accelerate.Accelerator``.
+        average: of the model.
+        model: wrapped by ``prepare`` or not.
+
+    Returns:
+        Whether it was updated.
+
+    Raises:
+        TypeError: ``accelerator`` or ``average`` is something else.
+        KeyError, ValueError, RuntimeError: as :meth:`BaseAveragedModel.update_parameters`.
+    """
+    if not isinstance(accelerator, Accelerator):
+        raise TypeError(
+            f"accelerator is a {type(accelerator).__name__}; an accelerate.Accelerator is expected"
+        )
+    if not isinstance(average, BaseAveragedModel):
+        raise TypeError(
+            f"average is a {type(average).__name__}; an averaged model is expected, say "
+            f"ema_fused.ExponentialMovingAverage(model)"
+        )
+    if not accelerator.sync_gradients or accelerator.optimizer_step_was_skipped:
+        return False
+    average.update_parameters(model)
+    return True

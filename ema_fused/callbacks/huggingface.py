@@ -1,0 +1,340 @@
+"""An average of the model that Hugging Face's ``Trainer`` trains.
+
+    trainer = Trainer(model, args, ...)
+    callback = EMACallback(momentum=0.001).attach(trainer)
+    trainer.train()
+
+A ``Trainer`` tells its callbacks when an evaluation is over, but not when one begins, nor which
+checkpoint it resumes. So the callback has to be given the trainer: ``attach`` does, and adds the
+callback where it isn't among ``Trainer(callbacks=...)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from ema_fused.averaged_model import BaseAveragedModel
+from ema_fused.averages import ExponentialMovingAverage
+from ema_fused.hooks.frameworks import missing
+
+try:
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+    from transformers import PreTrainedModel, TrainerCallback
+    from transformers.trainer_utils import get_last_checkpoint
+except ImportError as error:
+    raise missing("transformers", "transformers", error) from error
+
+__all__ = ["AVERAGED", "EMACallback"]
+
+AVERAGED = "averaged"  # the folder inside each checkpoint
+_STATE = "average_state.safetensors"
+_WEIGHTS = "model*.safetensors"
+
+# Trainers that keep a part of each tensor in each process, by the attribute that says so.
+_SHARDING = {
+    "is_fsdp_enabled": "FSDP",
+    "is_fsdp_xla_enabled": "FSDP",
+    "is_deepspeed_enabled": "DeepSpeed",
+    "is_distributed_loading_by_transformers": "a model sharded at load time",
+}
+
+
+class EMACallback(TrainerCallback):  # type: ignore[misc]
+    """Keeps an average of the model, evaluates it, and saves it beside the model.
+
+    * The model is averaged after each step of the optimizer: once where gradients are accumulated
+      over several batches, and not at all where a gradient scaler skipped the step. Each
+      ``train()`` starts a new average.
+    * ``evaluate()`` and ``predict()``, inside ``train()`` and afterwards, run with the averaged
+      weights. The log, ``metric_for_best_model`` and ``EarlyStoppingCallback`` see their metrics.
+      Whatever is raised, the model has its own weights again at the end. An evaluation of your own
+      does the same with ``with callback.swapped():``.
+    * ``save_model()``, and so each checkpoint, writes the model's own weights where they always
+      are, and the average into the folder ``averaged`` beside them:
+      ``from_pretrained("checkpoint-500/averaged")`` is the averaged model.
+    * ``train(resume_from_checkpoint=...)`` resumes the average from that folder, to the bit.
+    * With ``load_best_model_at_end`` both the model and its average are those of the best
+      checkpoint when ``train()`` returns. ``trainer.model`` then has its own weights still;
+      ``callback.average.copy_to(trainer.model)`` makes the averages its own.
+    * ``trainer.remove_callback(callback)`` ends all of this.
+
+    Args:
+        average: the kind of average: a class of ours, or a function that takes the model and
+            returns an averaged model.
+        **arguments: its arguments: ``momentum=0.001``, ``update_buffers=True``,
+            ``averaged_dtype=torch.float32``, ... With batch norm in the model, ``update_buffers``
+            averages its statistics too; otherwise averages run with the model's latest.
+
+    Attributes:
+        average: the averaged model; None before ``train()``.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: ``average`` can't be called, or has no such arguments.
+    """
+
+    def __init__(
+        self,
+        average: Callable[..., BaseAveragedModel] = ExponentialMovingAverage,
+        **arguments: Any,
+    ) -> None:
+        if not callable(average):
+            raise TypeError(
+                f"average is {average!r}; a class of averaged models is expected, or a function "
+                f"that takes a model and returns an averaged model (momentum goes by name: "
+                f"EMACallback(momentum=0.001))"
+            )
+        if isinstance(average, type) and issubclass(average, BaseAveragedModel):
+            # What is wrong with the arguments is better said here than when training starts.
+            average(nn.Identity(), **{**arguments, "device": None})
+        self.average: BaseAveragedModel | None = None
+        self._make_average = functools.partial(average, **arguments)
+        self._trainer: Any = None
+        self._resumed_from: str | None = None
+
+    def attach(self, trainer: Any) -> Self:
+        """Lets the callback see evaluations, checkpoints and resuming of ``trainer``.
+
+        The trainer's methods ``train``, ``evaluation_loop`` and ``save_model`` are replaced by ones
+        that call them; a subclass's are called all the same.
+
+        Args:
+            trainer: a ``transformers.Trainer``; the callback is added unless it was passed to it.
+
+        Returns:
+            The callback itself.
+
+        Raises:
+            TypeError: it is something else.
+            RuntimeError: the callback or the trainer is attached already.
+            NotImplementedError: the trainer shards the model (FSDP, DeepSpeed).
+        """
+        lacking = [
+            name
+            for name in ("train", "evaluation_loop", "save_model", "callback_handler")
+            if not hasattr(trainer, name)
+        ]
+        if lacking:
+            raise TypeError(
+                f"attach() was given a {type(trainer).__name__} without {', '.join(lacking)}; a "
+                f"transformers.Trainer is expected"
+            )
+        if self._trainer is not None:
+            raise RuntimeError("this EMACallback is attached to a trainer already; make another")
+        others = [c for c in trainer.callback_handler.callbacks if isinstance(c, EMACallback)]
+        if any(other is not self for other in others):
+            raise RuntimeError(
+                "the trainer has another EMACallback, and evaluations can run with one average "
+                "only; remove_callback() that one first"
+            )
+        for attribute, strategy in _SHARDING.items():
+            if getattr(trainer, attribute, False):
+                raise NotImplementedError(
+                    f"EMACallback can't average under {strategy}, where each process has a part "
+                    f"of the model only; train on one device or with DistributedDataParallel"
+                )
+        if not others:
+            trainer.add_callback(self)
+        self._trainer = trainer
+        _call_inside(trainer, "train", self._training)
+        _call_inside(trainer, "evaluation_loop", self._evaluation)
+        _call_inside(trainer, "save_model", self._saving)
+        return self
+
+    def swapped(self) -> AbstractContextManager[nn.Module]:
+        """``with callback.swapped():`` runs the trainer's model with the averaged weights.
+
+        As :meth:`BaseAveragedModel.swapped`.
+
+        Raises:
+            RuntimeError: there is no average yet.
+        """
+        if self.average is None:
+            raise RuntimeError("there is no average before trainer.train() of the attached trainer")
+        return self.average.swapped(self._trainer.model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Makes the average, and loads it where training is resumed.
+
+        Raises:
+            RuntimeError: the callback isn't attached, or the average doesn't match the model.
+            TypeError: ``average`` returned something else.
+        """
+        if self._trainer is None:
+            raise RuntimeError(
+                "EMACallback was passed to a Trainer and not attached to it, so evaluations would "
+                "run without the averages: call callback.attach(trainer) before trainer.train()"
+            )
+        average = self._make_average(self._model())
+        if not isinstance(average, BaseAveragedModel):
+            raise TypeError(
+                f"the function given to EMACallback returned a {type(average).__name__}; an "
+                f"averaged model is expected, say ema_fused.ExponentialMovingAverage(model)"
+            )
+        self.average = average
+        if self._resumed_from is not None:
+            self._load(self._resumed_from)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Takes the model into the average, unless the step was skipped."""
+        assert self.average is not None
+        if not self._trainer.accelerator.optimizer_step_was_skipped:
+            self.average.update_parameters(self._trainer.model)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        """Loads the best average where the trainer has loaded the best model."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load(state.best_model_checkpoint)
+
+    @contextmanager
+    def _training(self, arguments: dict[str, Any]) -> Iterator[None]:
+        """Remembers for ``on_train_begin`` what is resumed: only ``train`` is told."""
+        folder = arguments.get("resume_from_checkpoint")
+        if folder is True:
+            folder = get_last_checkpoint(self._trainer.args.output_dir)
+        self._resumed_from = folder or None
+        try:
+            yield
+        finally:
+            self._resumed_from = None
+
+    # Around the loop rather than around evaluate(): the trainer logs and calls its callbacks after
+    # the loop, when they may save what they like.
+    def _evaluation(self, _: dict[str, Any]) -> AbstractContextManager[Any]:
+        if self.average is None:
+            return nullcontext()
+        trainer, args = self._trainer, self._trainer.args
+        if not trainer.is_in_train and (args.fp16_full_eval or args.bf16_full_eval):
+            # The loop would do it with the averages in the model, which could then not be taken
+            # out again. (The trainer leaves the model like that, too.)
+            trainer.model.to(torch.float16 if args.fp16_full_eval else torch.bfloat16)
+        return self.swapped()
+
+    @contextmanager
+    def _saving(self, arguments: dict[str, Any]) -> Iterator[None]:
+        """Writes the average as soon as the model is written.
+
+        A checkpoint's ``trainer_state.json`` comes later: none that can be resumed lacks it.
+        """
+        yield
+        if self.average is not None and self._trainer.args.should_save:
+            folder = arguments.get("output_dir") or self._trainer.args.output_dir
+            _write(self.average, Path(folder) / AVERAGED)
+
+    def _model(self) -> nn.Module:
+        """The model without wrappers, which ``save_pretrained`` of its copy needs."""
+        model = self._trainer.accelerator.unwrap_model(self._trainer.model)
+        unwrapped: nn.Module = getattr(model, "_orig_mod", model)
+        return unwrapped
+
+    def _load(self, checkpoint: str) -> None:
+        assert self.average is not None
+        folder = Path(checkpoint) / AVERAGED
+        if folder.is_dir():
+            _read(self.average, folder)
+        else:
+            warnings.warn(
+                f"{checkpoint} has no folder {AVERAGED!r}, so it was saved without an average: the "
+                f"average starts as a copy of the model's weights there",
+                stacklevel=2,
+            )
+            self.average.copy_from(self._trainer.model)
+
+
+def _call_inside(
+    trainer: Any, name: str, context: Callable[[dict[str, Any]], AbstractContextManager[Any]]
+) -> None:
+    """Replaces a method of ``trainer`` by one that calls it inside ``context(its arguments)``.
+
+    Only while the callback that ``context`` belongs to is among the trainer's.
+    """
+    method = getattr(trainer, name)
+    signature = inspect.signature(method)
+    callback = context.__self__  # type: ignore[attr-defined]
+
+    @functools.wraps(method)
+    def inside(*positional: Any, **named: Any) -> Any:
+        if callback not in trainer.callback_handler.callbacks:
+            return method(*positional, **named)
+        with context(signature.bind(*positional, **named).arguments):
+            return method(*positional, **named)
+
+    setattr(trainer, name, inside)
+
+
+def _write(average: BaseAveragedModel, folder: Path) -> None:
+    """Writes weights as ``from_pretrained`` reads them, and the rest of the state beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(average.module, PreTrainedModel):
+        # By the names that the model has: some architectures are otherwise written as an older
+        # release had them, and would have to be converted back to the bit.
+        average.module.save_pretrained(folder, save_original_format=False)
+    else:
+        weights = _but_ties(average.module.state_dict(), {})
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    state = average.state_dict()
+    written = {name: state.pop(name) for name in _names_written(folder) if name in state}
+    # The number of updates, and what models leave out of their files.
+    save_file(_but_ties(state, written), folder / _STATE)
+
+
+def _read(average: BaseAveragedModel, folder: Path) -> None:
+    """Loads what ``_write`` wrote.
+
+    Raises:
+        RuntimeError: it doesn't match.
+    """
+    if not (folder / _STATE).is_file():
+        raise RuntimeError(
+            f"{folder} has no {_STATE}: it is incomplete, or was not written by EMACallback. "
+            f"Resume from another checkpoint, or remove the folder to start a new average"
+        )
+    state = load_file(folder / _STATE)
+    for file in folder.glob(_WEIGHTS):
+        state.update({f"module.{name}": tensor for name, tensor in load_file(file).items()})
+    present = average.state_dict()
+    # Tied tensors are written once.
+    by_memory = {_memory(tensor): state[name] for name, tensor in present.items() if name in state}
+    for name, tensor in present.items():
+        if name not in state and _memory(tensor) in by_memory:
+            state[name] = by_memory[_memory(tensor)]
+    try:
+        average.load_state_dict(state)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the average in {folder} doesn't match the model in training: {error}"
+        ) from error
+
+
+def _names_written(folder: Path) -> list[str]:
+    """Names in an averaged model's state of the tensors that ``save_pretrained`` has written."""
+    names: list[str] = []
+    for file in folder.glob(_WEIGHTS):
+        with safe_open(file, framework="pt") as opened:
+            names += [f"module.{name}" for name in opened.keys()]  # noqa: SIM118
+    return names
+
+
+def _but_ties(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tensors`` as safetensors takes them, without those tied to one of ``others`` or before."""
+    seen = {_memory(tensor) for tensor in others.values()}
+    kept = {}
+    for name, tensor in tensors.items():
+        if _memory(tensor) not in seen:
+            seen.add(_memory(tensor))
+            kept[name] = tensor.contiguous()
+    return kept
+
+
+def _memory(tensor: Tensor) -> object:
+    """The same for tensors that are views of the same memory in the same way."""
+    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -1,0 +1,373 @@
+"""Lightning's ``WeightAveraging`` and ``EMAWeightAveraging``: one launch, swapped in place.
+
+For trainers of ``lightning`` and of ``pytorch_lightning``. The base classes come from the package
+that is imported already, else from the one that is installed.
+
+What the originals do and these don't: evaluate, save, or end with weights from before the first
+update; test raw weights after ``ckpt_path=``; leave averages in a model that trains on. The
+docstrings below say which method differs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ema_fused.adapters.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from ema_fused.checks import as_integer, check_integer
+from ema_fused.copying import FrozenShares
+from ema_fused.hooks.frameworks import missing
+from ema_fused.pairing import Pair, pair_up, plan_of
+from ema_fused.swapping import Exchange
+
+__all__ = ["EMAWeightAveraging", "WeightAveraging"]
+
+_AVERAGED = "module."  # before the names of averaged tensors in an averaged model's state
+
+
+def _originals() -> Any:
+    """The module with the callbacks that are replaced.
+
+    Raises:
+        ImportError: no package that has it is installed.
+    """
+    packages = ["lightning.pytorch", "pytorch_lightning"]
+    why = None
+    # The one that is in use first: importing the other as well would take seconds.
+    for package in sorted(packages, key=lambda name: name not in sys.modules):
+        try:
+            module = importlib.import_module(f"{package}.callbacks.weight_averaging")
+            if not hasattr(module, "EMAWeightAveraging"):
+                raise ImportError(f"this {package} has no EMAWeightAveraging, which came with 2.6")
+            return module
+        except ImportError as error:
+            why = why or error
+    assert why is not None
+    raise missing("lightning", "lightning", why) from why
+
+
+_lightning = _originals()
+_WeightAveraging: Any = _lightning.WeightAveraging
+_EMAWeightAveraging: Any = _lightning.EMAWeightAveraging
+
+
+class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
+    """Keeps an average of the model, evaluates it and saves it, as Lightning's callback.
+
+    The same arguments, moments, ``should_update`` and checkpoints; each loads the other's. The
+    default is the mean of all values (SWA). One update is one launch a device.
+
+    The averages are in the model from ``on_validation_epoch_start`` to ``on_validation_end``, so
+    the model's own ``on_validation_epoch_end`` sees them too; likewise in tests and predictions.
+    They are swapped in place, and taken out again when an evaluation raises. When ``fit`` ends they
+    stay in the model. Before the first update there is no average: the model's own weights are
+    evaluated and saved, and stay when ``fit`` ends.
+
+    A checkpoint holds the averages under ``state_dict`` and the model's own weights under
+    ``current_model_state``, also if it is written during a validation or at the end of training.
+    One saved after ``fit`` holds what the model holds then, under both keys. ``trainer.test`` and
+    the like evaluate what a checkpoint has under ``state_dict``.
+
+    As in the original, buffers are swapped with ``use_buffers=False`` too, and sharded models can't
+    be averaged.
+
+    Args:
+        device: of the average; None: the model's.
+        use_buffers: average floating-point buffers. If not, they are copied at each update.
+        **kwargs: ``avg_fn`` or ``multi_avg_fn``, as in torch's ``AveragedModel``. Those of
+            :func:`~ema_fused.adapters.swa_utils.get_ema_multi_avg_fn` are planned; others run as in
+            torch.
+
+    Raises:
+        TypeError: an argument is unknown or of a wrong type.
+        ValueError: ``avg_fn`` and ``multi_avg_fn`` are both given.
+    """
+
+    _average_model: Any  # an AveragedModel, or None
+
+    def __init__(
+        self,
+        device: torch.device | str | int | None = None,
+        use_buffers: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        _check_arguments(device, use_buffers, kwargs)
+        if isinstance(device, int):
+            device = torch.device("cuda", device)  # the original takes 0 for None
+        # Not super(): between the original and this class there may be the EMA's original.
+        _WeightAveraging.__init__(self, device, use_buffers, **kwargs)
+        self._steps_asked = 0  # optimizer steps that should_update() was asked about
+        self._is_swapped = False
+        self._is_final = False  # the averages are in the model for good
+        self._model: weakref.ref[nn.Module] | None = None
+        self._exchange: Exchange | None = None
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Makes the averaged copy of the model when ``fit`` begins.
+
+        Counts start anew, so a callback can be used for one run after another.
+
+        Raises:
+            ValueError: the trainer has another callback of this kind.
+        """
+        if stage != "fit":
+            return
+        if sum(isinstance(callback, _WeightAveraging) for callback in trainer.callbacks) > 1:
+            raise ValueError(
+                "the trainer has several WeightAveraging callbacks; each would swap and save the "
+                "other's weights. Leave one of them"
+            )
+        self._take_out()
+        made_in = type(pl_module).configure_model.__module__.partition(".")[0]
+        if made_in not in ("lightning", "pytorch_lightning"):
+            # Its layers must be there to be copied. Lightning calls it again afterwards.
+            _lightning.rank_zero_warn(
+                "WeightAveraging calls configure_model() to copy the layers that it makes, but "
+                "outside the strategy's context: sharded models can't be averaged"
+            )
+            pl_module.configure_model()
+        self._average_model = AveragedModel(
+            pl_module,
+            device=self._device or pl_module.device,
+            use_buffers=self._use_buffers,
+            **self._kwargs,
+        )
+        self._model = weakref.ref(pl_module)
+        self._exchange = None
+        self._is_swapped = self._is_final = False
+        self._steps_asked = self._latest_update_step = 0
+        self._latest_update_epoch = -1
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._steps_asked = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Updates the average if ``should_update`` says so about an optimizer step of this batch.
+
+        It is asked once about each: never about a batch without one (``accumulate_grad_batches``),
+        where the original asks again, and about all of a batch with several (manual optimization),
+        where the original asks about the last.
+        """
+        steps = trainer.global_step
+        due = [self.should_update(step_idx=step) for step in range(self._steps_asked, steps)]
+        self._steps_asked = steps
+        if any(due):
+            self._average_model.update_parameters(pl_module)
+            self._latest_update_step = steps
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Puts the averages into the model, for good unless a callback after this one raises.
+
+        Swapped, not copied: checkpoints that are written now still need the model's own weights.
+        """
+        if not self._has_averaged():
+            _lightning.rank_zero_warn(
+                "WeightAveraging has made no update, so the model keeps its own weights; let "
+                "should_update() be True within the training (update_starting_at_step and the "
+                "like)"
+            )
+        self._put_in(pl_module)
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Leaves the averages in both, model and average."""
+        if self._is_swapped:
+            pairs = _pairs(self._average_model.module, pl_module)
+            # The others weren't swapped, and the average has more bits of them than the model.
+            alike = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
+            plan_of(alike, backend=None).copy_()
+            self._is_swapped = False
+            self._exchange = None
+            self._is_final = True
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Takes out the averages that an evaluation which raised has left in the model."""
+        self._take_out()
+
+    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._put_in(pl_module)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Nothing: the model's hook of this name comes later, and is a part of the evaluation."""
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        self._take_out()
+
+    def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._put_in(pl_module)
+
+    def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        self._take_out()
+
+    def on_predict_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._put_in(pl_module)
+
+    def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        self._take_out()
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Puts the averages under ``state_dict`` and the model's own weights beside them."""
+        if self._average_model is None:
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        elif self._is_final or not self._has_averaged():
+            # What the model holds counts, after fit too: update_bn() may have refined it.
+            checkpoint["current_model_state"] = dict(checkpoint["state_dict"])
+            state = self._average_model.state_dict()
+            checkpoint["averaging_state"] = {
+                name: value for name, value in state.items() if not name.startswith(_AVERAGED)
+            }
+        elif self._is_swapped:
+            self._take_out()
+            own = pl_module.state_dict()
+            # Both states are to stay as they are when the averages are put in again.
+            checkpoint["state_dict"] = {
+                name: own[name].to(value.device, copy=True)
+                if isinstance(own.get(name), Tensor)
+                else value
+                for name, value in checkpoint["state_dict"].items()
+            }
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+            checkpoint["state_dict"] = {
+                name: value.clone() if isinstance(value, Tensor) else value
+                for name, value in checkpoint["state_dict"].items()
+            }
+            self._put_in(pl_module)
+        else:
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Loads both into ``fit``; to evaluate a checkpoint, the model takes its averages alone."""
+        # All that could be taken out is overwritten, here or by the trainer.
+        self._is_swapped = self._is_final = False
+        self._exchange = None
+        if trainer.state.fn == "fit":
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        else:
+            self._average_model = None  # of other weights than the model's present ones
+
+    def _has_averaged(self) -> bool:
+        """Whether there is an average, and not just the copy that is made before training."""
+        return self._average_model is not None and bool(self._average_model.n_averaged > 0)
+
+    def _put_in(self, pl_module: Any) -> None:
+        """Puts the averages into the model, if it is the one that they are of."""
+        model = None if self._model is None else self._model()
+        if model is None or model is not pl_module or not self._has_averaged():
+            return
+        if self._is_swapped or self._is_final:
+            return
+        # Evaluations run in inference mode, and tensors made there are of no use after it.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._exchange is None:
+                averaged = self._average_model.module
+                find_pairs = functools.partial(_pairs, averaged, model)
+                self._exchange = Exchange(averaged, model, find_pairs, backend=None)
+            self._exchange.put_in()
+        self._is_swapped = True
+
+    def _take_out(self) -> None:
+        """Gives the model its own weights back."""
+        if self._is_swapped:
+            assert self._exchange is not None
+            self._is_swapped = False
+            with torch.inference_mode(False), torch.no_grad():
+                self._exchange.take_out()
+
+    def _swap_models(self, pl_module: Any) -> None:
+        """The original's way to do either."""
+        if self._is_swapped:
+            self._take_out()
+        else:
+            self._put_in(pl_module)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: everything but what belongs to the one model."""
+        return self.__dict__ | {"_model": None, "_exchange": None, "_is_swapped": False}
+
+
+class EMAWeightAveraging(WeightAveraging, _EMAWeightAveraging):  # type: ignore[misc]
+    """The exponential average, by torch's ``get_ema_multi_avg_fn``.
+
+    The original takes ``get_ema_avg_fn``, which rounds differently in the last bit.
+
+    Args:
+        device, use_buffers: as :class:`WeightAveraging`.
+        decay: the weight of the average, in [0, 1].
+        update_every_n_steps: optimizer steps from one update to the next; 0: only after epochs.
+        update_starting_at_step: the first optimizer step, counted from 0, that may update.
+        update_starting_at_epoch: the first epoch after which to update too; None: after none.
+
+    Raises:
+        TypeError: an argument is unknown or of a wrong type.
+        ValueError: an argument is out of its range, or all of them together never update.
+    """
+
+    def __init__(
+        self,
+        device: torch.device | str | int | None = None,
+        use_buffers: bool = True,
+        decay: float = 0.999,
+        update_every_n_steps: int = 1,
+        update_starting_at_step: int | None = None,
+        update_starting_at_epoch: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs:
+            raise TypeError(
+                f"EMAWeightAveraging got {', '.join(kwargs)}; it averages by its decay alone. "
+                f"WeightAveraging takes avg_fn and multi_avg_fn"
+            )
+        check_integer("update_every_n_steps", update_every_n_steps, least=0)
+        for name, start in [
+            ("update_starting_at_step", update_starting_at_step),
+            ("update_starting_at_epoch", update_starting_at_epoch),
+        ]:
+            if start is not None:
+                as_integer(start, name)
+        if update_every_n_steps == 0 and update_starting_at_epoch is None:
+            raise ValueError(
+                "update_every_n_steps is 0 and update_starting_at_epoch is None: nothing would be "
+                "averaged; set one of them"
+            )
+        if isinstance(decay, bool) or not isinstance(decay, (int, float)):
+            raise TypeError(f"decay is {decay!r}; a number in [0, 1] is expected")
+        # In place of the original's __init__, which sets an avg_fn.
+        WeightAveraging.__init__(
+            self, device, use_buffers, multi_avg_fn=get_ema_multi_avg_fn(decay)
+        )
+        self.update_every_n_steps = update_every_n_steps
+        self.update_starting_at_step = update_starting_at_step
+        self.update_starting_at_epoch = update_starting_at_epoch
+
+
+def _check_arguments(device: object, use_buffers: object, kwargs: dict[str, Any]) -> None:
+    if isinstance(device, bool) or not isinstance(device, (torch.device, str, int, type(None))):
+        raise TypeError(f"device is {device!r}; a torch.device, its name or its index is expected")
+    if not isinstance(use_buffers, bool):
+        raise TypeError(f"use_buffers is {use_buffers!r}; True or False is expected")
+    functions = {"avg_fn", "multi_avg_fn"}
+    if unknown := kwargs.keys() - functions:
+        raise TypeError(
+            f"WeightAveraging got {', '.join(sorted(unknown))}; apart from device and use_buffers "
+            f"it takes avg_fn or multi_avg_fn"
+        )
+    given = {name: function for name, function in kwargs.items() if function is not None}
+    for name, function in given.items():
+        if not callable(function):
+            raise TypeError(f"{name} is {function!r}; a function is expected")
+    if len(given) > 1:
+        raise ValueError("avg_fn and multi_avg_fn are both given; only one of them may be set")
+
+
+def _pairs(averaged: nn.Module, model: nn.Module) -> list[Pair]:
+    """All parameters and buffers, those too that no checkpoint holds."""
+    return pair_up(
+        averaged, model, update_buffers=True, shares=FrozenShares(), caches_are_buffers=True
+    ).updated
