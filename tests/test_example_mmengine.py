@@ -16,7 +16,6 @@ import pytest
 import torch
 
 pytest.importorskip("sklearn", reason="the example's data ship with scikit-learn")
-pytest.importorskip("mmengine", reason="the example is a config for mmengine")
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CONFIG = EXAMPLES / "mmengine_digits.py"
