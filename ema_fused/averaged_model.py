@@ -20,7 +20,7 @@ from ema_fused.plan import Plan
 from ema_fused.rounding import check_rounding, check_seed
 from ema_fused.swapping import refuse_while_swapped
 
-_IN_VAIN_BEFORE_WARNING = 5
+_IN_VAIN_BEFORE_WARNING = 6
 
 Device = torch.device | str | int | None
 
@@ -136,7 +136,7 @@ class BaseAveragedModel(nn.Module):
         self._seed = KnownInteger()
         self._shares = FrozenShares(shared, device, averaged_dtype)
         self._pairing: Pairing | None = None
-        self._in_vain = 0  # pairings in a row that served a single update
+        self._in_vain = 0  # pairings made in a row, none of which has served a second update
         self._warned_of_losses = False
 
     def momentum_at(self, steps: int) -> float:
@@ -272,6 +272,8 @@ class BaseAveragedModel(nn.Module):
         assert averaged is not None
         known = self._pairing
         if known is not None and known.holds(averaged, model, self.update_buffers):
+            if self._in_vain:
+                self._in_vain = 0
             return known
         pairing = Pairing(
             averaged,
@@ -285,12 +287,16 @@ class BaseAveragedModel(nn.Module):
             when_one_is_gone=functools.partial(_let_go, weakref.ref(self)),
         )
         self._pairing = pairing
-        self._in_vain = 0 if known is None or known.was_reused else self._in_vain + 1
-        if known is not None and self._in_vain == _IN_VAIN_BEFORE_WARNING:
+        self._in_vain += 1
+        if self._in_vain == _IN_VAIN_BEFORE_WARNING:
+            # Without an earlier one: its model is gone.
+            why = "another model object is passed in turn"
+            if known is not None:
+                why = pairing.difference(known)
             warnings.warn(
-                f"the model is walked again at every update ({pairing.difference(known)}), which "
-                f"takes longer than averaging it. Write buffers in place, buffer.copy_(value), and "
-                f"keep to one model object for each average",
+                f"the model is walked again at every update ({why}), "
+                f"which takes longer than averaging it. Write buffers in place, "
+                f"buffer.copy_(value), and keep to one model object for each average",
                 backends.SlowPathWarning,
                 stacklevel=3,
             )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 import operator
 import warnings
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 
 def as_integer(value: object, what: str) -> int:
@@ -21,25 +22,31 @@ def check_integer(name: str, value: object, *, least: int) -> None:
         raise ValueError(f"{name} is {value}; at least {least} is expected")
 
 
+def _check_number(name: str, value: object, expected: str) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}; {expected} is expected")
+
+
 def check_fraction(name: str, value: float) -> None:
-    """Raises ValueError unless ``value`` lies in [0, 1] (NaN doesn't)."""
+    """Raises TypeError unless ``value`` is a number, ValueError unless it lies in [0, 1]."""
+    _check_number(name, value, "a number in [0, 1]")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name} is {value!r}; a number in [0, 1] is expected")
 
 
 def check_positive(name: str, value: float) -> None:
-    """Raises ValueError unless ``value`` is above 0 and finite."""
+    """Raises TypeError unless ``value`` is a number, ValueError unless above 0 and finite."""
+    _check_number(name, value, "a finite number above 0")
     if not 0.0 < value < math.inf:
         raise ValueError(f"{name} is {value!r}; a finite number above 0 is expected")
 
 
-def check_momentum(momentum: object) -> None:
+def check_momentum(momentum: Any) -> None:
     """Raises TypeError unless ``momentum`` is a number, ValueError unless it lies in (0, 1).
 
     Warns above 0.5: probably it was meant as a decay.
     """
-    if not isinstance(momentum, (int, float)) or isinstance(momentum, bool):
-        raise TypeError(f"momentum is {momentum!r}; a number in (0, 1) is expected")
+    _check_number("momentum", momentum, "a number in (0, 1)")
     if not 0.0 < momentum < 1.0:
         raise ValueError(
             f"momentum is {momentum}; a number in (0, 1) is expected: the weight of the model's "

@@ -154,6 +154,72 @@ def plan_of(
     )
 
 
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    return {name: child for name, child in module._modules.items() if child is not None}
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    """Whether it has parameters or buffers of its own, not of its children."""
+    own = (*module._parameters.values(), *module._buffers.values())
+    return any(tensor is not None for tensor in own)
+
+
+class _Model:
+    """A model known by its parts, so that ``nn.Sequential(backbone, neck)``, made anew at each
+    update, is one and the same.
+
+    Its children are the parts, or itself where it has parameters or buffers of its own. None of
+    them is kept alive.
+
+    Args:
+        when_a_part_is_gone: called once no one else holds one of the parts.
+    """
+
+    def __init__(self, model: nn.Module, when_a_part_is_gone: Callable[[object], object]) -> None:
+        parts = {} if _has_tensors(model) else _children(model)
+        self._type = type(model)
+        self._children = {
+            name: weakref.ref(child, when_a_part_is_gone) for name, child in parts.items()
+        }
+        self._alone = None if parts else weakref.ref(model, when_a_part_is_gone)
+        self._remember(model)
+
+    def _remember(self, model: nn.Module) -> None:
+        # Its slots hold its children: watched only as long as it lives.
+        self.slots_changed = ModuleWatch(alone=[model]).changed
+        self._present = weakref.ref(model, self._forget)
+
+    def _forget(self, _: object) -> None:
+        self.slots_changed = lambda: True
+
+    def is_now(self, model: nn.Module) -> bool:
+        """Whether ``model`` is the one, or made of the same parts."""
+        if model is self._present():
+            return not self.slots_changed()
+        if self._alone is not None or type(model) is not self._type:
+            return False
+        if _has_tensors(model) or not self.has_the_parts_of(model):
+            return False
+        self._remember(model)
+        return True
+
+    def has_the_parts_of(self, model: nn.Module) -> bool:
+        children = _children(model)
+        return children.keys() == self._children.keys() and all(
+            known() is children[name] for name, known in self._children.items()
+        )
+
+    def last(self) -> nn.Module | None:
+        """The model that :meth:`is_now` has accepted last; None once it is gone."""
+        return self._present()
+
+    def present(self) -> nn.Module:
+        """The same, where a caller has it at hand."""
+        model = self._present()
+        assert model is not None
+        return model
+
+
 class Pairing:
     """What an averaged module does with one model: prepared once, run at every update.
 
@@ -193,9 +259,9 @@ class Pairing:
         caches_are_buffers: bool = False,
     ) -> None:
         self.update_buffers = update_buffers
-        self.was_reused = False
-        self._averaged = weakref.ref(averaged, when_one_is_gone)
-        self._model = weakref.ref(model, when_one_is_gone)
+        gone = when_one_is_gone or _nothing
+        self._averaged = weakref.ref(averaged, gone)
+        self._model = _Model(model, gone)
         self._arithmetic = arithmetic
         self._rounding = rounding
         self._backend = backend
@@ -205,9 +271,10 @@ class Pairing:
         self._prepare()
 
     def _prepare(self) -> None:
-        averaged, model = self._averaged(), self._model()
-        assert averaged is not None and model is not None, "both are at hand wherever it is used"
-        slots_changed = ModuleWatch(averaged, model).changed
+        averaged, model = self._averaged(), self._model.present()
+        assert averaged is not None, "it is at hand wherever it is used"
+        inside = [part for part in model.modules() if part is not model]
+        slots_changed = ModuleWatch(averaged, alone=inside).changed
         pairs, shared = pair_up(
             averaged,
             model,
@@ -234,7 +301,7 @@ class Pairing:
 
     def holds(self, averaged: nn.Module, model: nn.Module, update_buffers: bool) -> bool:
         """Whether the pairs are still those of these modules: some nanoseconds a slot."""
-        if averaged is not self._averaged() or model is not self._model():
+        if averaged is not self._averaged() or not self._model.is_now(model):
             return False
         if update_buffers != self.update_buffers:
             return False
@@ -243,12 +310,12 @@ class Pairing:
         for alias, source in self._shared:
             if source.requires_grad or alias.data_ptr() != source.data_ptr():
                 return False
-        self.was_reused = True
         return True
 
     def difference(self, other: Pairing) -> str:
         """What distinguishes this pairing from ``other``, an earlier one."""
-        if self._model() is not other._model():
+        model = self._model.present()
+        if model is not other._model.last() and not other._model.has_the_parts_of(model):
             return "another model object is passed in turn"
         known = {pair.name: pair for pair in other._pairs}
         for pair in self._pairs:
@@ -306,6 +373,10 @@ class Pairing:
             return pairs
         self._prepare()
         return [pair for pair in self._pairs if pair.averages]
+
+
+def _nothing(_: object) -> None:
+    pass
 
 
 def _is_half(pair: Pair) -> bool:

@@ -6,6 +6,7 @@ only when one of these slots has changed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch import nn
@@ -37,14 +38,18 @@ class ModuleWatch:
     """Tells whether any parameter, buffer or child slot of ``modules`` holds another object.
 
     Replaced, added and removed slots are seen; a tensor that changes in place (``.data = ...``) is
-    not: a Plan sees that.
+    not: a Plan sees that. Keeps what is in the slots alive, not the modules.
+
+    Args:
+        modules: each watched with all that is in it.
+        alone: each watched by its own slots only.
     """
 
-    def __init__(self, *modules: nn.Module) -> None:
+    def __init__(self, *modules: nn.Module, alone: Iterable[nn.Module] = ()) -> None:
         dictionaries: list[dict[str, Any]] = []
-        for root in modules:
-            for module in root.modules():
-                dictionaries += [module._parameters, module._buffers, module._modules]
+        parts = [part for root in modules for part in root.modules()]
+        for module in (*parts, *alone):
+            dictionaries += [module._parameters, module._buffers, module._modules]
         native = backends.native()
         self._slots: _Watch = (
             _PythonSlotWatch(dictionaries) if native is None else native.SlotWatch(dictionaries)

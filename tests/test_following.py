@@ -14,6 +14,7 @@ import torch
 from networks import (
     CPU_BACKENDS,
     Cached,
+    ConvNet,
     Tied,
     conv_net,
     differences,
@@ -370,3 +371,83 @@ def test_another_averaged_module_may_take_its_place() -> None:
     run(averaged, model, 1)
     assert differences(snapshot(first), before) == []
     assert not torch.equal(averaged.module.head.weight, first.head.weight)
+
+
+def shared_parts(model: ConvNet) -> nn.Module:
+    """A model made anew of the same parts, as BYOL's forward pass makes it at each update."""
+    return nn.Sequential(model.conv, model.norm, model.hidden)
+
+
+def test_a_model_made_anew_of_the_same_parts_is_the_same_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = conv_net()
+    averaged = ExponentialMovingAverage(shared_parts(model), 0.25)
+    averaged.update_parameters(shared_parts(model))
+    pairing = averaged._pairing
+    expected = snapshot(averaged.module)
+    random = generator()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            train(model, random)
+            averaged.update_parameters(shared_parts(model))
+            for name, now in snapshot(shared_parts(model)).items():
+                is_buffer = "running" in name or "tracked" in name
+                expected[name] = now if is_buffer else torch.lerp(expected[name], now, 0.25)
+    assert averaged._pairing is pairing
+    assert differences(snapshot(averaged.module), expected) == []
+
+
+def test_other_parts_in_a_model_made_anew_are_seen() -> None:
+    model, other = conv_net(), conv_net(seed=1)
+    averaged = ExponentialMovingAverage(shared_parts(model), 0.5)
+    averaged.update_parameters(shared_parts(model))
+    before = snapshot(averaged.module)
+    mixed = nn.Sequential(model.conv, other.norm, other.hidden)
+    averaged.update_parameters(mixed)
+    found = snapshot(averaged.module)
+    assert torch.equal(found["2.weight"], torch.lerp(before["2.weight"], other.hidden.weight, 0.5))
+    # A part that is put into the same place of a living model, and one that comes and goes.
+    mixed[2] = model.hidden
+    before = snapshot(averaged.module)
+    averaged.update_parameters(mixed)
+    found = snapshot(averaged.module)
+    assert torch.equal(found["2.weight"], torch.lerp(before["2.weight"], model.hidden.weight, 0.5))
+    with pytest.raises(KeyError, match=r"unexpected in the model: 3\.weight"):
+        averaged.update_parameters(nn.Sequential(*shared_parts(model), nn.Linear(2, 2)))
+
+
+def test_a_part_with_a_parameter_replaced_between_two_models_is_followed() -> None:
+    model = conv_net()
+    averaged = ExponentialMovingAverage(shared_parts(model), 0.5)
+    averaged.update_parameters(shared_parts(model))
+    before = snapshot(averaged.module)
+    model.hidden.weight = nn.Parameter(torch.ones_like(model.hidden.weight))
+    averaged.update_parameters(shared_parts(model))
+    found = snapshot(averaged.module)
+    assert torch.equal(found["2.weight"], torch.lerp(before["2.weight"], model.hidden.weight, 0.5))
+
+
+def test_new_models_of_new_parts_are_warned_of_although_each_is_gone_by_then() -> None:
+    averaged = ExponentialMovingAverage(conv_net(), 0.5)
+    with pytest.warns(SlowPathWarning, match="another model object is passed in turn"):
+        for _ in range(7):
+            averaged.update_parameters(conv_net())
+
+
+@pytest.mark.parametrize("anew", [False, True], ids=["model", "parts"])
+def test_what_is_deleted_is_not_kept_alive(anew: bool) -> None:
+    model = conv_net()
+    source: nn.Module | None = shared_parts(model) if anew else model
+    assert source is not None
+    averaged = ExponentialMovingAverage(source, 0.5)
+    averaged.update_parameters(source)
+    if anew:
+        del source
+        averaged.update_parameters(shared_parts(model))
+    gone = [weakref.ref(model), *(weakref.ref(tensor) for tensor in model.parameters())]
+    source = None
+    del model
+    gc.collect()
+    assert [reference for reference in gone if reference() is not None] == []

@@ -7,13 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.model import averaged_model as theirs
 from networks import CPU_BACKENDS, Cached, Tied, conv_net, differences, generator, snapshot, train
 from torch import Tensor, nn
 
 from ema_fused import averages as ours
 from ema_fused import backends
-
-theirs = pytest.importorskip("mmengine.model.averaged_model", reason="mmengine is not installed")
 
 pytestmark = [
     # What 16-bit averages lose, and who serves them, is not the point here.

@@ -74,6 +74,10 @@ class MeanTeacherHook(Hook):  # type: ignore[misc]
         else:
             pairing.average_(momentum)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: everything but the pairs, which hold the networks."""
+        return self.__dict__ | {"_pairing": None}
+
     def _paired(self, model: nn.Module) -> Pairing:
         teacher, student = (getattr(model, name, None) for name in ("teacher", "student"))
         if not isinstance(teacher, nn.Module) or not isinstance(student, nn.Module):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, Unpack
 
 from torch import nn
@@ -17,7 +19,7 @@ from ema_fused.averages import (
     StochasticWeightAverage,
 )
 from ema_fused.backends import SlowPathWarning
-from ema_fused.checks import check_fraction, check_integer, check_momentum
+from ema_fused.checks import check_fraction, check_integer
 from ema_fused.copying import FrozenShares
 from ema_fused.hooks import on_mmengine
 from ema_fused.hooks.frameworks import register_beside, unwrapped
@@ -92,14 +94,16 @@ class InvertedCosineEMA(CosineEMA):
         max_iters: int | None = None,
         **options: Unpack[Options],
     ) -> None:
-        with warnings.catch_warnings():
-            # That it is large: here it should be.
-            warnings.simplefilter("ignore")
-            check_momentum(momentum)
+        if not isinstance(momentum, (int, float)) or not 0.0 < momentum < 1.0:
+            raise ValueError(
+                f"momentum is {momentum!r}; a number in (0, 1) is expected: here the weight of the "
+                f"average, a decay"
+            )
         check_fraction("end_momentum", end_momentum)
+        # Told in the other convention only to be replaced below; nothing to warn of there.
         super().__init__(
             model,
-            1 - momentum,
+            min(1 - momentum, 0.5),
             1 - end_momentum,
             interval,
             device,
@@ -129,12 +133,14 @@ _BY_NAME: dict[str, type[BaseAveragedModel]] = {
     "ExponentialMovingAverage": ExponentialMovingAverage,
     "MomentumAnnealingEMA": MomentumAnnealingEMA,
     "ExpMomentumEMA": ExpMomentumEMA,
+    "mmdet.ExpMomentumEMA": ExpMomentumEMA,
     "CosineEMA": CosineEMA,
+    "mmpretrain.CosineEMA": CosineEMA,
     "mmselfsup.CosineEMA": InvertedCosineEMA,
 }
 
 
-def _averaged_class(ema_type: str | type) -> type:
+def _averaged_class(ema_type: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """What ``ema_type`` means, or our class for it.
 
     Raises:
@@ -148,14 +154,16 @@ def _averaged_class(ema_type: str | type) -> type:
             except RuntimeError:  # how some releases say that there is none
                 found = None
         if not callable(found):
-            found = _BY_NAME.get(ema_type) or _BY_NAME.get(ema_type.rpartition(".")[2])
+            found = _BY_NAME.get(ema_type)
         if found is None:
             raise KeyError(
                 f"ema_type {ema_type!r} is not registered in mmengine's MODELS; ema_fused has "
                 f"{', '.join(_BY_NAME)}. Import the module that registers yours "
                 f"(custom_imports in a config), or correct the name"
             )
-    averaged: type = _REPLACED.get(f"{found.__module__}.{found.__qualname__}", found)
+    # Not every callable has a name of its own: a functools.partial has none.
+    name = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
+    averaged: Callable[..., nn.Module] = _REPLACED.get(name, found)
     return averaged
 
 
@@ -167,7 +175,7 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
     derives from mmengine's classes is used as it is, with a warning.
 
     Args:
-        ema_type: name of an averaged model in ``MODELS``, or its class.
+        ema_type: name of an averaged model in ``MODELS``, or what makes one: its class.
         strict_load: whether the keys of a checkpoint must match. If not, each side without a value
             takes the other's, with a warning.
         begin_iter: the iteration, counted from 1, that averaging starts with; 0 is the same as 1.
@@ -181,12 +189,17 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
 
     def __init__(
         self,
-        ema_type: str | type = "ExponentialMovingAverage",
+        ema_type: str | Callable[..., nn.Module] = "ExponentialMovingAverage",
         strict_load: bool = False,
         begin_iter: int = 0,
         begin_epoch: int = 0,
         **kwargs: Any,
     ) -> None:
+        if not isinstance(ema_type, str) and not callable(ema_type):
+            raise TypeError(
+                f"ema_type is {ema_type!r}; the name of an averaged model in mmengine's MODELS is "
+                f"expected, or its class"
+            )
         check_integer("begin_iter", begin_iter, least=0)
         check_integer("begin_epoch", begin_epoch, least=0)
         if begin_iter and begin_epoch:
@@ -198,11 +211,21 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
         self._exchange: Exchange | None = None
         self._is_swapped = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: everything but the plans."""
+        if self._is_swapped:
+            raise RuntimeError(
+                "the hook was copied or pickled during an evaluation, where the model holds the "
+                "averages and the average the model's own weights; do it outside of one"
+            )
+        return self.__dict__ | {"_exchange": None}
+
     def before_run(self, runner: Any) -> None:
         """Makes the averaged copy of the model.
 
         Raises:
             KeyError: ``ema_type`` doesn't exist.
+            TypeError: it isn't an averaged model.
         """
         self._take_out()
         self.src_model = unwrapped(runner.model, is_model_wrapper)
@@ -211,10 +234,16 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
             {**self.ema_cfg, "type": kind}, default_args={"model": self.src_model}
         )
         self._exchange = None
+        made = type(self.ema_model).__name__
+        if not hasattr(self.ema_model, "update_parameters"):
+            raise TypeError(
+                f"ema_type is {self.ema_cfg['type']!r}, and what it makes is of the class {made}; "
+                f"an averaged model is expected, as ExponentialMovingAverage"
+            )
         if not isinstance(self.ema_model, BaseAveragedModel):
             warnings.warn(
-                f"EMAHook averages by {kind.__name__}, which is not one of ema_fused's: it runs at "
-                f"its own speed. Derive it from ema_fused.hooks.mmengine.BaseAveragedModel",
+                f"EMAHook averages by {made}, which is not one of ema_fused's: it runs at its own "
+                f"speed. Derive it from ema_fused.hooks.mmengine.BaseAveragedModel",
                 SlowPathWarning,
                 stacklevel=2,
             )
@@ -307,7 +336,10 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
                 "the checkpoint has no `ema_state_dict`: the average starts as a copy of its "
                 "`state_dict`"
             )
-        state = {re.sub(r"^module\.", "", name): t for name, t in checkpoint["state_dict"].items()}
+        loaded = checkpoint["state_dict"]
+        state = OrderedDict((re.sub(r"^module\.", "", name), t) for name, t in loaded.items())
+        # The versions of modules, by which they know what to rename in an older checkpoint.
+        state._metadata = getattr(loaded, "_metadata", None)  # type: ignore[attr-defined]
         on_mmengine.load_state_dict(self.ema_model.module, state, strict=self.strict_load)
 
     def _resume_average(self, checkpoint: dict[str, Any]) -> None:

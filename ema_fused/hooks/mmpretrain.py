@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
+
+from torch import nn
 
 from ema_fused.hooks import mmengine
 from ema_fused.hooks.frameworks import register_beside
@@ -30,7 +33,7 @@ class EMAHook(mmengine.EMAHook):
 
     def __init__(
         self,
-        ema_type: str | type = "ExponentialMovingAverage",
+        ema_type: str | Callable[..., nn.Module] = "ExponentialMovingAverage",
         strict_load: bool = False,
         begin_iter: int = 0,
         begin_epoch: int = 0,
@@ -104,7 +107,9 @@ def register(*, replace: bool = False) -> None:
 
     Args:
         replace: also as ``EMAHook`` and ``CosineEMA``, in the originals' place: in MMPretrain's
-            registries where MMPretrain is installed, else in mmengine's.
+            registries where MMPretrain is installed, else in mmengine's. Its BYOL and MoCoV3 look
+            no name up: set ``mmpretrain.models.selfsup.byol.CosineEMA``, or ``.mocov3.CosineEMA``,
+            before they are built.
     """
     register_beside(HOOKS, {"MMPretrainEMAHook": EMAHook})
     register_beside(MODELS, {"CosineEMA": CosineEMA})

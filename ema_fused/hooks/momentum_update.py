@@ -21,8 +21,9 @@ _pairings: dict[tuple[int, int], Pairing] = {}
 def momentum_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """``target = target * momentum + online * (1 - momentum)``, in place, for all parameters.
 
-    Rounds as MMSelfSup's algorithms do. The pairs are planned once for two networks; tensors whose
-    storage is replaced (``parameter.data = ...``) are followed. Buffers are left alone.
+    Rounds as MMSelfSup's algorithms do (below 1/2 ``momentum`` itself is rounded). The pairs are
+    planned once for two networks; tensors whose storage is replaced (``parameter.data = ...``) are
+    followed. Buffers are left alone.
 
     Args:
         target: the network that is averaged.
@@ -73,9 +74,9 @@ _ALGORITHMS = {
 class MomentumUpdate:
     """What ``MomentumUpdateHook`` does at each iteration, whatever runner calls it.
 
-    MMSelfSup's own algorithms (BYOL, MoCo v3, CAE) are updated in one launch instead of by their
-    ``momentum_update()``. Of another algorithm that method is called, unless ``networks`` names
-    what is to be averaged.
+    MMSelfSup's own algorithms (BYOL, MoCo v3; CAE if it is given a ``base_momentum``) are updated
+    in one launch instead of by their ``momentum_update()``. Of another algorithm that method is
+    called, unless ``networks`` names what is to be averaged.
 
     Args:
         end_momentum: of the target network at the end of the training, in [0, 1].

@@ -26,7 +26,7 @@ class RegisteredAverages:
 
     A tensor without a mean (integers, bool) is copied. Tied tensors have one average, registered
     under each of their names. Tensors that the model gains later are taken in with their value
-    then.
+    then. An average takes the dtype that its tensor takes.
 
     Args:
         model: the model, not wrapped.
@@ -80,6 +80,8 @@ class RegisteredAverages:
         for name, source in tensors.items():
             averaged = self._model._buffers[self.names[name]]
             assert averaged is not None
+            if averaged.dtype != source.dtype:  # or they couldn't be swapped without losing bits
+                averaged.data = averaged.data.to(source.dtype)
             pairs.setdefault(id(source), _Pair(name, averaged, source))
         self._plan = _plan(list(pairs.values()))
         copied = [pair for pair in pairs.values() if not _has_mean(pair.source)]
@@ -100,7 +102,8 @@ class RegisteredAverages:
             if hasattr(self._model, buffer):
                 raise ValueError(
                     f"the average of {name!r} would be called {buffer!r}, and the model has that "
-                    f"already; rename it in the model"
+                    f"already; rename it in the model, or delete it if another run has left it "
+                    f"there: del model.{buffer}"
                 )
             taken[buffer] = name
             new[name] = buffer
@@ -126,7 +129,10 @@ class RegisteredAverages:
 
     def put_in(self) -> None:
         """Exchanges model and averages, in place; integers stay as they are in the model."""
-        self._run(lambda: self._copied.copy_())
+        self._run(self._put_in)
+
+    def _put_in(self) -> None:
+        self._copied.copy_()
         self._plan.swap_()
 
     def take_out(self) -> None:
