@@ -31,6 +31,7 @@ test: lint host-test
 bench: $(VENV)/.built
 	$(BIN)/python benchmarks/update_speed.py
 	$(BIN)/python benchmarks/hook_speed.py
+	$(BIN)/python benchmarks/adapter_speed.py
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check

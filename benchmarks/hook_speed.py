@@ -20,7 +20,7 @@ import importlib.metadata
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,7 +84,7 @@ class Frameworks:
         warnings.filterwarnings("ignore", "This overload of add_ is deprecated", UserWarning)
         sys.path.append(str(_TESTS))
         originals = importlib.import_module("originals")
-        originals.stand_in_for_torchvision()  # before mmcv is imported
+        originals.import_mmcv()
 
         def unpacked(package: str, module: str) -> Any:
             return originals.original(_PINS[package], module)
@@ -338,14 +338,14 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.3g}"
 
 
-def options(arguments: list[str] | None = None) -> argparse.Namespace:
+def options(sets: Sequence[str] = SETS) -> argparse.Namespace:
     """The command line; ``--quick`` overrides what would take long."""
-    parser = argparse.ArgumentParser(description="Time our hooks beside the originals on the CPU.")
+    parser = argparse.ArgumentParser(description="Time ours beside the originals on the CPU.")
     parser.add_argument(
         "--sets",
         nargs="+",
         choices=list(shapes.SHAPE_SETS),
-        default=list(SETS),
+        default=list(sets),
         help="sets of shapes to measure (default: %(default)s)",
     )
     parser.add_argument("--threads", type=int, default=2, help="torch threads (default: 2)")
@@ -357,7 +357,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="no side of a shape longer than 4, two rounds: does it run at all?",
     )
-    return parser.parse_args(arguments)
+    return parser.parse_args()
 
 
 def main() -> None:

@@ -69,6 +69,20 @@ def llama_7b(layers: int = LLAMA_7B_LAYERS) -> list[Shape]:
     return ends[:1] + block * layers + ends[1:]
 
 
+# GPT-2 small (Radford et al. 2019), as Hugging Face's GPT2Model holds it: linear layers transposed.
+_GPT2_WIDTH, _GPT2_LAYERS, _GPT2_VOCABULARY, _GPT2_POSITIONS = 768, 12, 50_257, 1024
+
+
+def gpt2_small() -> list[Shape]:
+    """The 148 parameter shapes of GPT-2 small: 124,439,808 elements."""
+    width = _GPT2_WIDTH
+    shapes: list[Shape] = [(_GPT2_VOCABULARY, width), (_GPT2_POSITIONS, width)]
+    for _ in range(_GPT2_LAYERS):
+        shapes += [*_norm(width), (width, 3 * width), (3 * width,), (width, width), (width,)]
+        shapes += [*_norm(width), (width, 4 * width), (4 * width,), (4 * width, width), (width,)]
+    return shapes + _norm(width)
+
+
 SDXL_WIDTH = 320
 _SDXL_TEXT, _SDXL_POOLED = 2048, 2816  # what a token and the pooled conditions are described by
 
@@ -160,6 +174,7 @@ def total_elements(shapes: Sequence[Shape]) -> int:
 
 SHAPE_SETS: dict[str, Callable[[], list[Shape]]] = {
     "resnet50": resnet50,
+    "gpt2-small": gpt2_small,
     "1000x1024": lambda: repeated(1000, 1024),
     "1000x16": lambda: repeated(1000, 16),
     "large": lambda: repeated(8, 20_000_000),

@@ -110,6 +110,17 @@ def can_average(averaged: Tensor, source: Tensor) -> bool:
     return averaged.is_floating_point() and source.is_floating_point()
 
 
+_PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+
+
+def without_average(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> list[bool] | None:
+    """One flag a pair: it has no average and can only be copied. None: no pair is such a one."""
+    if {tensor.dtype for tensor in (*averaged, *source)} <= _PLAIN:  # nearly always, and quick
+        return None
+    flags = [not can_average(a, s) for a, s in zip(averaged, source, strict=True)]
+    return flags if any(flags) else None
+
+
 def refuse_average(averaged: Tensor, source: Tensor, pair: str) -> TypeError:
     """The error for a pair that lerp_ can't average."""
     return TypeError(

@@ -13,7 +13,6 @@ import os
 import subprocess
 import sys
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,14 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 from networks import ConvNet, differences, snapshot
-from originals import original, stand_in_for_torchvision
+from originals import import_mmcv, original
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-stand_in_for_torchvision()
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # mmcv 1.x says that there is an mmcv 2
-    mmcv_runner = importlib.import_module("mmcv.runner")
+import_mmcv()
+mmcv_runner = importlib.import_module("mmcv.runner")
 mmcv_parallel = importlib.import_module("mmcv.parallel")
 _mmdet = original("mmdet==2.28.2", "mmdet.core.hook.ema")
 

@@ -7,10 +7,13 @@ versions, and all that counts here is a few files of each. So a package stands i
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
 import types
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,8 @@ def original(pin: str, module: str) -> Any:
                 bare = types.ModuleType(name)
                 bare.__path__ = [str(folder.joinpath(*parents[:depth]))]
                 sys.modules[name] = bare
-        return importlib.import_module(module)
+        with _torchvision_stands_in():
+            return importlib.import_module(module)
     finally:
         _imported[pin] = _take_out(package)
         sys.modules.update(others)
@@ -49,15 +53,42 @@ def _take_out(package: str) -> dict[str, types.ModuleType]:
     return {name: sys.modules.pop(name) for name in names}
 
 
-def stand_in_for_torchvision() -> None:
-    """mmcv 1.x looks for torchvision's list of pretrained models when it is imported; none here.
+class _Normalize:
+    """What MMSelfSup's CAE makes of images, which no test shows it."""
 
-    The releases of torchvision that go with this torch need a GPU build of it.
+    def __init__(self, mean: object, std: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def _torchvision_stands_in() -> Iterator[None]:
+    """mmcv 1.x and MMSelfSup import names of torchvision that no test needs.
+
+    The releases of torchvision that go with this torch need a GPU build of it. The stand-in goes
+    again: other libraries would take it for the real one.
     """
-    if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is not None:
+    if importlib.util.find_spec("torchvision") is not None:
+        yield
         return
-    torchvision = types.ModuleType("torchvision")
-    torchvision.__version__ = "0.0.0"  # type: ignore[attr-defined]
-    torchvision.models = types.ModuleType("torchvision.models")  # type: ignore[attr-defined]
-    sys.modules["torchvision"] = torchvision
-    sys.modules["torchvision.models"] = torchvision.models  # type: ignore[attr-defined]
+    modules = {
+        name: types.ModuleType(name)
+        for name in ("torchvision", "torchvision.models", "torchvision.transforms")
+    }
+    torchvision: Any = modules["torchvision"]
+    torchvision.__version__ = "0.0.0"
+    torchvision.models = modules["torchvision.models"]
+    torchvision.transforms = modules["torchvision.transforms"]
+    torchvision.transforms.Normalize = _Normalize
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            del sys.modules[name]
+
+
+def import_mmcv() -> None:
+    """Imports mmcv 1.x, which looks for torchvision's list of pretrained models."""
+    with _torchvision_stands_in(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # mmcv 1.x says that there is an mmcv 2
+        importlib.import_module("mmcv.runner")

@@ -95,7 +95,7 @@ def test_a_wrong_result_stops_the_benchmark(tmp_path: Path, drop_in: str) -> Non
     script = tmp_path / "planted.py"
     # mmcv looks for torchvision, for which the benchmark has a stand-in.
     script.write_text(
-        "import originals\noriginals.stand_in_for_torchvision()\n"
+        "import originals\noriginals.import_mmcv()\n"
         f"{PLANTED[drop_in]}import hook_speed\nhook_speed.main()\n",
         encoding="utf-8",
     )

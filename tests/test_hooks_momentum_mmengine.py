@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
-import types
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +20,7 @@ from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.registry import HOOKS
 from networks import conv_net, differences, generator, snapshot, train
-from originals import original, stand_in_for_torchvision
+from originals import import_mmcv, original
 from torch import Tensor, nn
 
 from ema_fused import SlowPathWarning
@@ -33,16 +31,12 @@ pytestmark = [QUIET, pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarni
 _SELFSUP = "mmselfsup==0.11.0"
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    stand_in_for_torchvision()
-    # CAE's file asks for this when it is imported; its update has no need of it.
-    sys.modules["torchvision.transforms"] = types.ModuleType("torchvision.transforms")
-    sys.modules["torchvision.transforms"].Normalize = object  # type: ignore[attr-defined]
+    import_mmcv()
     _ALGORITHMS = "mmselfsup.models.algorithms"
     Original = original(_SELFSUP, "mmselfsup.core.hooks.momentum_update_hook").MomentumUpdateHook
     BYOL = original(_SELFSUP, f"{_ALGORITHMS}.byol").BYOL
     MOCO_V3 = original(_SELFSUP, f"{_ALGORITHMS}.mocov3").MoCoV3
     CAE = original(_SELFSUP, f"{_ALGORITHMS}.cae").CAE
-    del sys.modules["torchvision.transforms"]
 # The networks that momentum_update() of each averages: target, online.
 ALGORITHMS = {
     BYOL: ("target_net", "online_net"),

@@ -12,7 +12,7 @@ from torch.optim import swa_utils
 from ema_fused.adapters.following import Options, is_scripted, known_integer, pairing_of
 from ema_fused.checks import check_fraction
 from ema_fused.ops import update_
-from ema_fused.pairs import can_average
+from ema_fused.pairs import without_average
 
 __all__ = ["AveragedModel", "get_ema_multi_avg_fn", "get_swa_multi_avg_fn"]
 
@@ -60,8 +60,7 @@ def get_swa_multi_avg_fn() -> MultiAverage:
 
 
 def _update(averaged: Sequence[Tensor], current: Sequence[Tensor], weight: Tensor | float) -> None:
-    copied = [not can_average(a, c) for a, c in zip(averaged, current, strict=True)]
-    update_(averaged, current, weight, only_copy=copied if any(copied) else None)
+    update_(averaged, current, weight, only_copy=without_average(averaged, current))
 
 
 class AveragedModel(swa_utils.AveragedModel):

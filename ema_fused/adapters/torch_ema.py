@@ -8,7 +8,7 @@ from torch import nn
 
 from ema_fused.hooks.frameworks import missing
 from ema_fused.ops import update_
-from ema_fused.pairs import can_average
+from ema_fused.pairs import without_average
 
 try:
     from torch_ema import ema as original
@@ -41,12 +41,12 @@ class ExponentialMovingAverage(original.ExponentialMovingAverage):  # type: igno
         if counted is not None:
             counted += 1
             decay = min(decay, (1 + counted) / (10 + counted))
-        copied = [not can_average(a, s) for a, s in zip(self.shadow_params, source, strict=True)]
+        copied = without_average(self.shadow_params, source)
         update_(
             self.shadow_params,
             source,
             1.0 - decay,
             arithmetic="delta",
-            only_copy=copied if any(copied) else None,
+            only_copy=copied,
         )
         self.num_updates = counted
