@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -193,6 +197,31 @@ def test_what_cannot_be_attached_is_refused() -> None:
         ema_fused.attach(optimizer, model, nn.Linear(1, 1))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no parameter of the model"):
         ema_fused.attach(optimizer, conv_net(), averaged)
+
+
+def test_a_training_killed_in_the_middle_goes_on_to_the_bit(tmp_path: Path) -> None:
+    """On real data, with steps that the GradScaler skips because its scale is far too high."""
+    script = Path(__file__).parent / "attach_run.py"
+
+    def run(folder: Path, *arguments: str) -> int:
+        folder.mkdir(exist_ok=True)
+        command = [sys.executable, str(script), str(folder), "30", *arguments]
+        return subprocess.run(command, check=False).returncode
+
+    assert run(tmp_path / "whole") == 0
+    assert run(tmp_path / "killed", "18") == -signal.SIGKILL
+    assert torch.load(tmp_path / "killed/checkpoint.pt", weights_only=True)["done"] == 16
+    assert run(tmp_path / "killed") == 0
+    whole, resumed = (
+        torch.load(tmp_path / which / "checkpoint.pt", weights_only=True)
+        for which in ("whole", "killed")
+    )
+    assert whole["done"] == resumed["done"] == 30
+    assert 1 < whole["averaged"]["steps"] < 30, "some steps are skipped, and some not"
+    for part in ("model", "averaged"):
+        assert differences(whole[part], resumed[part]) == []
+    one, other = (run["optimizer"]["state"][0]["momentum_buffer"] for run in (whole, resumed))
+    assert torch.equal(one, other)
 
 
 @pytest.mark.gpu
