@@ -32,7 +32,7 @@ def train(folder: Path, steps: int, killed_at: int | None) -> None:
     labels = torch.tensor(digits.target)
     model = conv_net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, fused=True)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=5)
     averaged = MomentumAnnealingEMA(model, momentum=0.01, gamma=20, update_buffers=True)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "averaged": averaged}
     done = 0
@@ -52,7 +52,8 @@ def train(folder: Path, steps: int, killed_at: int | None) -> None:
         for _ in range(MICRO_BATCHES):
             chosen = torch.randint(len(labels), (32,))
             loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
-            scaler.scale(loss).backward()
+            overflow = torch.inf if step % 7 == 3 else 1.0
+            scaler.scale(loss * overflow).backward()
         scaler.step(optimizer)
         if step == killed_at:
             os.kill(os.getpid(), signal.SIGKILL)

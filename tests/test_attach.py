@@ -200,7 +200,7 @@ def test_what_cannot_be_attached_is_refused() -> None:
 
 
 def test_a_training_killed_in_the_middle_goes_on_to_the_bit(tmp_path: Path) -> None:
-    """On real data, with steps that the GradScaler skips because its scale is far too high."""
+    """On real data, with steps that the GradScaler skips because their gradients overflow."""
     script = Path(__file__).parent / "attach_run.py"
 
     def run(folder: Path, *arguments: str) -> int:
@@ -217,7 +217,7 @@ def test_a_training_killed_in_the_middle_goes_on_to_the_bit(tmp_path: Path) -> N
         for which in ("whole", "killed")
     )
     assert whole["done"] == resumed["done"] == 30
-    assert 1 < whole["averaged"]["steps"] < 30, "some steps are skipped, and some not"
+    assert whole["averaged"]["steps"] == 30 - 4, "steps 3, 10, 17 and 24 overflow"
     for part in ("model", "averaged"):
         assert differences(whole[part], resumed[part]) == []
     one, other = (run["optimizer"]["state"][0]["momentum_buffer"] for run in (whole, resumed))
