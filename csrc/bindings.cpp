@@ -38,6 +38,9 @@ std::string why_not_on_cuda([[maybe_unused]] int device) {
 // number.
 using PlainWeight = std::tuple<double, std::uintptr_t, bool>;
 
+// Where a distance is put: (address, averages, parts of each).
+using PlainPartials = std::tuple<std::uintptr_t, std::int64_t, std::int64_t>;
+
 // Addresses are integers in Python; 0: none.
 template <typename T>
 const T* pointer(std::uintptr_t address) {
@@ -47,7 +50,7 @@ const T* pointer(std::uintptr_t address) {
 bool run_with(Plan& plan, Operation operation, double weight,
               const std::vector<PlainWeight>& weights_by_average,
               std::vector<double> weights_by_pair, std::uintptr_t found_inf, std::uint64_t seed,
-              std::int64_t step, std::uintptr_t step_at) {
+              std::int64_t step, std::uintptr_t step_at, const PlainPartials& partials) {
   LaunchOptions options;
   for (const auto& [number, address, is_float64] : weights_by_average) {
     options.weights_by_average.push_back({number, pointer<void>(address), is_float64});
@@ -57,6 +60,8 @@ bool run_with(Plan& plan, Operation operation, double weight,
   options.seed = seed;
   options.step = step;
   options.step_at = pointer<std::int64_t>(step_at);
+  const auto& [sums, averages, count] = partials;
+  options.partials = {reinterpret_cast<double*>(sums), averages, count};
   return plan.run(operation, weight, options);
 }
 
@@ -156,12 +161,13 @@ PYBIND11_MODULE(_C, module) {
           py::arg("operation"), py::arg("weight") = 0.0)
       .def("run_with", &run_with, py::arg("operation"), py::arg("weight"),
            py::arg("weights_by_average"), py::arg("weights_by_pair"), py::arg("found_inf"),
-           py::arg("seed"), py::arg("step"), py::arg("step_at"))
+           py::arg("seed"), py::arg("step"), py::arg("step_at"), py::arg("partials"))
       .def("changed", &Plan::changed)
       .def_property_readonly("no_average", &Plan::no_average)
       .def_property_readonly("no_swap", &Plan::no_swap)
       .def_property_readonly("elements", &Plan::elements)
-      .def_property_readonly("chunks", &Plan::chunks);
+      .def_property_readonly("chunks", &Plan::chunks)
+      .def_property_readonly("partials", &Plan::partials);
 
   py::class_<SlotWatch>(module, "SlotWatch")
       .def(py::init<const py::list&>(), py::arg("dictionaries"))

@@ -19,6 +19,7 @@
 #include <type_traits>
 
 #include "dispatch.h"
+#include "squared_distance.h"
 
 namespace ema_fused {
 
@@ -26,8 +27,8 @@ constexpr std::uint32_t kVectorBytes = 16;
 // Bytes of both tensors that one thread has in flight at most: 32 registers hold them, which leaves
 // enough for the arithmetic within the 80 that three blocks a multiprocessor allow.
 constexpr std::uint32_t kBytesInFlight = 128;
-// Making random bits takes registers too.
-constexpr std::uint32_t kBytesInFlightRandom = 64;
+// Making random bits takes registers too, and so does measuring.
+constexpr std::uint32_t kFewerBytesInFlight = 64;
 
 struct alignas(kVectorBytes) Vector {
   std::uint32_t words[4];
@@ -198,19 +199,27 @@ struct Range {
   std::uint32_t hole_size;
 };
 
+template <typename Measure>
 struct ChunkBody {
   const Chunk* entries;
   const Chunk& chunk;
   const Launch& launch;
   std::uint32_t thread;
   std::uint32_t threads;
+  Measure& measure;
+
+  // Copies among averages have no distance.
+  template <typename Functor>
+  static constexpr bool kMeasured = Measure::kMeasures && Functor::kReadsAveraged;
+  template <typename Functor>
+  static constexpr bool kIsRoomy = !Functor::kRandom && !Measure::kMeasures;
 
   template <typename Types>
   EMA_FUSED_HD void operator()(Types) const {
     using A = typename Types::Averaged;
     using S = typename Types::Source;
     using Functor = typename Types::Functor;
-    Target<A, Functor> target(chunk, launch);
+    Target<A, Functor> target = target_of<A, Functor>(chunk);
 
     std::uint32_t head = 0;
     std::uint32_t in_packs = 0;
@@ -224,7 +233,7 @@ struct ChunkBody {
         packs_fit = packs_fit && (chunk.first + head) % kElementsARandomBlock == 0;
       }
       if (packs_fit) {
-        constexpr std::uint32_t kBytes = Functor::kRandom ? kBytesInFlightRandom : kBytesInFlight;
+        constexpr std::uint32_t kBytes = kIsRoomy<Functor> ? kBytesInFlight : kFewerBytesInFlight;
         constexpr auto kPackBytes = kElements * static_cast<std::uint32_t>(sizeof(A) + sizeof(S));
         constexpr std::uint32_t kUnroll = kPackBytes < kBytes ? kBytes / kPackBytes : 1;
         const std::uint32_t packs = (chunk.count - head) / kElements;
@@ -232,11 +241,19 @@ struct ChunkBody {
         in_packs = packs * kElements;
       }
     }
-    constexpr std::uint32_t kSingles = Functor::kRandom ? 1 : 4;
+    constexpr std::uint32_t kSingles = kIsRoomy<Functor> ? 4 : 1;
     walk<1, kSingles, Single<A>, Single<S>>(target, {chunk.count - in_packs, head, in_packs});
   }
 
  private:
+  template <typename A, typename Functor>
+  EMA_FUSED_HD Target<A, Functor> target_of(const Chunk& entry) const {
+    if constexpr (kMeasured<Functor>) {
+      measure.turn_to(entry.average);
+    }
+    return Target<A, Functor>(entry, launch);
+  }
+
   template <std::uint32_t kElements, std::uint32_t kUnroll, typename PackA, typename PackS,
             typename A, typename Functor>
   EMA_FUSED_HD void walk(Target<A, Functor>& target, const Range& range) const {
@@ -276,10 +293,10 @@ struct ChunkBody {
         if (target.next == 0) {
           break;
         }
-        target = Target<A, Functor>(entries[target.next], launch);
+        target = target_of<A, Functor>(entries[target.next]);
       }
       if (chunk.next != 0) {
-        target = Target<A, Functor>(chunk, launch);
+        target = target_of<A, Functor>(chunk);
       }
     }
   }
@@ -300,6 +317,9 @@ struct ChunkBody {
       for (std::uint32_t i = begin; i < kElements && i < begin + kElementsARandomBlock; ++i) {
         A averaged = a.get(i);
         S source = s.get(i);
+        if constexpr (kMeasured<Functor>) {
+          measure.add(averaged, source);
+        }
         if constexpr (Functor::kRandom) {
           // Of a pack the lane is known when this is compiled.
           const std::uint32_t lane = kElements == 1
@@ -319,10 +339,10 @@ struct ChunkBody {
 };
 
 // What thread `thread` of block `block` does: every `blocks`-th chain, from its own on.
-template <Operation kOperation, Arithmetic kArithmetic>
+template <Operation kOperation, Arithmetic kArithmetic, typename Measure>
 EMA_FUSED_HD void update_as_thread(const Chunk* entries, std::int64_t heads, const Launch& launch,
                                    std::int64_t block, std::int64_t blocks, std::uint32_t thread,
-                                   std::uint32_t threads) {
+                                   std::uint32_t threads, Measure& measure) {
   if (is_skipped(launch)) {
     return;
   }
@@ -332,8 +352,21 @@ EMA_FUSED_HD void update_as_thread(const Chunk* entries, std::int64_t heads, con
     }
     // By reference: what is needed of an entry late is read late.
     const Chunk& chunk = entries[i];
-    dispatch<kOperation, kArithmetic>(chunk, ChunkBody{entries, chunk, launch, thread, threads});
+    dispatch<kOperation, kArithmetic>(
+        chunk, ChunkBody<Measure>{entries, chunk, launch, thread, threads, measure});
   }
+}
+
+// The same of an average that is measured. `partials` has a part for each thread.
+template <Arithmetic kArithmetic>
+EMA_FUSED_HD void update_measured_as_thread(const Chunk* entries, std::int64_t heads,
+                                            const Launch& launch, const Partials& partials,
+                                            std::int64_t block, std::int64_t blocks,
+                                            std::uint32_t thread, std::uint32_t threads) {
+  MeasuredByThread measure(partials, block * threads + thread);
+  update_as_thread<Operation::kAverage, kArithmetic>(entries, heads, launch, block, blocks, thread,
+                                                     threads, measure);
+  measure.finish();
 }
 
 }  // namespace ema_fused

@@ -78,6 +78,14 @@ struct Launch {
   const std::int64_t* step_at;  // null, or where the step lies instead
 };
 
+// Where a launch that measures puts the squared distance between source and averages: for each
+// average `count` parts, whose sum it is. Memory of the device that runs.
+struct Partials {
+  double* sums = nullptr;  // null: nobody asks
+  std::int64_t averages = 0;
+  std::int64_t count = 0;
+};
+
 inline Launch launch_of(Operation operation, Arithmetic arithmetic, double weight) {
   Launch launch{};
   launch.operation = operation;

@@ -181,6 +181,7 @@ Plan::Plan(const py::list& averaged, const py::list& source, std::vector<PairOpt
     throw std::invalid_argument("this build has no kernel for the device of these tensors");
   }
   for (std::size_t i = size(); i-- > 0;) {
+    averages_ = std::max<std::int64_t>(averages_, options_[i].average + 1);
     const TensorFacts& a = this->averaged(i);
     if (!options_[i].only_copy && !can_be_averaged(a.dtype)) {
       no_average_ = static_cast<std::int64_t>(i);
@@ -298,6 +299,15 @@ void Plan::require(Operation operation) {
   }
 }
 
+std::int64_t Plan::partials() const {
+#ifdef EMA_FUSED_HAVE_CUDA
+  if (is_cuda()) {
+    return cuda_table_->partials();
+  }
+#endif
+  return 1;
+}
+
 bool Plan::run(Operation operation, double weight, const LaunchOptions& options) {
   const std::vector<double>& by_pair = options.weights_by_pair;
   if (!by_pair.empty() && by_pair.size() != size()) {
@@ -305,6 +315,10 @@ bool Plan::run(Operation operation, double weight, const LaunchOptions& options)
   }
   if (static_cast<std::int64_t>(options.weights_by_average.size()) > kMaxAverages) {
     throw std::invalid_argument("too many averages");
+  }
+  const Partials& partials = options.partials;
+  if (partials.sums != nullptr && (partials.averages < averages_ || partials.count < 1)) {
+    throw std::invalid_argument("a sum for every average and part is needed");
   }
   if (!refresh()) {
     return false;
@@ -319,36 +333,47 @@ bool Plan::run(Operation operation, double weight, const LaunchOptions& options)
 #ifdef EMA_FUSED_HAVE_CUDA
   if (is_cuda()) {
     void* stream = torch_doors::current_stream(device_.type, device_.id);
-    cuda_table_->run(launch, by_pair, stream);
+    cuda_table_->run(launch, by_pair, partials, stream);
     return true;
   }
 #endif
   launch.weights = by_pair.empty() ? nullptr : by_pair.data();
-  run_on_cpu(launch);
+  run_on_cpu(launch, partials);
   return true;
 }
 
-void Plan::run_on_cpu(const Launch& launch) const {
+void Plan::run_on_cpu(const Launch& launch, const Partials& partials) const {
   struct Context {
     const CpuTable* table;
     const Launch* launch;
     UpdateChunks update_chunks;
+    double* distances;
   };
   const std::shared_ptr<const CpuTable> table = cpu_table_;
-  Context context{table.get(), &launch, cpu_kernel().update_chunks};
+  const std::vector<Chunk>& entries = table->chunks.entries;
+  std::vector<double> distances(partials.sums == nullptr ? 0 : entries.size());
+  Context context{table.get(), &launch, cpu_kernel().update_chunks,
+                  partials.sums == nullptr ? nullptr : distances.data()};
 
   const py::gil_scoped_release release;
   torch_doors::parallel_for(
       table->work, kGrainElements,
       [](std::int64_t begin, std::int64_t end, void* opaque) {
         // A part of the work takes the chunks that begin in it.
-        const auto& [table, launch, update_chunks] = *static_cast<const Context*>(opaque);
+        const auto& [table, launch, update_chunks, distances] =
+            *static_cast<const Context*>(opaque);
         const auto& before = table->work_before;
         const auto first = std::lower_bound(before.begin(), before.end(), begin);
         const auto last = std::lower_bound(first, before.end(), end);
-        update_chunks(table->chunks, first - before.begin(), last - before.begin(), *launch);
+        update_chunks(table->chunks, first - before.begin(), last - before.begin(), *launch,
+                      distances);
       },
       &context);
+  // In the order of the table: the same bits for any number of threads.
+  std::fill_n(partials.sums, partials.averages * partials.count, 0.0);
+  for (std::size_t i = 0; i < distances.size(); ++i) {
+    partials.sums[entries[i].average * partials.count] += distances[i];
+  }
 }
 
 }  // namespace ema_fused

@@ -53,6 +53,7 @@ struct LaunchOptions {
   std::uint64_t seed = 0;
   std::int64_t step = 0;
   const std::int64_t* step_at = nullptr;
+  Partials partials;  // of an average: asks for the distance
 };
 
 class Plan {
@@ -81,6 +82,9 @@ class Plan {
   std::int64_t elements() const { return elements_; }
   std::int64_t chunks() const { return chunk_count_; }
 
+  // How many parts an average's squared distance is told in: the `count` of LaunchOptions.partials.
+  std::int64_t partials() const;
+
   // The first pair that can't be averaged and isn't only copied; the first of two dtypes. -1: none.
   std::int64_t no_average() const { return no_average_; }
   std::int64_t no_swap() const { return no_swap_; }
@@ -101,7 +105,7 @@ class Plan {
   std::vector<Pair> pairs() const;
   void build_table();
   void require(Operation operation);
-  void run_on_cpu(const Launch& launch) const;
+  void run_on_cpu(const Launch& launch, const Partials& partials) const;
 
   std::size_t size() const { return options_.size(); }
   const TensorFacts& averaged(std::size_t i) const { return watch_.facts()[i]; }
@@ -111,6 +115,7 @@ class Plan {
   std::vector<PairOptions> options_;
   Arithmetic arithmetic_;
   dlpack::Device device_{};
+  std::int64_t averages_ = 0;
   std::int64_t no_average_ = -1;
   std::int64_t no_swap_ = -1;
   bool table_is_stale_ = true;

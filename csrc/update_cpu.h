@@ -7,21 +7,23 @@
 
 namespace ema_fused {
 
-// Updates the chains that begin at entries [begin, end) on the calling thread.
+// Updates the chains that begin at entries [begin, end) on the calling thread. `distances`: null,
+// or a number for each entry of the table: those of these chains get the squared distance between
+// source and average as it was.
 using UpdateChunks = void (*)(const ChunkTable& table, std::int64_t begin, std::int64_t end,
-                              const Launch& launch);
+                              const Launch& launch, double* distances);
 
 namespace baseline {
 void update_chunks(const ChunkTable& table, std::int64_t begin, std::int64_t end,
-                   const Launch& launch);
+                   const Launch& launch, double* distances);
 }
 namespace avx2 {
 void update_chunks(const ChunkTable& table, std::int64_t begin, std::int64_t end,
-                   const Launch& launch);
+                   const Launch& launch, double* distances);
 }
 namespace avx512 {
 void update_chunks(const ChunkTable& table, std::int64_t begin, std::int64_t end,
-                   const Launch& launch);
+                   const Launch& launch, double* distances);
 }
 
 struct CpuKernel {

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "dispatch.h"
+#include "squared_distance.h"
 #include "update_cpu.h"
 
 #ifndef EMA_FUSED_ISA
@@ -23,6 +24,43 @@ namespace {
 
 // Random bits are made ahead for this many elements, which a core's first cache holds.
 constexpr std::int64_t kElementsATile = 2048;
+
+// The squared distance of one entry, in several sums side by side, which are vectors.
+struct Measure {
+  const Chunk& chunk;
+  double& distance;
+
+  template <typename Types>
+  EMA_FUSED_HD void operator()(Types) const {
+    if constexpr (Types::Functor::kReadsAveraged) {
+      const auto* const averaged = static_cast<const typename Types::Averaged*>(chunk.averaged);
+      const auto* const source = static_cast<const typename Types::Source*>(chunk.source);
+      constexpr std::int64_t kLanes = 16;
+      double lanes[kLanes]{};
+      const std::int64_t count = chunk.count;
+      const std::int64_t in_lanes = count / kLanes * kLanes;
+      for (std::int64_t i = 0; i < in_lanes; i += kLanes) {
+        for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+          lanes[lane] = with_square(lanes[lane], averaged[i + lane], source[i + lane]);
+        }
+      }
+      for (std::int64_t i = in_lanes; i < count; ++i) {
+        lanes[i - in_lanes] = with_square(lanes[i - in_lanes], averaged[i], source[i]);
+      }
+      for (const double lane : lanes) {
+        distance += lane;
+      }
+    }
+  }
+};
+
+// Once for all arithmetics. The update that comes behind it finds the entry in the cache. Copies
+// have no distance.
+__attribute__((noinline)) double distance_of(const Chunk& chunk) {
+  double distance = 0.0;
+  dispatch<Operation::kAverage, Arithmetic::kLerp>(chunk, Measure{chunk, distance});
+  return distance;
+}
 
 // One entry as a plain loop, which the compiler vectorises.
 struct Loop {
@@ -79,7 +117,7 @@ struct Loop {
 }  // namespace
 
 void update_chunks(const ChunkTable& table, std::int64_t begin, std::int64_t end,
-                   const Launch& launch) {
+                   const Launch& launch, double* distances) {
   if (is_skipped(launch)) {
     return;
   }
@@ -90,6 +128,9 @@ void update_chunks(const ChunkTable& table, std::int64_t begin, std::int64_t end
       std::int64_t entry = i;
       do {
         const Chunk& chunk = entries[entry];
+        if (distances != nullptr) {
+          distances[entry] = distance_of(chunk);
+        }
         dispatch<operation.value, arithmetic.value>(chunk, Loop{chunk, launch});
         entry = chunk.next;
       } while (entry != 0);

@@ -25,8 +25,19 @@ template <Operation kOperation, Arithmetic kArithmetic>
 __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     update_kernel(const Chunk* __restrict__ entries, std::int64_t heads,
                   const __grid_constant__ Launch launch) {
+  Unmeasured measure;
   update_as_thread<kOperation, kArithmetic>(entries, heads, launch, blockIdx.x, gridDim.x,
-                                            threadIdx.x, blockDim.x);
+                                            threadIdx.x, blockDim.x, measure);
+}
+
+// A kernel of its own, so that the update that nobody measures stays as it is.
+template <Arithmetic kArithmetic>
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    measured_update_kernel(const Chunk* __restrict__ entries, std::int64_t heads,
+                           const __grid_constant__ Launch launch,
+                           const __grid_constant__ Partials partials) {
+  update_measured_as_thread<kArithmetic>(entries, heads, launch, partials, blockIdx.x, gridDim.x,
+                                         threadIdx.x, blockDim.x);
 }
 
 }  // namespace
@@ -85,9 +96,15 @@ void DeviceTable::upload(const ChunkTable& table) {
   state_->heads = table.heads;
 }
 
-void DeviceTable::run(const Launch& launch, const std::vector<double>& weights, void* stream) {
+std::int64_t DeviceTable::partials() const {
+  return std::clamp<std::int64_t>(state_->heads, 1, state_->blocks) * kThreads;
+}
+
+void DeviceTable::run(const Launch& launch, const std::vector<double>& weights,
+                      const Partials& partials, void* stream) {
   State& state = *state_;
-  if (state.heads == 0) {
+  const bool measures = partials.sums != nullptr && launch.operation == Operation::kAverage;
+  if (state.heads == 0 && !measures) {
     return;
   }
   const DeviceGuard guard(state.device);
@@ -102,11 +119,23 @@ void DeviceTable::run(const Launch& launch, const std::vector<double>& weights, 
     on_device.weights = static_cast<const double*>(state.weights.use_on(cuda_stream));
   }
   const auto* entries = static_cast<const Chunk*>(state.entries.use_on(cuda_stream));
-  const auto grid = static_cast<unsigned>(std::min(state.heads, state.blocks));
-  for_launch(launch, [&](auto operation, auto arithmetic) {
-    update_kernel<operation.value, arithmetic.value>
-        <<<grid, kThreads, 0, cuda_stream>>>(entries, state.heads, on_device);
-  });
+  if (measures) {
+    // As many threads as there are parts, though the table may have changed since they were
+    // counted: any grid does all the work, and every part is written.
+    const auto grid = static_cast<unsigned>(partials.count / kThreads);
+    for_launch(launch, [&](auto operation, auto arithmetic) {
+      if constexpr (operation.value == Operation::kAverage) {
+        measured_update_kernel<arithmetic.value>
+            <<<grid, kThreads, 0, cuda_stream>>>(entries, state.heads, on_device, partials);
+      }
+    });
+  } else {
+    const auto grid = static_cast<unsigned>(std::min(state.heads, state.blocks));
+    for_launch(launch, [&](auto operation, auto arithmetic) {
+      update_kernel<operation.value, arithmetic.value>
+          <<<grid, kThreads, 0, cuda_stream>>>(entries, state.heads, on_device);
+    });
+  }
   check(cudaGetLastError(), "launching the update");
 }
 

@@ -44,9 +44,14 @@ class DeviceTable {
   // Replaces the table, waiting for no launch. Launches under way keep the old one.
   void upload(const ChunkTable& table);
 
+  // How many parts an average's distance should have: one for each thread of a launch.
+  std::int64_t partials() const;
+
   // One kernel launch. `weights` (one a pair, in host memory) is copied before this returns; empty:
-  // launch.weight counts.
-  void run(const Launch& launch, const std::vector<double>& weights, void* stream);
+  // launch.weight counts. Of an average with `partials` the distance is measured too; their count
+  // is one that partials() told since the last upload or before it.
+  void run(const Launch& launch, const std::vector<double>& weights, const Partials& partials,
+           void* stream);
 
  private:
   struct State;

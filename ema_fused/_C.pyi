@@ -52,10 +52,14 @@ class Plan:
         seed: int,
         step: int,
         step_at: int,
+        partials: tuple[int, int, int],
     ) -> bool:
         """The same, with all there is. found_inf and step_at are addresses of a float32 and an
         int64 on the plan's device, or 0. weights_by_average: (number, address of one that counts
-        instead or 0, whether there is a float64 there, else a float32)."""
+        instead or 0, whether there is a float64 there, else a float32). partials: (address of
+        float64 numbers on the plan's device, averages, parts of each): gets the squared distance
+        between source and averages as they were, in as many parts as :attr:`partials` says. All
+        are written; (0, 0, 0): nobody asks."""
     def changed(self) -> tuple[int, bool, str]:
         """(the first pair with a changed dtype or shape, or -1; is it the source; as planned)."""
     @property
@@ -68,6 +72,9 @@ class Plan:
     def elements(self) -> int: ...
     @property
     def chunks(self) -> int: ...
+    @property
+    def partials(self) -> int:
+        """In how many parts an average's squared distance is told."""
 
 class SlotWatch:
     """Whether dictionaries still hold the objects they held."""

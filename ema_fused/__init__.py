@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ema_fused.attaching import Attachment, attach
 from ema_fused.averaged_model import BaseAveragedModel
+from ema_fused.averaged_weights import AveragedWeights
 from ema_fused.averages import (
     CosineEMA,
     ExpMomentumEMA,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Attachment",
+    "AveragedWeights",
     "BaseAveragedModel",
     "CosineEMA",
     "ExpMomentumEMA",

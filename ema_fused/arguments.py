@@ -1,4 +1,5 @@
-"""Numbers an update is given (weights, overflow flag, step): checked, and as kernels take them."""
+"""Numbers an update is given (weights, overflow flag, step, where to write the distance): checked,
+and as kernels take them."""
 
 from __future__ import annotations
 
@@ -80,6 +81,24 @@ def as_flag(found_inf: object) -> Tensor:
     if found_inf.dtype == torch.float32:
         return found_inf.detach()
     return (found_inf.detach() != 0).to(torch.float32)
+
+
+def check_distance(squared_distance: object, averages: int) -> None:
+    """Raises TypeError or ValueError unless a number an average can be written to it."""
+    shape = () if averages == 1 else (averages,)
+    expected = f"a float64 tensor of shape {shape} is expected"
+    if not isinstance(squared_distance, Tensor):
+        raise TypeError(f"squared_distance is {squared_distance!r}; {expected}")
+    if squared_distance.dtype != torch.float64:
+        raise TypeError(f"squared_distance is {kind_of(squared_distance)}; {expected}")
+    if squared_distance.shape != shape:
+        raise ValueError(f"squared_distance has shape {tuple(squared_distance.shape)}; {expected}")
+    is_plain = squared_distance.layout == torch.strided and not squared_distance.is_meta
+    if not is_plain or 0 in squared_distance.stride():
+        raise ValueError(
+            f"squared_distance has no memory of its own for each number (an expanded, sparse or "
+            f"meta tensor); {expected}: torch.zeros({shape}, dtype=torch.float64)"
+        )
 
 
 def as_step(step: object) -> int | Tensor:

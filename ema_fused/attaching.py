@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ema_fused.averaged_model import BaseAveragedModel
 
@@ -21,12 +24,13 @@ class Averaged(Protocol):
 class Attachment:
     """Holds an average at its optimizer; also a context manager that detaches at its end."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, *handles: Any) -> None:
+        self._handles = handles
 
     def detach(self) -> None:
         """Ends the updates. Once more does nothing."""
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
 
     def __enter__(self) -> Attachment:
         return self
@@ -48,6 +52,9 @@ def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attach
     is, and finds a flag on the device, which then decides about the update as well, without waiting
     for the device (:meth:`BaseAveragedModel.update_parameters`; of other averaged models the flag
     is waited for).
+
+    Where the average is updated beside the training (``offload``, ``overlap``), the next step of
+    any optimizer that has a parameter of the model waits until the model has been read.
 
     The optimizer's ``state_dict`` is unchanged. Pickling or copying the optimizer leaves the
     attachment behind: attach the copy where it should update an average too.
@@ -78,8 +85,7 @@ def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attach
             f"the average is a {type(averaged).__name__}, which has no update_parameters(model); "
             f"pass an averaged model, ema_fused's or torch's"
         )
-    trained = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-    if not any(id(parameter) in trained for parameter in model.parameters()):
+    if not _trains(optimizer, model):
         raise ValueError(
             "the optimizer has no parameter of the model, so its steps wouldn't change what is "
             "averaged; pass the optimizer that trains this model, made after the model was moved "
@@ -91,8 +97,30 @@ def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attach
         found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
         with torch.no_grad():
             if isinstance(averaged, BaseAveragedModel):
-                averaged.update_parameters(model, found_inf=found_inf)
+                averaged.update_parameters(model, found_inf=found_inf, asynchronous=True)
             elif found_inf is None or not bool(found_inf):
                 averaged.update_parameters(model)
 
-    return Attachment(hooked(update))
+    if not isinstance(averaged, BaseAveragedModel) or not averaged.runs_beside:
+        return Attachment(hooked(update))
+    waiting = register_optimizer_step_pre_hook(_waits_for(averaged, model))
+    return Attachment(hooked(update), waiting)
+
+
+def _trains(optimizer: Optimizer, model: nn.Module) -> bool:
+    trained = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+    return any(id(parameter) in trained for parameter in model.parameters())
+
+
+def _waits_for(averaged: BaseAveragedModel, model: nn.Module) -> Callable[..., None]:
+    """What every optimizer calls before its step: those that write ``model`` wait."""
+    # Asked once: it takes longer than an update.
+    known: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+
+    def wait(optimizer: Optimizer, _: Any, __: Any) -> None:
+        if optimizer not in known:
+            known[optimizer] = _trains(optimizer, model)
+        if known[optimizer]:
+            averaged.wait_until_read()
+
+    return wait

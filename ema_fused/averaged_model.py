@@ -5,35 +5,34 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ema_fused import backends, swapping
-from ema_fused.checks import check_integer
 from ema_fused.copying import FrozenShares, averaged_copy
 from ema_fused.known_integer import KnownInteger
+from ema_fused.options import Options, check_options
 from ema_fused.pairing import Pairing
 from ema_fused.plan import Plan
-from ema_fused.rounding import check_rounding, check_seed
+from ema_fused.sharding import Device, drop_gathered
 from ema_fused.swapping import refuse_while_swapped
+from ema_fused.telemetry import Distance, DistanceSamples
 
 _IN_VAIN_BEFORE_WARNING = 6
 
-Device = torch.device | str | int | None
-
-
-class Options(TypedDict, total=False):
-    """The arguments of :class:`BaseAveragedModel` that mmengine's don't have."""
-
-    averaged_dtype: torch.dtype | None
-    share_frozen: bool
-    begin_step: int
-    backend: str | None
-    rounding: str
-    seed: int
+# What an avg_func of a class's own can't do, and what stands for "not asked for".
+_NEED_MOMENTUM = (
+    ("rounding", "nearest"),
+    ("every", 1),
+    ("offload", None),
+    ("overlap", False),
+    ("capturable", False),
+    ("distance_every", None),
+)
 
 
 class BaseAveragedModel(nn.Module):
@@ -74,10 +73,23 @@ class BaseAveragedModel(nn.Module):
             small change in the long run (see :class:`~ema_fused.Plan`). The state then holds the
             seed as well, and a resumed run goes on to the bit.
         seed: of stochastic rounding, in [0, 2**63).
+        every: the average is made at every such call only, by the momentum of all the calls since
+            the one before: ``1 - (1 - m_1) * ... * (1 - m_n)``. The calls between do nothing.
+        offload: ``"cpu"`` keeps the average in host memory and updates it there, in a thread beside
+            the training (:mod:`ema_fused.offload`).
+        overlap: update on a CUDA stream of its own, beside the next forward and backward pass.
+        capturable: an update can be captured into a CUDA graph: ``steps`` counts on the device, and
+            :meth:`momentum_at` is given it as a tensor. The first call copies, and isn't captured.
+        distance_every: measure the :attr:`distance` at every such step.
+
+    With ``offload`` and ``overlap`` the next optimizer step must wait until the model has been
+    read: let :func:`ema_fused.attach` do both. The wait makes what is read here right, whenever it
+    is read.
 
     Attributes:
         module: the averaged copy. No parameter of it requires a gradient.
         steps: int64 scalar buffer, the calls counted so far; may be written.
+        arithmetic: how an average is written (see :class:`~ema_fused.Plan`).
 
     Raises:
         TypeError: neither ``momentum_at`` nor ``avg_func`` is defined, or an argument is of a wrong
@@ -86,7 +98,7 @@ class BaseAveragedModel(nn.Module):
         RuntimeError: the backend asked for can't be used here.
     """
 
-    arithmetic: ClassVar[str] = "lerp"
+    arithmetic: str = "lerp"
 
     def __init__(
         self,
@@ -101,49 +113,137 @@ class BaseAveragedModel(nn.Module):
         backend: str | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        every: int = 1,
+        offload: str | None = None,
+        overlap: bool = False,
+        capturable: bool = False,
+        distance_every: int | None = None,
     ) -> None:
         super().__init__()
-        check_integer("interval", interval, least=1)
-        check_integer("begin_step", begin_step, least=0)
-        if averaged_dtype is not None and not averaged_dtype.is_floating_point:
-            raise ValueError(
-                f"averaged_dtype is {averaged_dtype}; a floating-point dtype is expected"
-            )
-        if backend is not None:
-            backends.pinned(backend)
-        check_rounding(rounding)
-        check_seed(seed)
+        options: Options = {
+            "averaged_dtype": averaged_dtype,
+            "share_frozen": share_frozen,
+            "begin_step": begin_step,
+            "backend": backend,
+            "rounding": rounding,
+            "seed": seed,
+            "every": every,
+            "offload": offload,
+            "overlap": overlap,
+            "capturable": capturable,
+            "distance_every": distance_every,
+        }
+        check_options(interval, options)
         self._one_by_one = _averages_one_by_one(type(self))
-        if self._one_by_one and rounding != "nearest":
-            raise ValueError(
-                f"{type(self).__name__} averages by its own avg_func, which rounds as it likes; "
-                f"rounding={rounding!r} needs a class that defines momentum_at"
-            )
-        waiting = max(0, begin_step - 1)
+        if self._one_by_one:
+            self._refuse_one_by_one(options)
+        if offload is not None:
+            device = offload
         # Tensors made in inference mode could never be updated outside it.
         with torch.inference_mode(False):
-            self.module, shared = averaged_copy(
-                model, device, averaged_dtype, share_frozen=share_frozen
-            )
-            self.register_buffer("steps", torch.tensor(-waiting, dtype=torch.long, device=device))
+            module, shared = self._copy_of(model, device, options)
+            self._modules["module"] = module
+            where = _device_of(module) if capturable else device
+            waiting = max(0, begin_step - 1)
+            self.register_buffer("steps", torch.tensor(-waiting, dtype=torch.long, device=where))
             if rounding == "stochastic":
-                self.register_buffer("rounding_seed", torch.tensor(seed, device=device))
+                self.register_buffer("rounding_seed", torch.tensor(seed, device=where))
         self.interval = interval
         self.update_buffers = update_buffers
         self.backend = backend
         self.rounding = rounding
+        self.every = every
+        self.offload = offload
+        self.overlap = overlap
+        self.capturable = capturable
         self._step_count = KnownInteger()
         self._seed = KnownInteger()
-        self._shares = FrozenShares(shared, device, averaged_dtype)
+        self._distances = DistanceSamples(distance_every)
+        self._shares = FrozenShares(shared, device, averaged_dtype, pinned=offload is not None)
         self._pairing: Pairing | None = None
         self._in_vain = 0  # pairings made in a row, none of which has served a second update
         self._warned_of_losses = False
+        self._warned_of_waiting = False
 
-    def momentum_at(self, steps: int) -> float:
+    def _copy_of(
+        self, model: nn.Module, device: Device, options: Options
+    ) -> tuple[nn.Module, set[str]]:
+        """What is kept as :attr:`module`, and the names of what it shares with ``model``."""
+        return averaged_copy(
+            model,
+            device,
+            options["averaged_dtype"],
+            share_frozen=options["share_frozen"],
+            pinned=options["offload"] is not None,
+        )
+
+    def _refuse_one_by_one(self, options: Options) -> None:
+        needed = [
+            f"{name}={options[name]!r}"  # type: ignore[literal-required]
+            for name, usual in _NEED_MOMENTUM
+            if options[name] != usual  # type: ignore[literal-required]
+        ]
+        if needed:
+            raise ValueError(
+                f"{type(self).__name__} averages by its own avg_func, which does as it likes; "
+                f"{', '.join(needed)} needs a class that defines momentum_at"
+            )
+
+    @property
+    def module(self) -> nn.Module:
+        """The averaged copy; waits for an update that is under way."""
+        self.flush()
+        averaged = self._modules["module"]
+        assert averaged is not None
+        return averaged
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether an update may still be reading the model when the call that started it returns:
+        the caller is to use :meth:`wait_until_read`.
+        """
+        return self.overlap or self.offload is not None
+
+    @property
+    def distance(self) -> Distance | None:
+        """The last :class:`~ema_fused.telemetry.Distance` that has arrived; waits for nothing.
+
+        Of sharded models it counts the elements of this process: add up the squares of all
+        processes.
+        """
+        return self._distances.last
+
+    def flush(self) -> None:
+        """Waits until every update so far is in the averages.
+
+        On CUDA the current stream waits, not the host, unless the average is offloaded. Whatever
+        reads the averages through this object does it by itself.
+
+        Raises:
+            RuntimeError: an offloaded update failed.
+        """
+        if self._pairing is not None:
+            self._pairing.flush()
+
+    def wait_until_read(self) -> None:
+        """Waits until the model may be changed: until every update so far has read it.
+
+        To be called before the next optimizer step where updates are ``asynchronous``.
+
+        Raises:
+            RuntimeError: an offloaded update failed.
+        """
+        if self._pairing is not None:
+            self._pairing.wait_until_read()
+
+    def momentum_at(self, steps: Any) -> Any:
         """The weight of the model's values in the average made after ``steps`` updates.
 
+        Args:
+            steps: an int; of a ``capturable`` average a 0-dim float64 tensor on its device.
+
         Returns:
-            A number in [0, 1].
+            A number in [0, 1]; of a tensor a 0-dim tensor.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no momentum_at")
 
@@ -165,7 +265,9 @@ class BaseAveragedModel(nn.Module):
         refuse_while_swapped("the averaged model was called", self)
         return self.module(*args, **kwargs)
 
-    def update_parameters(self, model: nn.Module, *, found_inf: Tensor | None = None) -> None:
+    def update_parameters(
+        self, model: nn.Module, *, found_inf: Tensor | None = None, asynchronous: bool = False
+    ) -> None:
         """Takes the present weights of ``model`` into the average.
 
         Doesn't wait for the device. Call it after each ``optimizer.step()``, or let
@@ -178,19 +280,33 @@ class BaseAveragedModel(nn.Module):
                 optimizer: anything but 0 says that the step was skipped, and this call doesn't
                 count. On a CUDA device it is read there, and waited for only where a copy is due
                 (the first call, calls between intervals) or an ``avg_func`` of a class's own.
+            asynchronous: the caller changes ``model`` only after :meth:`wait_until_read`. Otherwise
+                an offloaded or overlapping update is waited for here until it has read the model.
 
         Raises:
             KeyError: names of parameters or buffers don't match those of the average.
             ValueError: a shape differs, or the momentum is outside [0, 1].
             TypeError: one side of a pair is floating-point and the other isn't.
-            RuntimeError: inside a :meth:`swapped` block.
+            RuntimeError: inside a :meth:`swapped` block; or an earlier offloaded update failed.
             The averages are unchanged then.
         """
         refuse_while_swapped("update_parameters() was called", self, model)
         pairing = self._paired_with(model)
+        if self.capturable:
+            self._update_on_device(pairing, found_inf)
+        else:
+            self._update(pairing, found_inf)
+        if self.runs_beside:
+            if not asynchronous:
+                pairing.flush()
+            self._warn_of_waiting(pairing, asynchronous)
+
+    def _update(self, pairing: Pairing, found_inf: Tensor | None) -> None:
         buffer = self._buffers["steps"]
         assert buffer is not None
         steps = self._step_count.read(buffer)
+        if steps > 0 and steps % self.every:
+            return self._step_count.count(buffer, unless=found_inf)
         averages = steps > 0 and steps % self.interval == 0
         if found_inf is not None and (self._one_by_one or not averages):
             if bool(found_inf):
@@ -198,7 +314,7 @@ class BaseAveragedModel(nn.Module):
             found_inf = None
         if steps <= 0:
             pairing.copy_()
-        elif steps % self.interval:
+        elif not averages:
             pairing.follow_()
         elif self._one_by_one:
             for pair in pairing.averaging_pairs():
@@ -206,17 +322,50 @@ class BaseAveragedModel(nn.Module):
                 self.avg_func(pair.averaged.data, source, buffer)
             pairing.follow_()
         else:
-            weight = self._checked_momentum(steps)
+            weight = self._weight_of(steps)
             if weight < pairing.lossy_below:
                 self._warn_of_losses(weight)
-            seed = self._buffers.get("rounding_seed")
-            pairing.average_(
-                weight,
-                seed=self._seed.read(seed) if seed is not None else 0,
-                step=steps,
-                found_inf=found_inf,
-            )
+            self._average(pairing, weight, steps, found_inf)
         self._step_count.count(buffer, unless=found_inf)
+
+    def _average(
+        self, pairing: Pairing, weight: float, steps: int, found_inf: Tensor | None
+    ) -> None:
+        seed = self._buffers.get("rounding_seed")
+        distance = self._distances.place_for(steps, pairing.device)
+        pairing.average_(
+            weight,
+            seed=self._seed.read(seed) if seed is not None else 0,
+            step=steps,
+            found_inf=found_inf,
+            squared_distance=distance,
+        )
+        if distance is not None:
+            with pairing.where_it_runs():
+                self._distances.fetch(steps, distance)
+
+    def _update_on_device(self, pairing: Pairing, found_inf: Tensor | None) -> None:
+        """The same without a number from the host, but for calls that copy and don't average."""
+        buffer = self._buffers["steps"]
+        assert buffer is not None
+        if self._step_count.read_once(buffer) <= 0:
+            if found_inf is None or not bool(found_inf):
+                pairing.copy_()
+                self._step_count.count_there(buffer, unless=None)
+            return
+        weight = self.momentum_at(buffer.double())
+        if not isinstance(weight, Tensor):
+            weight = self._in_range(weight, "now")
+        if self.interval > 1:
+            weight = torch.where(buffer % self.interval == 0, weight, 0.0)
+        seed = self._buffers.get("rounding_seed")
+        pairing.average_(
+            weight,
+            seed=self._seed.read(seed) if seed is not None else 0,
+            step=buffer,
+            found_inf=found_inf,
+        )
+        self._step_count.count_there(buffer, unless=found_inf)
 
     def copy_from(self, model: nn.Module) -> None:
         """Sets the average to the present weights and buffers of ``model``; ``steps`` stays.
@@ -225,7 +374,9 @@ class BaseAveragedModel(nn.Module):
             KeyError, ValueError, TypeError, RuntimeError: as :meth:`update_parameters`.
         """
         refuse_while_swapped("copy_from() was called", self, model)
-        self._paired_with(model).copy_()
+        pairing = self._paired_with(model)
+        pairing.copy_()
+        pairing.wait_until_read()
 
     def copy_to(self, model: nn.Module) -> None:
         """Writes the averaged weights and buffers into ``model``, in the model's dtypes.
@@ -271,9 +422,14 @@ class BaseAveragedModel(nn.Module):
         averaged = self._modules["module"]
         assert averaged is not None
         known = self._pairing
+        if known is not None:
+            if known.holds(averaged, model, self.update_buffers):
+                if self._in_vain:
+                    self._in_vain = 0
+                return known
+            known.flush()
+        drop_gathered(model)
         if known is not None and known.holds(averaged, model, self.update_buffers):
-            if self._in_vain:
-                self._in_vain = 0
             return known
         pairing = Pairing(
             averaged,
@@ -284,6 +440,8 @@ class BaseAveragedModel(nn.Module):
             rounding=self.rounding,
             backend=self.backend,
             shares=self._shares,
+            offload=self.offload is not None,
+            overlap=self.overlap,
             when_one_is_gone=functools.partial(_let_go, weakref.ref(self)),
         )
         self._pairing = pairing
@@ -303,13 +461,42 @@ class BaseAveragedModel(nn.Module):
         return pairing
 
     def _checked_momentum(self, steps: int) -> float:
-        weight = float(self.momentum_at(steps))
+        return self._in_range(self.momentum_at(steps), f"at step {steps}")
+
+    def _in_range(self, momentum: Any, when: str) -> float:
+        weight = float(momentum)
         if not 0.0 <= weight <= 1.0:
             raise ValueError(
-                f"{type(self).__name__} has momentum {weight!r} at step {steps}; a number in "
-                f"[0, 1] is expected: the weight of the model's values in the average"
+                f"{type(self).__name__} has momentum {weight!r} {when}; a number in [0, 1] is "
+                f"expected: the weight of the model's values in the average"
             )
         return weight
+
+    def _weight_of(self, steps: int) -> float:
+        """The momentum of all the calls that the one after ``steps`` updates stands for."""
+        if self.every == 1:
+            return self._checked_momentum(steps)
+        kept = 1.0
+        for earlier in range(steps - self.every + 1, steps + 1):
+            kept *= 1.0 - self._checked_momentum(earlier)
+        return 1.0 - kept
+
+    def _warn_of_waiting(self, pairing: Pairing, asynchronous: bool) -> None:
+        """Says once where an update hides nothing of the time it takes."""
+        in_order = self.overlap and pairing.stream is None
+        if self._warned_of_waiting or (asynchronous and not in_order):
+            return
+        self._warned_of_waiting = True
+        why = (
+            f"overlap=True has no effect: the averages are on {pairing.device}, and only a CUDA "
+            f"device has streams that run beside one another. Leave it out"
+            if in_order
+            else "update_parameters() waits until the update has read the model, so overlap=True "
+            "or offload='cpu' hides nothing of it: nobody is known to wait before the next "
+            "optimizer step. Use ema_fused.attach(optimizer, model, averaged), or pass "
+            "asynchronous=True and call wait_until_read() before each step"
+        )
+        warnings.warn(why, backends.SlowPathWarning, stacklevel=3)
 
     def _warn_of_losses(self, weight: float) -> None:
         if weight == 0.0 or self._warned_of_losses:
@@ -319,7 +506,7 @@ class BaseAveragedModel(nn.Module):
             f"averages are kept in 16 bits and the momentum is {weight:.3g}: changes this small "
             f"are mostly rounded away, and the average stays where it is. Pass "
             f"averaged_dtype=torch.float32, or rounding='stochastic'",
-            stacklevel=3,
+            stacklevel=4,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -327,10 +514,29 @@ class BaseAveragedModel(nn.Module):
         refuse_while_swapped("the averaged model was copied or pickled", self)
         self._settle()
         known = {"_step_count": KnownInteger(), "_seed": KnownInteger()}
-        return self.__dict__ | {"_pairing": None} | known
+        own = {"_pairing": None, "_distances": self._distances.anew()}
+        return self.__dict__ | own | known
+
+    def _apply(self, *arguments: Any, **options: Any) -> BaseAveragedModel:
+        self.flush()
+        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
+        return self
+
+    def named_parameters(
+        self, *arguments: Any, **options: Any
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of any module; waits for an update that is under way."""
+        self.flush()
+        return super().named_parameters(*arguments, **options)
+
+    def named_buffers(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
+        """As of any module; waits for an update that is under way."""
+        self.flush()
+        return super().named_buffers(*arguments, **options)
 
     def _settle(self) -> None:
-        """Makes ``steps`` right where the last update may have been skipped on the device."""
+        """Finishes what is under way, and makes ``steps`` right where the device skipped it."""
+        self.flush()
         buffer = self._buffers["steps"]
         assert buffer is not None
         self._step_count.settle(buffer)
@@ -344,6 +550,7 @@ class BaseAveragedModel(nn.Module):
 
         Checkpoints written without it have no seed: ours stays. Without it a seed means nothing.
         """
+        self.flush()
         seed = self._buffers.get("rounding_seed")
         if seed is not None:
             state_dict.setdefault(f"{prefix}rounding_seed", seed)
@@ -355,8 +562,13 @@ class BaseAveragedModel(nn.Module):
 def _let_go(owner: weakref.ref[BaseAveragedModel], _: object) -> None:
     """Lets the pairing of ``owner`` go: it would keep the tensors of a deleted model alive."""
     averaged_model = owner()
-    if averaged_model is not None:
+    if averaged_model is not None and averaged_model._pairing is not None:
+        averaged_model._pairing.flush()
         averaged_model._pairing = None
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
 
 
 def _averages_one_by_one(cls: type) -> bool:

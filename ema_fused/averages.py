@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ema_fused import schedules
-from ema_fused.averaged_model import BaseAveragedModel, Device, Options
+from ema_fused.averaged_model import BaseAveragedModel
 from ema_fused.checks import check_fraction, check_integer, check_momentum, check_positive
+from ema_fused.options import Options
+from ema_fused.sharding import Device
 
 
 class StochasticWeightAverage(BaseAveragedModel):
@@ -23,8 +25,8 @@ class StochasticWeightAverage(BaseAveragedModel):
 
     arithmetic = "delta"
 
-    def momentum_at(self, steps: int) -> float:
-        return 1 / float(steps // self.interval + 1)
+    def momentum_at(self, steps: Any) -> Any:
+        return 1 / (steps // self.interval + 1)
 
 
 class ExponentialMovingAverage(BaseAveragedModel):
@@ -57,7 +59,7 @@ class ExponentialMovingAverage(BaseAveragedModel):
         super().__init__(model, interval, device, update_buffers, **options)
         self.momentum = momentum
 
-    def momentum_at(self, steps: int) -> float:
+    def momentum_at(self, steps: Any) -> Any:
         momentum = self.momentum
         return momentum(steps) if callable(momentum) else momentum
 
@@ -88,7 +90,7 @@ class MomentumAnnealingEMA(ExponentialMovingAverage):
         super().__init__(model, momentum, interval, device, update_buffers, **options)
         self.gamma = gamma
 
-    def momentum_at(self, steps: int) -> float:
+    def momentum_at(self, steps: Any) -> Any:
         return schedules.annealing(steps, momentum=self.momentum, gamma=self.gamma)
 
 
@@ -121,7 +123,7 @@ class ExpMomentumEMA(ExponentialMovingAverage):
         super().__init__(model, momentum, interval, device, update_buffers, **options)
         self.gamma = gamma
 
-    def momentum_at(self, steps: int) -> float:
+    def momentum_at(self, steps: Any) -> Any:
         return schedules.exponential(steps, momentum=self.momentum, gamma=self.gamma)
 
 
@@ -178,10 +180,15 @@ class CosineEMA(ExponentialMovingAverage):
             )
         return self.max_iters
 
-    def momentum_at(self, steps: int) -> float:
+    def momentum_at(self, steps: Any) -> Any:
         total = self.total_steps()
         # The original's phase is a product of tensors, and so a number of the default dtype
         # (float32); here it is one too, on the CPU.
+        if isinstance(steps, Tensor):
+            now = steps.clamp(max=total).to(torch.get_default_dtype())
+            return schedules.half_cosine(
+                (math.pi * now / float(total)).double(), self.momentum, self.end_momentum
+            )
         now = torch.tensor(min(steps, total), device="cpu")
         phase = (math.pi * now / float(total)).item()
         return schedules.half_cosine(phase, self.momentum, self.end_momentum)

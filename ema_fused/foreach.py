@@ -5,6 +5,8 @@ Also the readable statement of what the native kernels compute, which tests hold
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -76,6 +78,40 @@ def _average_stochastically(task: Task, weight: float, seed: int, step: int) -> 
     averaged.permute(order).copy_(rounded.view(averaged.permute(order).shape))
 
 
+# A sum of so many numbers is torch's on one thread.
+_ROW = 8192
+
+
+def _sum(values: Tensor) -> Tensor:
+    """The sum of a flat tensor, row by row: the same bits for any number of threads."""
+    while values.numel() > _ROW:
+        in_rows = values.numel() // _ROW * _ROW
+        rows = values[:in_rows].view(-1, _ROW)
+        values = torch.cat([rows.sum(dim=1), values[in_rows:]])
+    return values.sum()
+
+
+def squared_distances(tasks: Sequence[Task], averages: int) -> list[Tensor]:
+    """The squared distance of each average from its sources, in float64: a tensor a device.
+
+    Differences are in the dtype that the pair computes in, squares and sums in float64.
+    """
+    sums: dict[torch.device, Tensor] = {}
+    for task in tasks:
+        a, s = task.averaged, task.source
+        if task.only_copy:
+            continue
+        dtype = torch.complex128 if a.is_complex() else compute_dtype(a.dtype, s.dtype)
+        difference = s.to(dtype) - a.to(dtype)
+        if a.is_complex():
+            difference = torch.view_as_real(difference)
+        squares = difference.to(torch.float64).square_().reshape(-1)
+        if a.device not in sums:
+            sums[a.device] = torch.zeros(averages, dtype=torch.float64, device=a.device)
+        sums[a.device][task.average] += _sum(squares)
+    return list(sums.values())
+
+
 class ForeachPart(ListedPart):
     """Pairs served by torch where they are."""
 
@@ -87,8 +123,11 @@ class ForeachPart(ListedPart):
             return False
         if update.is_skipped():
             return True
+        tasks = self._distinct()
+        if update.distances is not None:
+            update.distances.extend(squared_distances(tasks, len(update.weights)))
         same: dict[tuple[torch.device, torch.dtype], list[Task]] = {}
-        for task in self._distinct():
+        for task in tasks:
             a, s = task.averaged, task.source
             if task.only_copy or not can_average(a, s):
                 a.copy_(s)
@@ -98,11 +137,11 @@ class ForeachPart(ListedPart):
                 same.setdefault((a.device, a.dtype), []).append(task)
             else:
                 _average_mixed(a, s, update.weight_of(task), self._arithmetic)
-        for tasks in same.values():
+        for alike in same.values():
             _average_same(
-                [task.averaged for task in tasks],
-                [task.source for task in tasks],
-                [update.weight_of(task) for task in tasks],
+                [task.averaged for task in alike],
+                [task.source for task in alike],
+                [update.weight_of(task) for task in alike],
                 self._arithmetic,
             )
         return True

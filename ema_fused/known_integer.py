@@ -62,6 +62,31 @@ class KnownInteger:
         else:
             self.write(buffer, self._value + 1)
 
+    def read_once(self, buffer: Tensor) -> int:
+        """The value when this object last read or counted it; replays of a graph have added to it.
+
+        Raises:
+            RuntimeError: it must be read now, and a graph is being captured.
+        """
+        if buffer is self._buffer and buffer._version == self._version:
+            return self._value
+        if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "the number of updates so far isn't known while this graph is being captured; call "
+                "update_parameters() before the capture, as often as it only copies (once, or "
+                "begin_step times)"
+            )
+        return self.read(buffer)
+
+    def count_there(self, buffer: Tensor, *, unless: Tensor | None) -> None:
+        """Adds 1 on the buffer's device, unless that flag is set; nothing is waited for."""
+        if unless is None:
+            buffer.add_(1)
+        else:
+            buffer.add_((unless == 0).reshape(()).to(buffer.device))
+        self._value += 1
+        self._version = buffer._version
+
     def settle(self, buffer: Tensor) -> None:
         """Takes back the last :meth:`count` where its flag was set.
 

@@ -1,15 +1,16 @@
 """Which tensor of a model belongs to which of its average, whatever the model is wrapped in.
 
 Wrappers put a component of their own into every name: DistributedDataParallel and DataParallel
-``module.``, torch.compile ``_orig_mod.``, activation checkpointing ``_checkpoint_wrapped_module.``.
-They come and go after the average was made, and around submodules too.
+``module.``, torch.compile ``_orig_mod.``, activation checkpointing ``_checkpoint_wrapped_module.``,
+FSDP1 ``_fsdp_wrapped_module.``. They come and go after the average was made, and around
+submodules too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module"})
+WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
 _SHOWN = 6
 

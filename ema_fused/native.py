@@ -101,9 +101,14 @@ class NativePart:
         step = update.step
         if isinstance(step, Tensor):
             step = step.to(self.device) if self._reads(step) else int(step)
+        sums: Tensor | None = None
+        if update.distances is not None:
+            # Every launch writes all of it, however the table may have changed until then.
+            shape = (len(weights), self._plan.partials)
+            sums = torch.empty(shape, dtype=torch.float64, device=self.device)
         # Whatever was brought to the device is held by a local variable until it is launched.
         with self._overlaps_explained():
-            return bool(
+            has_run = bool(
                 self._plan.run_with(
                     self.AVERAGE,
                     0.0,
@@ -113,8 +118,12 @@ class NativePart:
                     update.seed,
                     0 if isinstance(step, Tensor) else step,
                     step.data_ptr() if isinstance(step, Tensor) else 0,
+                    (0, 0, 0) if sums is None else (sums.data_ptr(), *sums.shape),
                 )
             )
+        if has_run and update.distances is not None and sums is not None:
+            update.distances.append(sums.sum(dim=1))
+        return has_run
 
     def _reads(self, scalar: Tensor) -> bool:
         """Whether the kernel reads a number where it lies, so that nobody waits for it."""

@@ -18,6 +18,7 @@ from ema_fused.pairs import check_lists, check_pair, label
 from ema_fused.parts import Update
 from ema_fused.plan import Plan
 from ema_fused.plan_cache import Kind, PlanCache
+from ema_fused.sharding import shards_of
 
 _plans = PlanCache()
 
@@ -32,7 +33,7 @@ def lerp_(
     Takes what ``torch._foreach_lerp_`` takes and gives its result to the bit on equal dtypes.
     Beyond it: dtypes may differ within a pair and from pair to pair (computed in the wider of the
     two, at least float32), devices too (one launch a device), and a pair listed twice is updated
-    once. Never recorded by autograd.
+    once. Of pairs of DTensors each process updates its shards. Never recorded by autograd.
 
     Args:
         averaged: floating-point tensors, updated in place.
@@ -66,6 +67,9 @@ def update_(
     """
     kind = _kind(averaged, arithmetic, only_copy)
     parts = _known_parts(kind, averaged, source)
+    shards = None if parts is not None else _shards(averaged, source)
+    if shards is not None:
+        return update_(*shards, weight, arithmetic=arithmetic, only_copy=only_copy)
     if parts is None or any(part.no_average is not None for part in parts):
         plan = Plan(averaged, source, arithmetic=arithmetic, only_copy=only_copy)
         plan.lerp_(weight)
@@ -116,6 +120,9 @@ def copy_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     """
     kind = _kind(averaged)
     parts = _known_parts(kind, averaged, source)
+    shards = None if parts is not None else _shards(averaged, source)
+    if shards is not None:
+        return copy_(*shards)
     if parts is None:
         plan = Plan(averaged, source)
         plan.copy_()
@@ -134,6 +141,9 @@ def swap_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     """
     kind = _kind(averaged)
     parts = _known_parts(kind, averaged, source)
+    shards = None if parts is not None else _shards(averaged, source)
+    if shards is not None:
+        return swap_(*shards)
     if parts is None or any(part.no_swap is not None for part in parts):
         plan = Plan(averaged, source)
         plan.swap_()
@@ -149,6 +159,15 @@ def _kind(
     pairs = len(averaged) if isinstance(averaged, (list, tuple)) else -1
     copied = None if only_copy is None else tuple(only_copy)
     return Kind(pairs, arithmetic, copied, backends.pinned(None))
+
+
+def _shards(averaged: object, source: object) -> tuple[list[Tensor], list[Tensor]] | None:
+    """The shards that this process holds, of lists with DTensors."""
+    if not isinstance(averaged, (list, tuple)) or not isinstance(source, (list, tuple)):
+        return None
+    if len(averaged) != len(source):
+        return None
+    return shards_of(averaged, source)
 
 
 def _known_parts(kind: Kind, averaged: object, source: object) -> list[NativePart] | None:

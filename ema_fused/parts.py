@@ -30,6 +30,9 @@ class Update(NamedTuple):
     found_inf: Tensor | None = None  # one float32 number: anything but 0 means to do nothing
     seed: int = 0  # of stochastic rounding, as is the step
     step: int | Tensor = 0
+    # None, or where each part puts what it measures: tensors of a squared distance an average, in
+    # float64. A part that knows by itself that it is to do nothing puts none.
+    distances: list[Tensor] | None = None
 
     def weight_of(self, task: Task) -> float:
         """The weight of a pair, on the host."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ema_fused import backends
-from ema_fused.arguments import Weight, as_flag, as_step, as_weights
+from ema_fused.arguments import Weight, as_flag, as_step, as_weights, check_distance
 from ema_fused.checks import as_integer
+from ema_fused.distance import add_up
 from ema_fused.native import NativePart
 from ema_fused.pairs import check_list, check_lists, label, refuse_average, refuse_swap
 from ema_fused.parts import Part, Task, Update, kind_of
@@ -189,6 +190,7 @@ class Plan:
         found_inf: Tensor | None = None,
         step: int | Tensor | None = None,
         stream: torch.cuda.Stream | None = None,
+        squared_distance: Tensor | None = None,
     ) -> None:
         """Averages: ``averaged = (1 - weight) * averaged + weight * source``, in place.
 
@@ -209,11 +211,22 @@ class Plan:
                 what the current stream holds so far. Before other code writes the source or reads
                 the averages, let its stream wait: :meth:`wait`; this plan's own methods do. The
                 stream must live as long as the plan.
+            squared_distance: a float64 tensor on any device: 0-dim, of several averages of shape
+                (averages,). Gets the sum over all averaged elements of ``|source - averaged|**2``,
+                with the values from before this update, measured in the same pass over the data. It
+                is there in the order of the stream; the host waits only where it is on another
+                device than the averages. Where ``found_inf`` makes the update do nothing it is left
+                alone. Pairs that are only copied don't count, tied ones count once. Differences are
+                taken in float32 (in float64 where either tensor is, or complex), squared and summed
+                up in float64: the relative error is below 1e-6. The same device gives the same bits
+                at every run, a CPU with any number of threads. The averages get the bits that they
+                get without it.
 
         Raises:
-            TypeError: a pair that has no average (integers, bool) and isn't ``only_copy``.
-            ValueError: a tensor's dtype or shape has changed, or the weights are not as many as
-                they should be.
+            TypeError: a pair that has no average (integers, bool) and isn't ``only_copy``; a
+                squared_distance that is no float64 tensor.
+            ValueError: a tensor's dtype or shape has changed, the weights are not as many as they
+                should be, or squared_distance has another shape.
             RuntimeError: the update is captured into a graph and would draw the same random bits
                 at every replay.
             Nothing has been updated then.
@@ -225,6 +238,7 @@ class Plan:
             and found_inf is None
             and step is None
             and stream is None
+            and squared_distance is None
             and not self._side_streams.unfinished
         ):
             try:
@@ -233,7 +247,7 @@ class Plan:
                     return
             except ValueError:
                 pass  # raised again below, with the names of the pairs
-        self._average(weight, found_inf, step, stream)
+        self._average(weight, found_inf, step, stream, squared_distance)
 
     def _average(
         self,
@@ -241,6 +255,7 @@ class Plan:
         found_inf: Tensor | None,
         step: int | Tensor | None,
         stream: torch.cuda.Stream | None,
+        squared_distance: Tensor | None,
     ) -> None:
         if self._no_average is not None:
             i = self._no_average
@@ -252,11 +267,16 @@ class Plan:
             None if found_inf is None else as_flag(found_inf),
             self.seed,
             as_step(self.step if step is None else step),
+            None if squared_distance is None else [],
         )
-        read = (*weights, update.found_inf, update.step)
-        with self._on(stream, [item for item in read if isinstance(item, Tensor)]):
+        if squared_distance is not None:
+            check_distance(squared_distance, self.averages)
+        used = (*weights, update.found_inf, update.step, squared_distance)
+        with self._on(stream, [item for item in used if isinstance(item, Tensor)]):
             self._refuse_to_repeat(update)
             self._run(lambda part: part.average(update))
+            if squared_distance is not None and update.distances is not None:
+                add_up(update.distances, squared_distance, update.found_inf)
         if step is None:
             self.step += 1
 

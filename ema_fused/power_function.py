@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from ema_fused import swapping
 from ema_fused.checks import check_integer
 from ema_fused.copying import FrozenShares
-from ema_fused.pairing import Pair, pair_up
+from ema_fused.module_pairs import Pair, pair_up
 from ema_fused.plan import MAX_AVERAGES, Plan
 from ema_fused.power_profiles import gamma_of, momentum_between
+from ema_fused.sharding import converted, refuse_partitioned
 from ema_fused.skeleton import skeleton_of
 from ema_fused.snapshots import write_snapshot
 from ema_fused.swapping import refuse_while_swapped
@@ -54,7 +55,7 @@ class PowerFunctionEMA(nn.Module):
     follow by copy. ``state_dict()`` holds everything that a resumed run goes on from, to the bit.
 
     Args:
-        model: the model to average, wrapped or not; tensors are called as in it.
+        model: the model to average, wrapped or not; tensors are called as in the plain model.
         sigma_rel: the widths, in (0, 0.2887); up to eight. Two are enough to reconstruct others.
         backend: as in :class:`~ema_fused.Plan`.
 
@@ -90,7 +91,7 @@ class PowerFunctionEMA(nn.Module):
         refuse_while_swapped("a PowerFunctionEMA was made", model)
         # Tensors made in inference mode could never be updated outside it.
         with torch.inference_mode(False):
-            self.averages = nn.ModuleList(skeleton_of(model) for _ in self.sigma_rel)
+            self.averages = nn.ModuleList(skeleton_of(model, _average_of) for _ in self.sigma_rel)
         self.time = 0
         self.steps = 0
         self.run = uuid.uuid4().hex
@@ -246,6 +247,16 @@ class PowerFunctionEMA(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: everything but the plan, which holds the model itself."""
         return self.__dict__ | {"_paired": None}
+
+
+def _average_of(name: str, tensor: Tensor) -> Tensor:
+    """Those of 16 bits or fewer are float32: so few bits would lose most updates."""
+    refuse_partitioned(name, tensor)
+    if not isinstance(tensor, nn.Parameter):
+        return converted(tensor, None, None)
+    is_short = tensor.is_floating_point() and tensor.itemsize <= 2
+    average = converted(tensor, None, torch.float32 if is_short else None)
+    return nn.Parameter(average, requires_grad=False)
 
 
 def _let_go(owner: weakref.ref[PowerFunctionEMA], _: object) -> None:

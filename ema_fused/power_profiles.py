@@ -19,6 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ema_fused.elementary import Number, expm1, log1p
+
 # At gamma = 0, where all values weigh the same.
 LARGEST_SIGMA_REL = math.sqrt(1 / 12)
 
@@ -79,15 +81,15 @@ def sigma_rel_of(gamma: float) -> float:
     return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
 
 
-def momentum_between(gamma: float, before: float, after: float) -> float:
+def momentum_between(gamma: float, before: Number, after: Number) -> Number:
     """The weight of the new value in an update that takes the average from one time to another.
 
     ``1 - beta`` with ``beta = (before / after) ** (gamma + 1)``, which is ``(1 - dt / t) ** (gamma
     + 1)``. Exactly the profile's share of the time between the two, so no error adds up.
     """
-    if before == 0:
+    if not isinstance(before, Tensor) and before == 0:
         return 1.0
-    return -math.expm1((gamma + 1) * math.log1p((before - after) / after))
+    return -expm1((gamma + 1) * log1p((before - after) / after))
 
 
 def combine(kept: Sequence[Profile], wanted: Profile) -> Combination:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ema_fused.power_profiles import Profile, combine, density, gamma_of
-from ema_fused.snapshots import Snapshot, read_snapshots, safetensors, written_whole
+from ema_fused.snapshots import Snapshot, read_snapshots, safetensors
+from ema_fused.whole_files import written_whole
 
 PathLike = str | os.PathLike[str]
 

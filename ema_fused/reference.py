@@ -18,6 +18,14 @@ def average(averaged: ArrayLike, source: ArrayLike, weight: float) -> NDArray[np
     return (1.0 - weight) * a + weight * s
 
 
+def squared_distance(averaged: ArrayLike, source: ArrayLike) -> float:
+    """The sum of ``|source - averaged|**2`` over all elements, in float64; complex ones too."""
+    a, s = np.asarray(averaged), np.asarray(source)
+    wide = np.complex128 if np.iscomplexobj(a) else np.float64
+    difference = s.astype(wide) - a.astype(wide)
+    return float(np.sum(np.abs(difference) ** 2))
+
+
 def tolerance(epsilon: float, *terms: Any) -> NDArray[np.float64]:
     """How far an update in arithmetic of machine epsilon ``epsilon`` may be from the reference.
 

@@ -7,6 +7,9 @@ arguments and give the function to a model::
 
     ExponentialMovingAverage(model, momentum=partial(annealing, momentum=0.001, gamma=200))
 
+``step`` may also be a 0-dim float64 tensor; the momentum is then one too, computed on its device
+without waiting for it (averages that are ``capturable`` need that).
+
 Other systems state the weight of the average instead, the decay: ``momentum = 1 - decay``. Their
 ``step`` is often the number of this update, counted from 1; each function says what it takes.
 """
@@ -15,16 +18,19 @@ from __future__ import annotations
 
 import math
 
+from torch import Tensor
+
 from ema_fused.checks import check_fraction, check_integer, check_positive
+from ema_fused.elementary import Number, at_least, at_most, cos, exp, expm1, one_until, raised
 from ema_fused.power_profiles import gamma_of, momentum_between
 
 
-def _check_step(step: int) -> None:
-    if step < 0:
+def _check_step(step: float | Tensor) -> None:
+    if not isinstance(step, Tensor) and step < 0:
         raise ValueError(f"step is {step!r}; a count of updates, 0 or more, is expected")
 
 
-def constant(step: int, *, momentum: float = 0.0002) -> float:
+def constant(step: float | Tensor, *, momentum: float = 0.0002) -> float:
     """``momentum`` at every step, as mmengine's ``ExponentialMovingAverage``.
 
     Raises:
@@ -35,7 +41,7 @@ def constant(step: int, *, momentum: float = 0.0002) -> float:
     return momentum
 
 
-def annealing(step: int, *, momentum: float = 0.0002, gamma: float = 100) -> float:
+def annealing(step: Number, *, momentum: float = 0.0002, gamma: float = 100) -> Number:
     """``max(momentum, gamma / (gamma + step))``, as mmengine's ``MomentumAnnealingEMA``.
 
     Starts near 1 and falls to ``momentum``, which it reaches at
@@ -47,10 +53,10 @@ def annealing(step: int, *, momentum: float = 0.0002, gamma: float = 100) -> flo
     _check_step(step)
     check_fraction("momentum", momentum)
     check_positive("gamma", gamma)
-    return max(momentum, gamma / (gamma + step))
+    return at_least(gamma / (gamma + step), momentum)
 
 
-def exponential(step: int, *, momentum: float = 0.0002, gamma: float = 2000) -> float:
+def exponential(step: Number, *, momentum: float = 0.0002, gamma: float = 2000) -> Number:
     """``(1 - momentum) * exp(-(1 + step) / gamma) + momentum``, as mmdet's ``ExpMomentumEMA``.
 
     The schedule of YOLOX (Ge et al. 2021, arXiv 2107.08430): starts near 1 and decays to
@@ -62,10 +68,10 @@ def exponential(step: int, *, momentum: float = 0.0002, gamma: float = 2000) -> 
     _check_step(step)
     check_fraction("momentum", momentum)
     check_positive("gamma", gamma)
-    return (1 - momentum) * math.exp(-float(1 + step) / gamma) + momentum
+    return (1 - momentum) * exp(-(1 + step) / gamma) + momentum
 
 
-def linear_warmup(step: int, *, momentum: float = 0.0002, warm_up: float = 100) -> float:
+def linear_warmup(step: Number, *, momentum: float = 0.0002, warm_up: float = 100) -> Number:
     """``min(momentum, (1 + step) / (warm_up + step))``, as mmdet 2's ``LinearMomentumEMAHook``.
 
     Momentum grows from ``1 / warm_up`` until it meets ``momentum``. Below ``1 / warm_up``, as with
@@ -81,10 +87,10 @@ def linear_warmup(step: int, *, momentum: float = 0.0002, warm_up: float = 100) 
         raise ValueError(
             f"warm_up is {warm_up!r}; a finite number of steps, 1 or more, is expected"
         )
-    return min(momentum, (1 + step) / (warm_up + step))
+    return at_most((1 + step) / (warm_up + step), momentum)
 
 
-def cosine(step: int, *, start: float = 0.004, end: float = 0.0, total: int) -> float:
+def cosine(step: Number, *, start: float = 0.004, end: float = 0.0, total: int) -> Number:
     """``end - (end - start) * (cos(pi * step / total) + 1) / 2``, as MMPretrain's ``CosineEMA``.
 
     The schedule of BYOL (Grill et al. 2020, arXiv 2006.07733), from ``start`` at step 0 to ``end``
@@ -98,15 +104,15 @@ def cosine(step: int, *, start: float = 0.004, end: float = 0.0, total: int) -> 
     check_fraction("start", start)
     check_fraction("end", end)
     check_positive("total", total)
-    return half_cosine(math.pi * min(step, total) / total, start, end)
+    return half_cosine(math.pi * at_most(step, total) / total, start, end)
 
 
-def half_cosine(phase: float, start: float, end: float) -> float:
+def half_cosine(phase: Number, start: float, end: float) -> Number:
     """From ``start`` at phase 0 to ``end`` at phase pi, along half a period of the cosine."""
-    return end - (end - start) * ((math.cos(phase) + 1) / 2)
+    return end - (end - start) * ((cos(phase) + 1) / 2)
 
 
-def mean(step: int) -> float:
+def mean(step: Number) -> Number:
     """``1 / (step + 1)``: the mean of all values so far, as torch's ``get_swa_avg_fn``.
 
     Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407). torch's ``num_averaged``
@@ -120,14 +126,14 @@ def mean(step: int) -> float:
 
 
 def warmup_power(
-    step: int,
+    step: Number,
     *,
     momentum: float = 0.0001,
     largest: float = 1.0,
     gamma: float = 1.0,
     power: float = 2 / 3,
     after: int = 0,
-) -> float:
+) -> Number:
     """``(1 + s / gamma) ** -power`` held in [momentum, largest], with ``s = step - after - 1``.
 
     1 (a copy) as long as ``s`` is not above 0. This is the warm-up of timm's ``ModelEmaV3``
@@ -154,12 +160,11 @@ def warmup_power(
     check_positive("power", power)
     check_integer("after", after, least=0)
     s = step - after - 1
-    if s <= 0:
-        return 1.0
-    return min(max(math.pow(1 + s / gamma, -power), momentum), largest)
+    value = at_most(at_least(raised(1 + at_least(s, 0) / gamma, -power), momentum), largest)
+    return one_until(s, value)
 
 
-def warmup_ratio(step: int, *, momentum: float = 0.0001) -> float:
+def warmup_ratio(step: Number, *, momentum: float = 0.0001) -> Number:
     """``max(momentum, 9 / (10 + step))``, as torch-ema and TensorFlow with ``num_updates``.
 
     Written there as the decay ``min(decay, (1 + n) / (10 + n))``. torch-ema's first update has
@@ -170,12 +175,12 @@ def warmup_ratio(step: int, *, momentum: float = 0.0001) -> float:
     """
     _check_step(step)
     check_fraction("momentum", momentum)
-    return max(momentum, 9 / (10 + step))
+    return at_least(9 / (10 + step), momentum)
 
 
 def delayed_warmup_ratio(
-    step: int, *, momentum: float = 0.0001, largest: float = 1.0, after: int = 0
-) -> float:
+    step: Number, *, momentum: float = 0.0001, largest: float = 1.0, after: int = 0
+) -> Number:
     """:func:`warmup_ratio` of ``s = step - after - 1``, at most ``largest``; 1 until s is above 0.
 
     What diffusers' ``EMAModel`` does without ``use_ema_warmup``; arguments as
@@ -189,10 +194,10 @@ def delayed_warmup_ratio(
     check_fraction("largest", largest)
     check_integer("after", after, least=0)
     s = step - after - 1
-    return 1.0 if s <= 0 else min(warmup_ratio(s, momentum=momentum), largest)
+    return one_until(s, at_most(warmup_ratio(at_least(s, 0), momentum=momentum), largest))
 
 
-def warmup_exponential(step: int, *, momentum: float = 0.0001, tau: float = 2000) -> float:
+def warmup_exponential(step: Number, *, momentum: float = 0.0001, tau: float = 2000) -> Number:
     """``1 - (1 - momentum) * (1 - exp(-step / tau))``, as the ``ModelEMA`` of ultralytics.
 
     Written there as the decay ``decay * (1 - exp(-updates / tau))``; its first update has
@@ -204,12 +209,12 @@ def warmup_exponential(step: int, *, momentum: float = 0.0001, tau: float = 2000
     _check_step(step)
     check_fraction("momentum", momentum)
     check_positive("tau", tau)
-    return 1 + (1 - momentum) * math.expm1(-step / tau)
+    return 1 + (1 - momentum) * expm1(-step / tau)
 
 
 def half_life_ramp_up(
-    step: int, *, half_life: float, batch_size: float = 1, ratio: float = 0.05
-) -> float:
+    step: Number, *, half_life: float, batch_size: float = 1, ratio: float = 0.05
+) -> Number:
     """A half-life that grows with training: ``min(half_life, ratio * samples seen)``.
 
     The average of EDM (Karras et al. 2022, arXiv 2206.00364) and StyleGAN 2. ``half_life`` counts
@@ -222,12 +227,12 @@ def half_life_ramp_up(
     check_positive("half_life", half_life)
     check_positive("batch_size", batch_size)
     check_positive("ratio", ratio)
-    if step == 0:
-        return 1.0
-    return momentum_of_half_life(min(half_life, ratio * step * batch_size), batch_size=batch_size)
+    # At least half a step's worth: at step 0 the value isn't used.
+    reached = at_most(ratio * at_least(step, 0.5) * batch_size, half_life)
+    return one_until(step, -expm1(-math.log(2) * batch_size / reached))
 
 
-def power_function(step: int, *, sigma_rel: float = 0.1) -> float:
+def power_function(step: Number, *, sigma_rel: float = 0.1) -> Number:
     """``1 - (1 - 1 / t) ** (gamma + 1)`` with ``t = step + 1``: the power function of EDM2.
 
     Karras et al. 2023, arXiv 2312.02696. The average then weighs the values of time tau by

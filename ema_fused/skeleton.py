@@ -2,53 +2,73 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+# Children that are the module itself, in a wrapper that may be gone when the tensors are used.
+_WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+Copy = Callable[[str, Tensor], Tensor]
 
 
-def skeleton_of(model: nn.Module) -> nn.Module:
+def skeleton_of(model: nn.Module, copy: Copy) -> nn.Module:
     """A tree of bare modules with copies of the parameters and buffers of ``model``.
 
     Nothing else of the model is copied, so models that can't be deep-copied have one too. Tied
-    tensors are tied in it. No parameter needs a gradient, and those of 16 bits or fewer are float32
-    here: an average in so few bits would lose most of its updates. Buffers keep their dtype.
+    tensors are tied in it, and wrappers are left out: the names are those of the plain model.
+
+    Args:
+        copy: makes the copy of a tensor, given its name and itself: an ``nn.Parameter`` of a
+            parameter.
     """
-    return _Copier().module(model)
+    return _Copier(copy).module(model, "")
 
 
 class _Copier:
     """Remembers what it has copied; a module or tensor met again is the same copy again."""
 
-    def __init__(self) -> None:
+    def __init__(self, copy: Copy) -> None:
+        self._copy = copy
         self._modules: dict[nn.Module, nn.Module] = {}
         self._tensors: dict[Tensor, Tensor] = {}
 
-    def module(self, original: nn.Module) -> nn.Module:
+    def module(self, original: nn.Module, path: str) -> nn.Module:
         known = self._modules.get(original)
         if known is not None:
             return known
+        inside = _wrapped_by(original)
+        if inside is not None:
+            bare = self._modules[original] = self.module(inside, path)
+            return bare
         bare = self._modules[original] = nn.Module()
         for name, parameter in original._parameters.items():
-            bare.register_parameter(name, None if parameter is None else self._average(parameter))
+            copied = None if parameter is None else self._tensor(parameter, path + name)
+            assert copied is None or isinstance(copied, nn.Parameter)
+            bare.register_parameter(name, copied)
         for name, buffer in original._buffers.items():
             is_kept = name not in original._non_persistent_buffers_set
-            copied = None if buffer is None else self._copy(buffer)
-            bare.register_buffer(name, copied, persistent=is_kept)
+            kept = None if buffer is None else self._tensor(buffer, path + name)
+            bare.register_buffer(name, kept, persistent=is_kept)
         for name, child in original._modules.items():
-            bare.add_module(name, None if child is None else self.module(child))
+            part = None if child is None else self.module(child, f"{path}{name}.")
+            bare.add_module(name, part)
         return bare
 
-    def _average(self, parameter: nn.Parameter) -> nn.Parameter:
-        average = self._tensors.get(parameter)
-        if average is None:
-            is_short = parameter.is_floating_point() and parameter.itemsize <= 2
-            dtype = torch.float32 if is_short else parameter.dtype
-            copied = parameter.detach().to(dtype=dtype, copy=True)
-            average = self._tensors[parameter] = nn.Parameter(copied, requires_grad=False)
-        assert isinstance(average, nn.Parameter)
-        return average
+    def _tensor(self, tensor: Tensor, name: str) -> Tensor:
+        if tensor not in self._tensors:
+            self._tensors[tensor] = self._copy(name, tensor)
+        return self._tensors[tensor]
 
-    def _copy(self, buffer: Tensor) -> Tensor:
-        if buffer not in self._tensors:
-            self._tensors[buffer] = buffer.detach().clone()
-        return self._tensors[buffer]
+
+def _wrapped_by(module: nn.Module) -> nn.Module | None:
+    """The module that ``module`` wraps, if it is a wrapper."""
+    if isinstance(module, (DistributedDataParallel, DataParallel)):
+        inside: nn.Module = module.module
+        return inside
+    if any(
+        tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values())
+    ):
+        return None
+    return next((module._modules[name] for name in _WRAPPED if name in module._modules), None)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ema_fused.power_profiles import Profile, gamma_of
+from ema_fused.whole_files import written_whole
 
 _FORMAT = "ema_fused power-function average 1"
 _PATTERN = "snapshot-*.safetensors"
@@ -53,33 +51,10 @@ def safetensors() -> Any:
         import safetensors.torch
     except ImportError as error:
         raise ImportError(
-            "snapshots are safetensors files, and safetensors can't be imported "
+            "snapshots and exports are safetensors files, and safetensors can't be imported "
             f"({error}): pip install 'ema_fused[posthoc]'"
         ) from error
     return safetensors
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """``with written_whole(path) as beside:`` what is written to ``beside`` becomes ``path``.
-
-    At the end of the block, and on the disk by then: whatever stops the program, ``path`` is never
-    half a file.
-    """
-    beside = path.with_name(f"{path.name}.partial")
-    try:
-        yield beside
-        with beside.open("rb+") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_snapshot(

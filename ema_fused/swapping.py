@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from ema_fused.copying import FrozenShares
-from ema_fused.pairing import Pair, pair_up, plan_of
+from ema_fused.module_pairs import Pair, pair_up, plan_of
 from ema_fused.plan import Plan
+from ema_fused.sharding import drop_gathered
 from ema_fused.watch import ModuleWatch
 
 # Modules that hold other weights than their own just now.
@@ -56,6 +57,7 @@ def copy_to(
     averaged: nn.Module, model: nn.Module, *, shares: FrozenShares, backend: str | None
 ) -> None:
     """Writes every averaged tensor into its place in ``model``, converting dtypes."""
+    drop_gathered(model)
     pairs = _pairs(averaged, model, shares)
     Plan(
         [pair.source for pair in pairs],
@@ -89,10 +91,17 @@ class Exchange:
         backend: str | None,
     ) -> None:
         self._modules = (averaged, model)
+        self._model = model
         self._find_pairs = find_pairs
         self._backend = backend
         self._kept: dict[str, Tensor] = {}
+        drop_gathered(model)
         self._prepare()
+
+    @property
+    def overwrites(self) -> list[str]:
+        """Names of the tensors that are kept aside and overwritten."""
+        return [pair.name for pair in self._overwrites]
 
     def _prepare(self) -> None:
         slots_changed = ModuleWatch(*self._modules).changed
@@ -114,6 +123,7 @@ class Exchange:
         Raises:
             KeyError, TypeError, ValueError: as ``pair_up``; nothing has been exchanged then.
         """
+        drop_gathered(self._model)
         if self._slots_changed() or not self._is_as_planned():
             self._prepare()
         kept = {
@@ -136,6 +146,7 @@ class Exchange:
         Raises:
             RuntimeError: dtypes, shapes or names have changed since.
         """
+        drop_gathered(self._model)
         try:
             if self._slots_changed():
                 self._find_again()
@@ -157,6 +168,14 @@ class Exchange:
         self._swap = plan_of(self._swaps, backend=self._backend)
         self._overwrite = self._plan_overwriting([pair.averaged for pair in self._overwrites])
         self._slots_changed = ModuleWatch(*self._modules).changed
+
+
+def exchange_of_everything(
+    averaged: nn.Module, model: nn.Module, *, shares: FrozenShares, backend: str | None
+) -> Exchange:
+    """The exchange of all that the average holds."""
+    find_pairs = functools.partial(_pairs, averaged, model, shares)
+    return Exchange(averaged, model, find_pairs, backend=backend)
 
 
 def exchange_of_averages(
@@ -191,9 +210,7 @@ def swapped(
         owner: the averaged model around ``averaged``; unusable inside the block, as both others.
     """
     refuse_while_swapped("swapped() was called", owner, model)
-    exchange = Exchange(
-        averaged, model, functools.partial(_pairs, averaged, model, shares), backend=backend
-    )
+    exchange = exchange_of_everything(averaged, model, shares=shares, backend=backend)
     modules = {*owner.modules(), *model.modules()}
     hooks = []
     for module in modules:

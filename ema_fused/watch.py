@@ -6,12 +6,13 @@ only when one of these slots has changed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from ema_fused import backends
+from ema_fused.sharding import ShardWatch
 
 
 class _Watch(Protocol):
@@ -37,8 +38,9 @@ class _PythonSlotWatch:
 class ModuleWatch:
     """Tells whether any parameter, buffer or child slot of ``modules`` holds another object.
 
-    Replaced, added and removed slots are seen; a tensor that changes in place (``.data = ...``) is
-    not: a Plan sees that. Keeps what is in the slots alive, not the modules.
+    Replaced, added and removed slots are seen, and DTensors that have got another shard; a plain
+    tensor that changes in place (``.data = ...``) is not: a Plan sees that. Keeps what is in the
+    slots alive, not the modules.
 
     Args:
         modules: each watched with all that is in it.
@@ -54,5 +56,14 @@ class ModuleWatch:
         self._slots: _Watch = (
             _PythonSlotWatch(dictionaries) if native is None else native.SlotWatch(dictionaries)
         )
-        # Bound once: asked before every update.
-        self.changed = self._slots.changed
+        self._shards = ShardWatch(
+            tensor
+            for dictionary in dictionaries
+            for tensor in dictionary.values()
+            if isinstance(tensor, Tensor)
+        )
+        # Found once: asked before every update. Not a bound method, so that it doesn't hold itself.
+        slots_changed, shards_changed = self._slots.changed, self._shards.changed
+        self.changed: Callable[[], bool] = (
+            (lambda: slots_changed() or shards_changed()) if self._shards else slots_changed
+        )

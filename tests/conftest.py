@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import ranks
 import torch
 from hypothesis import HealthCheck, settings
+from ranks import Ranks
 
 from ema_fused import backends
 
@@ -35,3 +39,15 @@ def backend(request: pytest.FixtureRequest) -> str:
     if reason is not None:
         pytest.skip(reason)
     return name
+
+
+@pytest.fixture(scope="session")
+def two_ranks() -> Iterator[Ranks]:
+    with ranks.started(2) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="session")
+def four_ranks() -> Iterator[Ranks]:
+    with ranks.started(4) as processes:
+        yield processes

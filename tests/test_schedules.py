@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from ema_fused import schedules
 from ema_fused.schedules import (
@@ -242,3 +244,12 @@ def test_helpers_name_what_is_out_of_range(helper: Any, arguments: Any, named: s
 def test_half_cosine_ends_exactly() -> None:
     assert schedules.half_cosine(0.0, 0.3, 0.1) == 0.3
     assert schedules.half_cosine(math.pi, 0.3, 0.1) == 0.1
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_tensor_gives_the_same_momentum_as_a_number(name: str) -> None:
+    for step in (0, 1, 2, 3, 4, 5, 6, 7, 20, 49, 50, 51, 100, 100_000):
+        found = ALL[name](torch.tensor(float(step), dtype=torch.float64))
+        if isinstance(found, Tensor):
+            assert found.dtype == torch.float64 and found.dim() == 0
+        assert float(found) == pytest.approx(ALL[name](step), rel=1e-13)

@@ -3,6 +3,7 @@
 // with float64, and nothing outside the tensors may be touched.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -210,23 +211,59 @@ std::vector<Pair> pairs_of(std::vector<Case>& cases, const AddressOf& address_of
   return pairs;
 }
 
+// The squared distance of each average from its parts; zeros behind those that have parts.
+inline void add_up(const Partials& partials, double* distances) {
+  for (std::int64_t k = 0; k < kMaxAverages; ++k) {
+    distances[k] = 0.0;
+    for (std::int64_t i = 0; k < partials.averages && i < partials.count; ++i) {
+      distances[k] += partials.sums[k * partials.count + i];
+    }
+  }
+}
+
 // `launch` holds numbers only: what pointers tell is for the implementation under test to find.
-inline void run_on_cpu(std::vector<Case>& cases, const Launch& launch, UpdateChunks update) {
+// `distances`: null, or gets the squared distance of each average.
+inline void run_on_cpu(std::vector<Case>& cases, const Launch& launch, UpdateChunks update,
+                       double* distances) {
   const auto pairs =
       pairs_of(cases, [](const Copies& copies) -> void* { return copies.on_cpu->data(); });
   const ChunkTable table = build_chunks(pairs, kChunkElementsCpu);
-  update(table, 0, table.heads, launch);
+  std::vector<double> by_entry(table.entries.size());
+  update(table, 0, table.heads, launch, distances == nullptr ? nullptr : by_entry.data());
+  if (distances != nullptr) {
+    std::fill_n(distances, kMaxAverages, 0.0);
+    for (std::size_t i = 0; i < by_entry.size(); ++i) {
+      distances[table.entries[i].average] += by_entry[i];
+    }
+  }
 }
 
 // How the weights of an update are told.
 enum class Weighting { kNumber, kByPair, kByAverage, kByAddress };
 
 // What is tested, run on the `tested` copies (pointers in the launch are to the host), and the CPU
-// loop that has a fused multiply-add if it has one.
+// loop that has a fused multiply-add if it has one. `distances`: as of run_on_cpu().
 struct Subject {
-  std::function<void(std::vector<Case>& cases, const Launch& launch, Random& random)> run;
+  std::function<void(std::vector<Case>& cases, const Launch& launch, double* distances,
+                     Random& random)>
+      run;
   UpdateChunks on_cpu;
 };
+
+// Of the tensors as they were.
+inline void check_distances(const std::vector<Case>& cases, const double* distances, bool skipped) {
+  for (std::size_t k = 0; k < kMaxAverages; ++k) {
+    double expected = 0.0;
+    for (const Case& one : cases) {
+      const bool counts = k < one.averaged.size() && !one.only_copy && !skipped;
+      for (std::int64_t i = 0; counts && i < one.count; ++i) {
+        const double difference = one.source.before->at(i) - one.averaged[k].before->at(i);
+        expected += difference * difference;
+      }
+    }
+    CHECK(std::abs(distances[k] - expected) <= 2e-7 * expected);
+  }
+}
 
 // `skipped`: the launch had nothing to do.
 inline void check_against_float64(const Case& one, Operation operation, std::size_t average,
@@ -324,9 +361,22 @@ inline void check_launch(Operation operation, Arithmetic arithmetic, Weighting w
     launch.step_at = &step;
   }
 
-  subject.run(cases, launch, random);
+  // Either is measured or not: the averages must not differ.
+  double distances[kMaxAverages];
+  const auto measured = [&] {
+    return operation == Operation::kAverage && random.below(2) == 0 ? distances : nullptr;
+  };
+  double* const asked = measured();
+  subject.run(cases, launch, asked, random);
+  if (asked != nullptr) {
+    check_distances(cases, distances, found_inf);
+  }
   if (!found_inf) {
-    run_on_cpu(cases, plain, subject.on_cpu);
+    double* const asked_on_cpu = measured();
+    run_on_cpu(cases, plain, subject.on_cpu, asked_on_cpu);
+    if (asked_on_cpu != nullptr) {
+      check_distances(cases, distances, false);
+    }
   }
 
   std::size_t pair = 0;
@@ -378,8 +428,10 @@ inline void check_large(Arithmetic arithmetic, const Subject& subject) {
   cases.push_back(make_case({f32, f32, f32, f32}, f32, chunk + 1, false, random));
   Launch launch = launch_of(Operation::kAverage, arithmetic, 0.001);
   launch.seed = 1;
-  subject.run(cases, launch, random);
-  run_on_cpu(cases, launch, subject.on_cpu);
+  double distances[kMaxAverages];
+  subject.run(cases, launch, distances, random);
+  check_distances(cases, distances, false);
+  run_on_cpu(cases, launch, subject.on_cpu, nullptr);
   for (const Case& one : cases) {
     for (const Copies& averaged : one.averaged) {
       CHECK(averaged.tested->same_bits(*averaged.on_cpu));

@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdio>
+#include <limits>
 #include <map>
 
 #include "../update_cuda.cuh"
@@ -63,8 +64,8 @@ class Tensors {
   std::map<const Copies*, std::unique_ptr<OnDevice>> copies_;
 };
 
-void run_on_gpu(std::vector<Case>& cases, const Launch& on_host, std::int64_t chunk_elements,
-                cudaStream_t stream) {
+void run_on_gpu(std::vector<Case>& cases, const Launch& on_host, double* distances,
+                std::int64_t chunk_elements, cudaStream_t stream) {
   const Tensors tensors(cases);
   const auto pairs =
       pairs_of(cases, [&](const Copies& copies) { return tensors.address_of(copies); });
@@ -96,8 +97,23 @@ void run_on_gpu(std::vector<Case>& cases, const Launch& on_host, std::int64_t ch
   // A first table that is replaced at once, as when tensors have moved.
   table.upload(build_chunks({}, chunk_elements));
   table.upload(build_chunks(pairs, chunk_elements));
-  table.run(launch, weights, stream);
+  // What no thread writes stays a NaN.
+  std::vector<double> sums(
+      distances == nullptr ? 0 : static_cast<std::size_t>(kMaxAverages * table.partials()),
+      std::numeric_limits<double>::quiet_NaN());
+  std::unique_ptr<OnDevice> sums_there;
+  Partials partials;
+  if (distances != nullptr) {
+    sums_there = std::make_unique<OnDevice>(sums.data(), sums.size() * sizeof(double));
+    partials = {reinterpret_cast<double*>(sums_there->data()), kMaxAverages, table.partials()};
+  }
+  table.run(launch, weights, partials, stream);
   cuda::check(cudaStreamSynchronize(stream), "the update");
+  if (distances != nullptr) {
+    sums_there->copy_back(sums.data());
+    partials.sums = sums.data();
+    add_up(partials, distances);
+  }
   tensors.copy_back();
 }
 
@@ -115,8 +131,9 @@ int main(int count, char** arguments) {
   cudaStream_t stream = nullptr;
   cuda::check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "making a stream");
   const auto run = [&](std::int64_t chunk_elements) {
-    return [&, chunk_elements](std::vector<Case>& cases, const Launch& launch, Random& random) {
-      run_on_gpu(cases, launch, chunk_elements, random.below(2) == 0 ? nullptr : stream);
+    return [&, chunk_elements](std::vector<Case>& cases, const Launch& launch, double* distances,
+                               Random& random) {
+      run_on_gpu(cases, launch, distances, chunk_elements, random.below(2) == 0 ? nullptr : stream);
     };
   };
   for (const std::int64_t chunk_elements : {1000, 3001}) {

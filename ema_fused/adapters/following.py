@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ema_fused.known_integer import KnownInteger
-from ema_fused.pairing import Kind, Pairing
+from ema_fused.module_pairs import Kind
+from ema_fused.pairing import Pairing
 
 _notes: weakref.WeakKeyDictionary[object, dict[str, Any]] = weakref.WeakKeyDictionary()
 

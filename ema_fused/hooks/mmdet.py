@@ -17,7 +17,8 @@ from ema_fused.hooks.on_mmengine import (
     replace_hooks,
     replace_models,
 )
-from ema_fused.pairing import Kind, Pairing
+from ema_fused.module_pairs import Kind
+from ema_fused.pairing import Pairing
 
 __all__ = ["ExpMomentumEMA", "MeanTeacherHook", "register"]
 

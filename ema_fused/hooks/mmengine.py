@@ -11,7 +11,7 @@ from typing import Any, Unpack
 from torch import nn
 
 from ema_fused import averages
-from ema_fused.averaged_model import BaseAveragedModel, Device, Options
+from ema_fused.averaged_model import BaseAveragedModel
 from ema_fused.averages import (
     ExpMomentumEMA,
     ExponentialMovingAverage,
@@ -32,6 +32,8 @@ from ema_fused.hooks.on_mmengine import (
     MMLogger,
     is_model_wrapper,
 )
+from ema_fused.options import Options
+from ema_fused.sharding import Device
 from ema_fused.swapping import Exchange, copy_to, exchange_of_averages
 
 __all__ = [
@@ -114,7 +116,7 @@ class InvertedCosineEMA(CosineEMA):
         self.momentum = momentum
         self.end_momentum = end_momentum
 
-    def momentum_at(self, steps: int) -> float:
+    def momentum_at(self, steps: Any) -> Any:
         return 1 - super().momentum_at(steps)
 
 
@@ -394,6 +396,8 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
                 shares=self.ema_model._shares if ours else FrozenShares(),
                 backend=self.ema_model.backend if ours else None,
             )
+        if isinstance(self.ema_model, BaseAveragedModel):
+            self.ema_model.flush()
         if self._is_swapped:
             self._exchange.take_out()
         else:

@@ -13,7 +13,8 @@ from torch import nn
 
 from ema_fused.backends import SlowPathWarning
 from ema_fused.checks import check_fraction, check_integer
-from ema_fused.pairing import Kind, Pairing
+from ema_fused.module_pairs import Kind
+from ema_fused.pairing import Pairing
 
 _pairings: dict[tuple[int, int], Pairing] = {}
 

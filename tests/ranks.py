@@ -1,0 +1,100 @@
+"""Processes with a gloo process group, started once and given functions to run."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from typing import Any
+
+_PATIENCE = 120.0  # seconds, for a collective call and for an answer
+
+
+def _serve(rank: int, ranks: int, meeting: str, orders: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=ranks,
+        timeout=datetime.timedelta(seconds=_PATIENCE),
+    )
+    while True:
+        order = orders.recv()
+        if order is None:
+            break
+        function, arguments = order
+        try:
+            orders.send((True, function(*arguments)))
+        except BaseException:
+            orders.send((False, f"process {rank}: {traceback.format_exc()}"))
+    dist.destroy_process_group()
+
+
+class Ranks:
+    """Processes that run one function at a time, together."""
+
+    def __init__(self, count: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._orders = []
+        self._processes = []
+        for rank in range(count):
+            here, there = context.Pipe()
+            process = context.Process(
+                target=_serve,
+                args=(rank, count, f"{self._folder.name}/meeting", there),
+                daemon=True,
+            )
+            process.start()
+            there.close()
+            self._orders.append(here)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """What ``function`` returns in each process; fails with what it raises there."""
+        for orders in self._orders:
+            orders.send((function, arguments))
+        answers = [self._answer(orders) for orders in self._orders]
+        problems = [answer for done, answer in answers if not done]
+        if problems:
+            raise AssertionError("\n".join(problems))
+        return [answer for _, answer in answers]
+
+    def _answer(self, orders: Connection) -> tuple[bool, Any]:
+        try:
+            if orders.poll(2 * _PATIENCE):
+                answer: tuple[bool, Any] = orders.recv()
+                return answer
+            return False, "a process didn't answer"
+        except EOFError:
+            return False, "a process ended"
+
+    def end(self) -> None:
+        """Ends the processes, those too that wait for others."""
+        for orders in self._orders:
+            try:
+                orders.send(None)
+            except OSError:
+                continue
+        for process in self._processes:
+            process.join(5)
+            process.kill()
+        self._folder.cleanup()
+
+
+@contextmanager
+def started(count: int) -> Iterator[Ranks]:
+    """``count`` processes for the length of the block."""
+    ranks = Ranks(count)
+    try:
+        yield ranks
+    finally:
+        ranks.end()
