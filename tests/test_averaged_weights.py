@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
-import itertools
 import pickle
 import warnings
 from functools import partial
@@ -258,27 +256,6 @@ def test_it_holds_the_bytes_that_are_promised() -> None:
         assert bytes_held(AveragedWeights(model, **options), model) == expected + steps
     model.requires_grad_(False)
     assert bytes_held(AveragedWeights(model, share_frozen=True), model) == steps
-
-
-def largest_at_once(make: Any) -> int:
-    """The most bytes of new memory that are in use together while ``make`` runs."""
-    gc.collect()
-    with torch.profiler.profile(profile_memory=True) as profile:
-        kept = make()
-    del kept
-    events = profile.profiler.kineto_results.events()
-    changes = [(one.start_ns(), one.nbytes()) for one in events if one.name() == "[memory]"]
-    return max(itertools.accumulate(size for _, size in sorted(changes)))
-
-
-@pytest.mark.parametrize("kind", [AveragedWeights, ExponentialMovingAverage])
-@pytest.mark.parametrize("dtype", [None, torch.float32])
-def test_it_is_made_without_a_second_copy(kind: Any, dtype: torch.dtype | None) -> None:
-    layers = [nn.Linear(256, 256, bias=False).to(torch.bfloat16) for _ in range(8)]
-    model = nn.Sequential(*layers)
-    one_average = 8 * 256 * 256 * (2 if dtype is None else 4)
-    largest = largest_at_once(lambda: kind(model, averaged_dtype=dtype))
-    assert one_average <= largest <= 1.05 * one_average
 
 
 # Models without memory yet.

@@ -241,11 +241,14 @@ def communication_in(way: str) -> int:
             averaged.update_parameters(model)
         with averaged.swapped(model):
             pass
+    assert averaged._pairing is not None
+    parts = averaged._pairing._everything._parts
+    assert len(parts) == 1, "one launch of each process"
     return int(seen.get_total_counts())
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_nothing_is_communicated(two_ranks: Ranks, way: str) -> None:
+def test_nothing_is_communicated_and_one_launch_does_it_all(two_ranks: Ranks, way: str) -> None:
     assert two_ranks.run(communication_in, way) == [0, 0]
 
 
