@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +20,7 @@ from ema_fused.plan import Plan
 from ema_fused.sharding import Device, drop_gathered
 from ema_fused.swapping import refuse_while_swapped
 from ema_fused.telemetry import Distance, DistanceSamples
+from ema_fused.waiting import WaitingModule
 
 _IN_VAIN_BEFORE_WARNING = 6
 
@@ -35,7 +35,7 @@ _NEED_MOMENTUM = (
 )
 
 
-class BaseAveragedModel(nn.Module):
+class BaseAveragedModel(WaitingModule):
     """A copy of ``model`` whose weights are a running average of the model's.
 
     The first :meth:`update_parameters` copies everything; later ones average when
@@ -188,14 +188,6 @@ class BaseAveragedModel(nn.Module):
                 f"{type(self).__name__} averages by its own avg_func, which does as it likes; "
                 f"{', '.join(needed)} needs a class that defines momentum_at"
             )
-
-    @property
-    def module(self) -> nn.Module:
-        """The averaged copy; waits for an update that is under way."""
-        self.flush()
-        averaged = self._modules["module"]
-        assert averaged is not None
-        return averaged
 
     @property
     def runs_beside(self) -> bool:
@@ -517,23 +509,6 @@ class BaseAveragedModel(nn.Module):
         own = {"_pairing": None, "_distances": self._distances.anew()}
         return self.__dict__ | own | known
 
-    def _apply(self, *arguments: Any, **options: Any) -> BaseAveragedModel:
-        self.flush()
-        super()._apply(*arguments, **options)  # type: ignore[no-untyped-call]
-        return self
-
-    def named_parameters(
-        self, *arguments: Any, **options: Any
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any module; waits for an update that is under way."""
-        self.flush()
-        return super().named_parameters(*arguments, **options)
-
-    def named_buffers(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
-        """As of any module; waits for an update that is under way."""
-        self.flush()
-        return super().named_buffers(*arguments, **options)
-
     def _settle(self) -> None:
         """Finishes what is under way, and makes ``steps`` right where the device skipped it."""
         self.flush()
@@ -550,7 +525,6 @@ class BaseAveragedModel(nn.Module):
 
         Checkpoints written without it have no seed: ours stays. Without it a seed means nothing.
         """
-        self.flush()
         seed = self._buffers.get("rounding_seed")
         if seed is not None:
             state_dict.setdefault(f"{prefix}rounding_seed", seed)
