@@ -27,8 +27,8 @@ constexpr std::uint32_t kVectorBytes = 16;
 // Bytes of both tensors that one thread has in flight at most: 32 registers hold them, which leaves
 // enough for the arithmetic within the 80 that three blocks a multiprocessor allow.
 constexpr std::uint32_t kBytesInFlight = 128;
-// Making random bits takes registers too, and so does measuring.
-constexpr std::uint32_t kFewerBytesInFlight = 64;
+// Making random bits takes registers too.
+constexpr std::uint32_t kBytesInFlightRandom = 64;
 
 struct alignas(kVectorBytes) Vector {
   std::uint32_t words[4];
@@ -211,8 +211,6 @@ struct ChunkBody {
   // Copies among averages have no distance.
   template <typename Functor>
   static constexpr bool kMeasured = Measure::kMeasures && Functor::kReadsAveraged;
-  template <typename Functor>
-  static constexpr bool kIsRoomy = !Functor::kRandom && !Measure::kMeasures;
 
   template <typename Types>
   EMA_FUSED_HD void operator()(Types) const {
@@ -223,7 +221,9 @@ struct ChunkBody {
 
     std::uint32_t head = 0;
     std::uint32_t in_packs = 0;
-    if constexpr (Types::kHasVectors) {
+    // A measured update goes element by element: it is asked for once in a while, and five more
+    // kernels with packs would take nearly as long to compile as all the others.
+    if constexpr (Types::kHasVectors && !Measure::kMeasures) {
       constexpr std::uint32_t kElements = kPackElements<A, S>;
       head = elements_to_alignment(target.averaged);
       bool packs_fit = head < chunk.count && is_aligned(static_cast<S*>(chunk.source) + head);
@@ -233,15 +233,15 @@ struct ChunkBody {
         packs_fit = packs_fit && (chunk.first + head) % kElementsARandomBlock == 0;
       }
       if (packs_fit) {
-        constexpr std::uint32_t kBytes = kIsRoomy<Functor> ? kBytesInFlight : kFewerBytesInFlight;
         constexpr auto kPackBytes = kElements * static_cast<std::uint32_t>(sizeof(A) + sizeof(S));
+        constexpr std::uint32_t kBytes = Functor::kRandom ? kBytesInFlightRandom : kBytesInFlight;
         constexpr std::uint32_t kUnroll = kPackBytes < kBytes ? kBytes / kPackBytes : 1;
         const std::uint32_t packs = (chunk.count - head) / kElements;
         walk<kElements, kUnroll, Pack<A, kElements>, Pack<S, kElements>>(target, {packs, 0, head});
         in_packs = packs * kElements;
       }
     }
-    constexpr std::uint32_t kSingles = kIsRoomy<Functor> ? 4 : 1;
+    constexpr std::uint32_t kSingles = Functor::kRandom ? 1 : 4;
     walk<1, kSingles, Single<A>, Single<S>>(target, {chunk.count - in_packs, head, in_packs});
   }
 
@@ -363,7 +363,7 @@ EMA_FUSED_HD void update_measured_as_thread(const Chunk* entries, std::int64_t h
                                             const Launch& launch, const Partials& partials,
                                             std::int64_t block, std::int64_t blocks,
                                             std::uint32_t thread, std::uint32_t threads) {
-  MeasuredByThread measure(partials, block * threads + thread);
+  MeasuredByThread measure(partials, static_cast<std::uint32_t>(block) * threads + thread);
   update_as_thread<Operation::kAverage, kArithmetic>(entries, heads, launch, block, blocks, thread,
                                                      threads, measure);
   measure.finish();

@@ -34,7 +34,7 @@ class MeasuredByThread {
  public:
   static constexpr bool kMeasures = true;
 
-  EMA_FUSED_HD MeasuredByThread(const Partials& partials, std::int64_t thread)
+  EMA_FUSED_HD MeasuredByThread(const Partials& partials, std::uint32_t thread)
       : partials_(partials), thread_(thread) {
     for (std::int64_t k = 0; k < partials.averages; ++k) {
       at(k) = 0.0;  // also of averages that this thread never meets
@@ -61,7 +61,7 @@ class MeasuredByThread {
   }
 
   const Partials& partials_;
-  std::int64_t thread_;
+  std::uint32_t thread_;  // among those of all blocks
   double sum_ = 0.0;
   std::uint8_t average_ = 0;
 };

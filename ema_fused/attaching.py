@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ema_fused.averaged_model import BaseAveragedModel
+from ema_fused.sharding import drop_gathered
 
 
 class Averaged(Protocol):
@@ -54,7 +55,8 @@ def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attach
     is waited for).
 
     Where the average is updated beside the training (``offload``, ``overlap``), the next step of
-    any optimizer that has a parameter of the model waits until the model has been read.
+    any optimizer that has a parameter of the model waits until the model has been read, and so does
+    loading into it. Whatever else writes the parameters calls ``averaged.wait_until_read()`` first.
 
     The optimizer's ``state_dict`` is unchanged. Pickling or copying the optimizer leaves the
     attachment behind: attach the copy where it should update an average too.
@@ -85,6 +87,7 @@ def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attach
             f"the average is a {type(averaged).__name__}, which has no update_parameters(model); "
             f"pass an averaged model, ema_fused's or torch's"
         )
+    drop_gathered(model)
     if not _trains(optimizer, model):
         raise ValueError(
             "the optimizer has no parameter of the model, so its steps wouldn't change what is "
@@ -103,8 +106,12 @@ def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attach
 
     if not isinstance(averaged, BaseAveragedModel) or not averaged.runs_beside:
         return Attachment(hooked(update))
-    waiting = register_optimizer_step_pre_hook(_waits_for(averaged, model))
-    return Attachment(hooked(update), waiting)
+    wait = _waits_for(averaged, model)
+    before_steps = register_optimizer_step_pre_hook(wait)
+    # All optimizers have this hook, for as long as the process lives.
+    weakref.finalize(averaged, before_steps.remove)
+    before_loading = model.register_load_state_dict_pre_hook(wait)
+    return Attachment(hooked(update), before_steps, before_loading)
 
 
 def _trains(optimizer: Optimizer, model: nn.Module) -> bool:
@@ -113,14 +120,24 @@ def _trains(optimizer: Optimizer, model: nn.Module) -> bool:
 
 
 def _waits_for(averaged: BaseAveragedModel, model: nn.Module) -> Callable[..., None]:
-    """What every optimizer calls before its step: those that write ``model`` wait."""
-    # Asked once: it takes longer than an update.
-    known: weakref.WeakKeyDictionary[Optimizer, bool] = weakref.WeakKeyDictionary()
+    """What is called before ``model`` is written: by an optimizer's step, or by loading into it.
 
-    def wait(optimizer: Optimizer, _: Any, __: Any) -> None:
-        if optimizer not in known:
-            known[optimizer] = _trains(optimizer, model)
-        if known[optimizer]:
-            averaged.wait_until_read()
+    Holds neither alive. Optimizers of other models don't wait.
+    """
+    average, trained = weakref.ref(averaged), weakref.ref(model)
+    # Asked once for so many parameters: it takes longer than an update.
+    known: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
+
+    def wait(writer: Any, *_: Any) -> None:
+        living, its_model = average(), trained()
+        if living is None or its_model is None:
+            return
+        if isinstance(writer, Optimizer):
+            count = sum(len(group["params"]) for group in writer.param_groups)
+            if known.get(writer, (-1, False))[0] != count:
+                known[writer] = count, _trains(writer, its_model)
+            if not known[writer][1]:
+                return
+        living.wait_until_read()
 
     return wait

@@ -20,7 +20,7 @@ from ema_fused.plan import Plan
 from ema_fused.sharding import Device, drop_gathered
 from ema_fused.swapping import refuse_while_swapped
 from ema_fused.telemetry import Distance, DistanceSamples
-from ema_fused.waiting import WaitingModule
+from ema_fused.waiting import WaitingModule, reads_beside
 
 _IN_VAIN_BEFORE_WARNING = 6
 
@@ -80,11 +80,11 @@ class BaseAveragedModel(WaitingModule):
         overlap: update on a CUDA stream of its own, beside the next forward and backward pass.
         capturable: an update can be captured into a CUDA graph: ``steps`` counts on the device, and
             :meth:`momentum_at` is given it as a tensor. The first call copies, and isn't captured.
-        distance_every: measure the :attr:`distance` at every such step.
+        distance_every: measure the :attr:`distance` at such steps, of those that average.
 
     With ``offload`` and ``overlap`` the next optimizer step must wait until the model has been
-    read: let :func:`ema_fused.attach` do both. The wait makes what is read here right, whenever it
-    is read.
+    read: let :func:`ema_fused.attach` do both. Swapping and writing averages into the model wait by
+    themselves; whoever else writes its parameters calls :meth:`wait_until_read` first.
 
     Attributes:
         module: the averaged copy. No parameter of it requires a gradient.
@@ -143,7 +143,7 @@ class BaseAveragedModel(WaitingModule):
         with torch.inference_mode(False):
             module, shared = self._copy_of(model, device, options)
             self._modules["module"] = module
-            where = _device_of(module) if capturable else device
+            where = _device_for_counts(module if capturable else None, device)
             waiting = max(0, begin_step - 1)
             self.register_buffer("steps", torch.tensor(-waiting, dtype=torch.long, device=where))
             if rounding == "stochastic":
@@ -161,6 +161,7 @@ class BaseAveragedModel(WaitingModule):
         self._distances = DistanceSamples(distance_every)
         self._shares = FrozenShares(shared, device, averaged_dtype, pinned=offload is not None)
         self._pairing: Pairing | None = None
+        self._unfinished: list[Pairing] = []  # whose model is gone, with an update under way
         self._in_vain = 0  # pairings made in a row, none of which has served a second update
         self._warned_of_losses = False
         self._warned_of_waiting = False
@@ -214,6 +215,8 @@ class BaseAveragedModel(WaitingModule):
         Raises:
             RuntimeError: an offloaded update failed.
         """
+        while self._unfinished:
+            self._unfinished.pop().flush()
         if self._pairing is not None:
             self._pairing.flush()
 
@@ -289,6 +292,7 @@ class BaseAveragedModel(WaitingModule):
         else:
             self._update(pairing, found_inf)
         if self.runs_beside:
+            reads_beside(self)
             if not asynchronous:
                 pairing.flush()
             self._warn_of_waiting(pairing, asynchronous)
@@ -334,7 +338,7 @@ class BaseAveragedModel(WaitingModule):
         )
         if distance is not None:
             with pairing.where_it_runs():
-                self._distances.fetch(steps, distance)
+                self._distances.fetch(steps, distance, pairing.is_idle)
 
     def _update_on_device(self, pairing: Pairing, found_inf: Tensor | None) -> None:
         """The same without a number from the host, but for calls that copy and don't average."""
@@ -344,19 +348,26 @@ class BaseAveragedModel(WaitingModule):
             if found_inf is None or not bool(found_inf):
                 pairing.copy_()
                 self._step_count.count_there(buffer, unless=None)
+                if buffer.device != pairing.device:  # made before the averages had their memory
+                    self._buffers["steps"] = buffer.to(pairing.device)
             return
         weight = self.momentum_at(buffer.double())
         if not isinstance(weight, Tensor):
             weight = self._in_range(weight, "now")
+        skipped = found_inf
         if self.interval > 1:
-            weight = torch.where(buffer % self.interval == 0, weight, 0.0)
+            skipped = (buffer % self.interval != 0).float()
+            if found_inf is not None:
+                skipped += found_inf.reshape(()).to(buffer.device)
         seed = self._buffers.get("rounding_seed")
         pairing.average_(
             weight,
             seed=self._seed.read(seed) if seed is not None else 0,
             step=buffer,
-            found_inf=found_inf,
+            found_inf=skipped,
         )
+        if self.interval > 1:
+            pairing.follow_(found_inf=found_inf)
         self._step_count.count_there(buffer, unless=found_inf)
 
     def copy_from(self, model: nn.Module) -> None:
@@ -480,8 +491,8 @@ class BaseAveragedModel(WaitingModule):
             return
         self._warned_of_waiting = True
         why = (
-            f"overlap=True has no effect: the averages are on {pairing.device}, and only a CUDA "
-            f"device has streams that run beside one another. Leave it out"
+            f"overlap=True has no effect: the averages are on {pairing.devices}, and it takes one "
+            f"CUDA device, which has streams that run beside one another. Leave it out"
             if in_order
             else "update_parameters() waits until the update has read the model, so overlap=True "
             "or offload='cpu' hides nothing of it: nobody is known to wait before the next "
@@ -505,9 +516,14 @@ class BaseAveragedModel(WaitingModule):
         """What is copied and pickled: everything but the plans, which hold the model itself."""
         refuse_while_swapped("the averaged model was copied or pickled", self)
         self._settle()
-        known = {"_step_count": KnownInteger(), "_seed": KnownInteger()}
-        own = {"_pairing": None, "_distances": self._distances.anew()}
-        return self.__dict__ | own | known
+        anew: dict[str, Any] = {
+            "_pairing": None,
+            "_unfinished": [],
+            "_step_count": KnownInteger(),
+            "_seed": KnownInteger(),
+            "_distances": self._distances.anew(),
+        }
+        return self.__dict__ | anew
 
     def _settle(self) -> None:
         """Finishes what is under way, and makes ``steps`` right where the device skipped it."""
@@ -536,13 +552,19 @@ class BaseAveragedModel(WaitingModule):
 def _let_go(owner: weakref.ref[BaseAveragedModel], _: object) -> None:
     """Lets the pairing of ``owner`` go: it would keep the tensors of a deleted model alive."""
     averaged_model = owner()
-    if averaged_model is not None and averaged_model._pairing is not None:
-        averaged_model._pairing.flush()
-        averaged_model._pairing = None
+    if averaged_model is None or averaged_model._pairing is None:
+        return
+    pairing, averaged_model._pairing = averaged_model._pairing, None
+    # Called wherever garbage is collected, in the thread of an update too: nothing may wait here.
+    if not pairing.is_idle():
+        averaged_model._unfinished.append(pairing)
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+def _device_for_counts(module: nn.Module | None, device: Device) -> torch.device:
+    """Where ``steps`` is kept: beside the averages of ``module``, if given; never on meta."""
+    of_module = (parameter.device for parameter in module.parameters()) if module else iter(())
+    where = next(of_module, torch.empty(0, device=device).device)
+    return torch.device("cpu") if where.type == "meta" else where
 
 
 def _averages_one_by_one(cls: type) -> bool:

@@ -18,7 +18,7 @@ _EXIT_SECONDS = 60.0  # how long the interpreter's exit waits for an unfinished 
 _LOOK_SECONDS = 1.0  # how often who waits looks whether the thread is alive
 
 
-class Update:
+class OffloadedUpdate:
     """One pass over the pieces, which the thread carries out and the caller waits for.
 
     Args:
@@ -85,7 +85,7 @@ class Worker:
     def __init__(self) -> None:
         self.pid = os.getpid()
         # Its put() takes no lock: a finalizer may call it at any time, from any thread.
-        self.updates: queue.SimpleQueue[Update | None] = queue.SimpleQueue()
+        self.updates: queue.SimpleQueue[OffloadedUpdate | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._work, name="ema_fused offload", daemon=True)
         self.thread.start()
         _workers.add(self)

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     set_model_state_dict,
 )
+from torch.distributed.tensor import distribute_tensor
 
 from ema_fused import whole_files
 from ema_fused.averaged_model import BaseAveragedModel
@@ -164,19 +165,35 @@ def load_averaged_state_dict(
         for name, tensor in state_dict.items()
         if name.startswith(MODULE)
     }
-    is_whole = all(type(tensor) is Tensor for tensor in tensors.values())
-    options = StateDictOptions(full_state_dict=is_whole, strict=not averaged._shares.names)
-    if is_flattened(model):
-        with _in_the_model(averaged, model):
-            set_model_state_dict(model, tensors, options=options)
-    elif is_whole and any(map(is_sharded, averaged.parameters())):
-        set_model_state_dict(averaged.module, tensors, options=options)
-    else:
-        averaged.load_state_dict(state_dict)
+    if not is_flattened(model):
+        averaged.load_state_dict(_spread_as(averaged, tensors, state_dict))
         return
-    for name, buffer in averaged.named_buffers():
-        if "." not in name:
+    is_whole = all(type(tensor) is Tensor for tensor in tensors.values())
+    options = StateDictOptions(full_state_dict=is_whole)
+    own = {name: buffer for name, buffer in averaged.named_buffers() if "." not in name}
+    missing = own.keys() - state_dict.keys() - {"rounding_seed"}
+    if missing:
+        raise RuntimeError(f"missing in the state of the average: {', '.join(sorted(missing))}")
+    with _in_the_model(averaged, model):
+        set_model_state_dict(model, tensors, options=options)
+    for name, buffer in own.items():
+        if name in state_dict:  # checkpoints written without stochastic rounding have no seed
             buffer.copy_(state_dict[name])
+
+
+def _spread_as(
+    averaged: BaseAveragedModel, tensors: dict[str, Any], state_dict: dict[str, Any]
+) -> dict[str, Any]:
+    """The state with shards where it has whole tensors and the average has shards."""
+    spread = dict(state_dict)
+    for name, own in averaged.module.state_dict().items():
+        whole = tensors.get(name)
+        if is_sharded(own) and type(whole) is Tensor:
+            place: Any = own
+            spread[MODULE + name] = distribute_tensor(
+                whole, place.device_mesh, place.placements, src_data_rank=None
+            )
+    return spread
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ema_fused.sharding import (
     Device,
     converted,
+    drop_gathered,
     local,
     refuse_deepcopy,
     refuse_partitioned,
@@ -88,6 +89,7 @@ def averaged_skeleton(
     Raises:
         TypeError: the parameters are partitioned by ZeRO-3.
     """
+    drop_gathered(model)
     shared: set[int] = set()
 
     def average_of(name: str, tensor: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def squared_distances(tasks: Sequence[Task], averages: int) -> list[Tensor]:
         a, s = task.averaged, task.source
         if task.only_copy:
             continue
-        dtype = torch.complex128 if a.is_complex() else compute_dtype(a.dtype, s.dtype)
+        dtype = compute_dtype(a.dtype, s.dtype)
         difference = s.to(dtype) - a.to(dtype)
         if a.is_complex():
             difference = torch.view_as_real(difference)

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from ema_fused.arguments import as_flag, as_weights, check_distance
 from ema_fused.backends import SlowPathWarning
-from ema_fused.background import Update, Worker
+from ema_fused.background import OffloadedUpdate, Worker
 from ema_fused.checks import as_integer, check_integer
 from ema_fused.pairs import can_average, label, refuse_average
 from ema_fused.parts import kind_of
 from ema_fused.plan import Plan
 from ema_fused.rounding import check_seed
-from ema_fused.staging import LEAST_BYTES, Options, Piece, Staging, host_memory
+from ema_fused.staging import LEAST_BYTES, PairOptions, Piece, Staging, host_memory
 
 __all__ = ["OffloadedPlan", "host_memory"]
 
@@ -114,7 +114,7 @@ class OffloadedPlan:
         self.averaged = list(averaged)
         self.source = list(source)
         pairs = len(self.source)
-        self._options = Options(
+        self._options = PairOptions(
             arithmetic,
             rounding,
             backend,
@@ -125,12 +125,13 @@ class OffloadedPlan:
         self._staging = Staging(operator.index(staging_bytes))
         self._worker: Worker | None = None
         self._ending: weakref.finalize[Any, Any] | None = None
-        self._update: Update | None = None
+        self._update: OffloadedUpdate | None = None
         self._has_warned = False
         self._plan_pieces()
 
     # ---- Planning --------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)  # a tensor made in it could not be written by the thread
     def _plan_pieces(self) -> None:
         # The buffers of the last go before there are others.
         self._pieces: list[Piece] = []
@@ -293,7 +294,7 @@ class OffloadedPlan:
             self._worker = Worker()
             self._ending = weakref.finalize(self, self._worker.updates.put, None)
             self._ending.atexit = False
-        self._update = Update(self._pieces, run, on_host)
+        self._update = OffloadedUpdate(self._pieces, run, on_host)
         self._worker.updates.put(self._update)
 
     def wait_until_read(self) -> None:
@@ -319,6 +320,11 @@ class OffloadedPlan:
             self._update = update if update.error is not None else None
         self._raise_failure()
 
+    def is_idle(self) -> bool:
+        """Whether nothing is under way, and no failure is left to be told. Waits for nothing."""
+        update = self._update
+        return update is None or (update.done.is_set() and update.error is None)
+
     def close(self) -> None:
         """Flushes and ends the thread; an update after it starts another."""
         try:
@@ -330,7 +336,7 @@ class OffloadedPlan:
                 worker.thread.join()
             self._forget_worker()
 
-    def _current(self) -> tuple[Worker | None, Update | None]:
+    def _current(self) -> tuple[Worker | None, OffloadedUpdate | None]:
         """The thread and the last update, of this process."""
         if self._worker is not None and self._worker.pid != os.getpid():
             self._forget_worker()

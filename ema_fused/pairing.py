@@ -42,7 +42,7 @@ class Pairing:
         overlap: averages on a CUDA device are updated on a stream of its own.
 
     Attributes:
-        device: of the averages (of the first, if they are on several).
+        device: of the averages (of the first, if they are on several); ``devices`` names all.
         stream: what updates overlap on; None where they are in order with everything else.
 
     Raises:
@@ -95,8 +95,13 @@ class Pairing:
             leave=self._leave,
             caches_are_buffers=self._caches_are_buffers,
         )
-        self.device = pairs[0].averaged.device if pairs else torch.device("cpu")
-        if self._overlap and self.device.type == "cuda" and self.stream is None:
+        devices = list(dict.fromkeys(pair.averaged.device for pair in pairs))
+        self.devices = ", ".join(map(str, devices)) or "cpu"
+        self.device = devices[0] if devices else torch.device("cpu")
+        one_of_cuda = len(devices) == 1 and self.device.type == "cuda"
+        if not (self._overlap and one_of_cuda):
+            self.stream = None
+        elif self.stream is None or self.stream.device != self.device:
             self.stream = torch.cuda.Stream(self.device)
         snapshot, planned = self._with_snapshots(pairs)
         kind = OffloadedPlan if self._offload else Plan
@@ -128,11 +133,12 @@ class Pairing:
         """
         if not self._offload and self.stream is None:
             return None, pairs
-        held = {
-            id(pair.source): torch.empty_like(pair.source, requires_grad=False)
-            for pair in pairs
-            if pair.kind is not Kind.PARAMETER
-        }
+        with torch.inference_mode(False):
+            held = {
+                id(pair.source): torch.empty_like(pair.source, requires_grad=False)
+                for pair in pairs
+                if pair.kind is not Kind.PARAMETER
+            }
         if not held:
             return None, pairs
         copied = [
@@ -190,6 +196,9 @@ class Pairing:
     def _copy(self) -> None:
         self._take_snapshot()
         self._everything.copy_()
+        if isinstance(self._everything, OffloadedPlan):
+            # What fails is told now: an average of nothing isn't gone on with.
+            self._everything.flush()
 
     def average_(
         self,
@@ -255,6 +264,10 @@ class Pairing:
         else:
             self._everything.wait()
 
+    def is_idle(self) -> bool:
+        """Whether no update is known to be under way."""
+        return self._everything.is_idle()
+
     def wait_until_read(self) -> None:
         """Waits until all updates have read the model."""
         if isinstance(self._everything, OffloadedPlan):
@@ -266,16 +279,16 @@ class Pairing:
         """A context in which the stream of the updates is the current one."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
-    def follow_(self) -> None:
-        """Copies only what isn't averaged."""
+    def follow_(self, *, found_inf: Tensor | None = None) -> None:
+        """Copies only what isn't averaged; where ``found_inf`` is set, nothing is done."""
         if self._followers is not None:
             try:
-                return self._followers.copy_()
+                return self._followers.lerp_(1.0, found_inf=found_inf)
             except ValueError:
                 self._prepare_again()
         followers = [pair for pair in self._pairs if not pair.averages]
         self._followers = plan_of(followers, backend=self._backend)
-        self._followers.copy_()
+        self._followers.lerp_(1.0, found_inf=found_inf)
 
     def averaging_pairs(self) -> list[Pair]:
         """The pairs to average, their shapes known to be equal."""

@@ -217,10 +217,10 @@ class Plan:
                 is there in the order of the stream; the host waits only where it is on another
                 device than the averages. Where ``found_inf`` makes the update do nothing it is left
                 alone. Pairs that are only copied don't count, tied ones count once. Differences are
-                taken in float32 (in float64 where either tensor is, or complex), squared and summed
-                up in float64: the relative error is below 1e-6. The same device gives the same bits
-                at every run, a CPU with any number of threads. The averages get the bits that they
-                get without it.
+                taken in float32 (in float64 where either tensor is), squared and summed up in
+                float64: the relative error is below 1e-6. The same device gives the same bits at
+                every run, a CPU with any number of threads. The averages get the bits that they get
+                without it.
 
         Raises:
             TypeError: a pair that has no average (integers, bool) and isn't ``only_copy``; a
@@ -350,6 +350,10 @@ class Plan:
         captured.
         """
         self._side_streams.wait()
+
+    def is_idle(self) -> bool:
+        """Whether no update on another stream is left to wait for."""
+        return not self._side_streams.unfinished
 
     def state_dict(self) -> dict[str, int]:
         """What stochastic rounding goes on from: ``seed`` and ``step``."""

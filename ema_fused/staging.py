@@ -43,7 +43,7 @@ def host_memory(tensor_like: Tensor, dtype: torch.dtype | None = None) -> Tensor
     )
 
 
-class Options(NamedTuple):
+class PairOptions(NamedTuple):
     """What is done with the pairs, as :class:`~ema_fused.Plan` takes it: one item a pair."""
 
     arithmetic: str
@@ -116,7 +116,7 @@ def _distinct_items(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> lis
     return items
 
 
-def _can_be_cut(item: _Item, options: Options) -> bool:
+def _can_be_cut(item: _Item, options: PairOptions) -> bool:
     """Whether slices of a pair get the bits that the whole would.
 
     Not where a place in the tensor counts: the random bits of stochastic rounding are counted from
@@ -139,7 +139,7 @@ def _can_be_cut(item: _Item, options: Options) -> bool:
     return trial.backends == ("cpu",)
 
 
-def _cut_up(items: Sequence[_Item], staging_bytes: int, options: Options) -> list[list[_Item]]:
+def _cut_up(items: Sequence[_Item], staging_bytes: int, options: PairOptions) -> list[list[_Item]]:
     """The pieces: of one device each, in the order of the lists."""
     whole = [t.bytes for t in items if t.bytes > staging_bytes and not _can_be_cut(t, options)]
     room = max([staging_bytes, *whole])
@@ -187,7 +187,7 @@ class Piece:
         host: Tensor,
         on_device: Tensor | None,
         stream: torch.cuda.Stream | None,
-        options: Options,
+        options: PairOptions,
     ) -> None:
         self.stream = stream
         used = max(item.offset + item.bytes for item in items)
@@ -279,7 +279,7 @@ class Staging:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def pieces(
-        self, averaged: Sequence[Tensor], source: Sequence[Tensor], options: Options
+        self, averaged: Sequence[Tensor], source: Sequence[Tensor], options: PairOptions
     ) -> list[Piece]:
         """The pieces of checked pairs, to be staged and averaged one after the other.
 

@@ -13,6 +13,7 @@ from ema_fused.copying import FrozenShares
 from ema_fused.module_pairs import Pair, pair_up, plan_of
 from ema_fused.plan import Plan
 from ema_fused.sharding import drop_gathered
+from ema_fused.waiting import wait_until_all_have_read
 from ema_fused.watch import ModuleWatch
 
 # Modules that hold other weights than their own just now.
@@ -57,6 +58,7 @@ def copy_to(
     averaged: nn.Module, model: nn.Module, *, shares: FrozenShares, backend: str | None
 ) -> None:
     """Writes every averaged tensor into its place in ``model``, converting dtypes."""
+    wait_until_all_have_read()
     drop_gathered(model)
     pairs = _pairs(averaged, model, shares)
     Plan(
@@ -123,6 +125,7 @@ class Exchange:
         Raises:
             KeyError, TypeError, ValueError: as ``pair_up``; nothing has been exchanged then.
         """
+        wait_until_all_have_read()
         drop_gathered(self._model)
         if self._slots_changed() or not self._is_as_planned():
             self._prepare()
@@ -146,6 +149,7 @@ class Exchange:
         Raises:
             RuntimeError: dtypes, shapes or names have changed since.
         """
+        wait_until_all_have_read()
         drop_gathered(self._model)
         try:
             if self._slots_changed():

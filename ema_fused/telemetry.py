@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -33,17 +34,29 @@ class DistanceSamples:
         self._step = 0
         self._sum: Tensor | None = None  # on the host, filled in by the device
         self._arrived: torch.cuda.Event | None = None
+        self._is_done: Callable[[], bool] | None = None
 
     def place_for(self, step: int, device: torch.device) -> Tensor | None:
-        """Where the update of ``step`` is to write its sum; None: it is not to measure."""
+        """Where the update of ``step`` is to write its sum.
+
+        None: it is not to measure, or the sample before is still on its way: the next may be later,
+        but each that was begun arrives.
+        """
         if self._every is None or step % self._every:
             return None
         self._look()
-        return torch.full((), _NOT_YET, dtype=torch.float64, device=device)
+        if self._sum is not None:
+            return None
+        with torch.inference_mode(False):
+            return torch.full((), _NOT_YET, dtype=torch.float64, device=device)
 
-    def fetch(self, step: int, place: Tensor) -> None:
-        """Starts bringing the sum to the host, on the current stream."""
-        self._step, self._arrived = step, None
+    def fetch(self, step: int, place: Tensor, is_done: Callable[[], bool]) -> None:
+        """Starts bringing the sum to the host, on the current stream.
+
+        Args:
+            is_done: says of a place on the CPU whether the update is done that writes it.
+        """
+        self._step, self._arrived, self._is_done = step, None, is_done
         if not place.is_cuda:
             self._sum = place
             return
@@ -59,11 +72,14 @@ class DistanceSamples:
     def _look(self) -> None:
         if self._sum is None or (self._arrived is not None and not self._arrived.query()):
             return
+        # In this order: what is written once it is done is there then.
+        is_done = self._arrived is not None or self._is_done is None or self._is_done()
         total = float(self._sum)
-        if total == _NOT_YET:
-            return  # an offloaded update that is under way, or one that was skipped
-        self._last = Distance(self._step, math.sqrt(total))
-        self._sum = None
+        if total != _NOT_YET:
+            self._last = Distance(self._step, math.sqrt(total))
+        elif not is_done:
+            return
+        self._sum = self._is_done = None  # known, or of an update that did nothing
 
     @property
     def last(self) -> Distance | None:

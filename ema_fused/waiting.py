@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
+
+# Averages whose updates may still be reading their models.
+_beside: weakref.WeakSet[WaitingModule] = weakref.WeakSet()
+
+
+def reads_beside(averaged: WaitingModule) -> None:
+    """Notes that updates of ``averaged`` run beside the training."""
+    _beside.add(averaged)
+
+
+def wait_until_all_have_read() -> None:
+    """Waits until a model may be written, whichever averages it has."""
+    for averaged in list(_beside):
+        averaged.wait_until_read()
 
 
 class WaitingModule(nn.Module):
@@ -13,6 +28,10 @@ class WaitingModule(nn.Module):
 
     def flush(self) -> None:
         """Waits until the tensors hold what they are to hold."""
+        raise NotImplementedError
+
+    def wait_until_read(self) -> None:
+        """Waits until the model may be written."""
         raise NotImplementedError
 
     @property

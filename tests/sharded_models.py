@@ -15,6 +15,8 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
+from ema_fused.sharding import local, placed_as
+
 WAYS = ("fsdp2", "fsdp2_kept", "tensor_parallel", "fsdp1", "ddp")
 
 
@@ -68,8 +70,12 @@ def spread(model: Perceptron, way: str) -> nn.Module:
 
 def whole(tensor: Tensor) -> Tensor:
     """All elements of a tensor, in every process."""
-    found = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return found.detach().clone()
+    if isinstance(tensor, DTensor):
+        shard, kind = local(tensor), tensor.device_mesh.device_type
+        # Averages may lie in host memory; processes talk where the model is.
+        there = tensor if shard.device.type == kind else placed_as(tensor, shard.to(kind))
+        tensor = there.full_tensor()
+    return tensor.detach().clone()
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

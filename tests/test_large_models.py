@@ -39,7 +39,7 @@ def cost_of(large_models: Any) -> Any:
 
 
 MIXED, OFFLOAD = "float32 of bfloat16", '`offload="cpu"`'
-OVERLAPPED = '`offload="cpu", overlap=True`'
+OVERLAPPED = '`offload="cpu"`, attached'
 
 # ---- Formulas, beside what was computed by hand --------------------------------------------------
 

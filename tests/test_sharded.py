@@ -29,7 +29,7 @@ import ema_fused
 from ema_fused import AveragedWeights, ExponentialMovingAverage, attach, schedules
 from ema_fused.checkpoints import averaged_state_dict, load_averaged_state_dict
 from ema_fused.copying import FrozenShares
-from ema_fused.sharding import local, replace_local
+from ema_fused.sharding import is_sharded, local, replace_local
 from ema_fused.swapping import exchange_of_everything
 
 STEPS = 5
@@ -208,6 +208,67 @@ def updates_of_gathered(way: str) -> list[str]:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_model_that_has_gathered_its_parameters(two_ranks: Ranks, way: str) -> None:
     assert two_ranks.run(updates_of_gathered, way) == [[], []]
+
+
+def made_of_gathered() -> list[str]:
+    """As after an evaluation before the training: the root has gathered its parameters."""
+    model = fully_shard(perceptron(), mesh=init_device_mesh("cpu", (2,)))
+    with torch.no_grad():
+        model.eval()(torch.ones(2, 7))
+    averaged = AveragedWeights(model, 0.5)
+    whole_ones = [name for name, one in averaged.module.named_parameters() if not is_sharded(one)]
+    with torch.no_grad():
+        model(torch.ones(2, 7))
+    optimizer = trainer(fully_shard(perceptron(), mesh=init_device_mesh("cpu", (2,))))
+    optimizer.param_groups[0]["params"] = [one for _, one in sharded_parameters(model)]
+    with torch.no_grad():
+        model(torch.ones(2, 7))
+    with attach(optimizer, model, averaged):
+        pass
+    averaged.update_parameters(model)
+    return whole_ones
+
+
+def sharded_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    model.reshard()
+    return list(model.named_parameters())
+
+
+def test_an_average_made_of_gathered_parameters(two_ranks: Ranks) -> None:
+    assert two_ranks.run(made_of_gathered) == [[], []]
+
+
+def whole_states() -> list[str]:
+    """Whole tensors are loaded by the rules of ``load_state_dict``."""
+    found = []
+    model = spread(perceptron(), "fsdp2")
+    owned = AveragedWeights(model, 0.5, rounding="stochastic", seed=3)
+    owned.update_parameters(model)
+    state = averaged_state_dict(owned, model, full_state_dict=True)
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    state["module.first.weight"].fill_(9.0)
+    model.first.requires_grad_(False)
+    before = whole_weights(model)
+    shared = AveragedWeights(model, 0.5, share_frozen=True)
+    load_averaged_state_dict(shared, model, dict(state))
+    found += differing(before, whole_weights(model))
+    if not whole(shared.weights["first.weight"]).eq(9.0).all():
+        found.append("what was trained is not loaded")
+    misspelt = dict(state)
+    misspelt["module.last.wieght"] = misspelt.pop("module.last.weight")
+    try:
+        load_averaged_state_dict(AveragedWeights(model, share_frozen=True), model, misspelt)
+        found.append("a misspelt name is taken")
+    except RuntimeError as error:
+        assert "last.wieght" in str(error)
+    without_seed = {name: one for name, one in state.items() if name != "rounding_seed"}
+    load_averaged_state_dict(owned, model, without_seed)
+    assert owned.rounding_seed == 3
+    return found
+
+
+def test_whole_states_are_loaded_as_any_others(two_ranks: Ranks) -> None:
+    assert two_ranks.run(whole_states) == [[], []]
 
 
 def written_into(way: str) -> list[str]:
