@@ -228,6 +228,9 @@ class BaseAveragedModel(WaitingModule):
         Raises:
             RuntimeError: an offloaded update failed.
         """
+        # Of a model that is gone, parts may be trained on.
+        for pairing in self._unfinished:
+            pairing.wait_until_read()
         if self._pairing is not None:
             self._pairing.wait_until_read()
 

@@ -147,9 +147,15 @@ class Exchange:
         """Exchanges them back.
 
         Raises:
-            RuntimeError: dtypes, shapes or names have changed since.
+            RuntimeError: dtypes, shapes or names have changed since; or an offloaded update failed,
+                which doesn't keep them from being exchanged.
         """
-        wait_until_all_have_read()
+        try:
+            wait_until_all_have_read()
+        finally:
+            self._put_back()
+
+    def _put_back(self) -> None:
         drop_gathered(self._model)
         try:
             if self._slots_changed():

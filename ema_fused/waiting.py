@@ -18,9 +18,19 @@ def reads_beside(averaged: WaitingModule) -> None:
 
 
 def wait_until_all_have_read() -> None:
-    """Waits until a model may be written, whichever averages it has."""
+    """Waits until a model may be written, whichever averages it has.
+
+    Raises:
+        RuntimeError: an offloaded update of one of them failed; all have been waited for then.
+    """
+    failed: RuntimeError | None = None
     for averaged in list(_beside):
-        averaged.wait_until_read()
+        try:
+            averaged.wait_until_read()
+        except RuntimeError as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 class WaitingModule(nn.Module):

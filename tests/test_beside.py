@@ -155,6 +155,44 @@ def test_a_failure_is_told_although_the_model_is_gone(monkeypatch: pytest.Monkey
     averaged.flush()
 
 
+def test_a_failure_does_not_leave_averages_in_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = filled(0.0)
+    other = AveragedWeights(model, 0.5)
+    for parameter in model.parameters():
+        parameter.detach().fill_(100.0)
+    elsewhere = filled(1.0)
+    averaged = offloaded(elsewhere)
+
+    def fails() -> None:
+        raise OSError("no more memory")
+
+    held = Held(monkeypatch)
+    held.action = fails
+    with pytest.raises(RuntimeError, match="no more memory"), other.swapped(model):
+        averaged.update_parameters(elsewhere, asynchronous=True)
+        held.go_on.set()
+    assert model.weight.eq(100.0).all()
+    assert values(other) == {0.0}
+
+
+def test_parts_of_a_model_that_is_gone_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = nn.Sequential(filled(0.0), filled(0.0))
+    part = whole[0]
+    averaged = offloaded(whole)
+    for parameter in whole.parameters():
+        parameter.detach().fill_(100.0)
+    held = Held(monkeypatch)
+    averaged.update_parameters(whole, asynchronous=True)
+    assert held.reached.wait(30)
+    del whole
+    gc.collect()
+    held.soon()
+    with pytest.warns(match="still reading them"):
+        averaged.wait_until_read()
+    part.weight.detach().fill_(0.0)
+    assert values(averaged) == {50.0}
+
+
 def test_a_first_copy_that_fails_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     model = filled(1.0)
     averaged = AveragedWeights(model, 0.5, offload="cpu")
@@ -208,8 +246,7 @@ def test_updates_in_inference_mode(backend: str | None) -> None:
         with torch.inference_mode():
             plain.update_parameters(model)
             averaged.update_parameters(model, asynchronous=True)
-            averaged.wait_until_read()
-    averaged.flush()
+            averaged.flush()
     assert differences(dict(plain.state_dict()), dict(averaged.state_dict())) == []
     assert averaged.distance is not None
     assert plain.distance is not None
