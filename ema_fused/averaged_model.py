@@ -99,6 +99,7 @@ class BaseAveragedModel(WaitingModule):
     """
 
     arithmetic: str = "lerp"
+    _copied = staticmethod(averaged_copy)  # what :attr:`module` is made by
 
     def __init__(
         self,
@@ -141,7 +142,13 @@ class BaseAveragedModel(WaitingModule):
             device = offload
         # Tensors made in inference mode could never be updated outside it.
         with torch.inference_mode(False):
-            module, shared = self._copy_of(model, device, options)
+            module, shared = self._copied(
+                model,
+                device,
+                averaged_dtype,
+                share_frozen=share_frozen,
+                pinned=offload is not None,
+            )
             self._modules["module"] = module
             where = _device_for_counts(module if capturable else None, device)
             waiting = max(0, begin_step - 1)
@@ -165,18 +172,6 @@ class BaseAveragedModel(WaitingModule):
         self._in_vain = 0  # pairings made in a row, none of which has served a second update
         self._warned_of_losses = False
         self._warned_of_waiting = False
-
-    def _copy_of(
-        self, model: nn.Module, device: Device, options: Options
-    ) -> tuple[nn.Module, set[str]]:
-        """What is kept as :attr:`module`, and the names of what it shares with ``model``."""
-        return averaged_copy(
-            model,
-            device,
-            options["averaged_dtype"],
-            share_frozen=options["share_frozen"],
-            pinned=options["offload"] is not None,
-        )
 
     def _refuse_one_by_one(self, options: Options) -> None:
         needed = [

@@ -46,6 +46,8 @@ class AveragedWeights(ExponentialMovingAverage):
         TypeError: also where ZeRO-3 holds a parameter's elements.
     """
 
+    _copied = staticmethod(averaged_skeleton)
+
     def __init__(
         self,
         model: nn.Module,
@@ -63,17 +65,6 @@ class AveragedWeights(ExponentialMovingAverage):
         self.arithmetic = arithmetic
         self._is_flattened = is_flattened(model)
         self.register_state_dict_post_hook(_leave_out_what_is_shared)  # type: ignore[no-untyped-call]
-
-    def _copy_of(
-        self, model: nn.Module, device: Device, options: Options
-    ) -> tuple[nn.Module, set[str]]:
-        return averaged_skeleton(
-            model,
-            device,
-            options["averaged_dtype"],
-            share_frozen=options["share_frozen"],
-            pinned=options["offload"] is not None,
-        )
 
     @property
     def weights(self) -> dict[str, Tensor]:
