@@ -283,12 +283,12 @@ class Pairing:
         """Copies only what isn't averaged; where ``found_inf`` is set, nothing is done."""
         if self._followers is not None:
             try:
-                return self._followers.lerp_(1.0, found_inf=found_inf)
+                return _copy_unless(found_inf, self._followers)
             except ValueError:
                 self._prepare_again()
         followers = [pair for pair in self._pairs if not pair.averages]
         self._followers = plan_of(followers, backend=self._backend)
-        self._followers.lerp_(1.0, found_inf=found_inf)
+        _copy_unless(found_inf, self._followers)
 
     def averaging_pairs(self) -> list[Pair]:
         """The pairs to average, their shapes known to be equal."""
@@ -297,6 +297,13 @@ class Pairing:
             return pairs
         self._prepare_again()
         return [pair for pair in self._pairs if pair.averages]
+
+
+def _copy_unless(found_inf: Tensor | None, followers: Plan) -> None:
+    if found_inf is None:
+        followers.copy_()
+    else:  # of pairs that are only copied an average is a copy, and it can be told of the flag
+        followers.lerp_(1.0, found_inf=found_inf)
 
 
 def _nothing(_: object) -> None:
