@@ -166,6 +166,7 @@ class BaseAveragedModel(WaitingModule):
         self._step_count = KnownInteger()
         self._seed = KnownInteger()
         self._distances = DistanceSamples(distance_every)
+        self._is_ordinary = rounding == "nearest" and distance_every is None
         self._shares = FrozenShares(shared, device, averaged_dtype, pinned=offload is not None)
         self._pairing: Pairing | None = None
         self._unfinished: list[Pairing] = []  # whose model is gone, with an update under way
@@ -289,7 +290,7 @@ class BaseAveragedModel(WaitingModule):
             self._update_on_device(pairing, found_inf)
         else:
             self._update(pairing, found_inf)
-        if self.runs_beside:
+        if self.overlap or self.offload is not None:
             reads_beside(self)
             if not asynchronous:
                 pairing.flush()
@@ -316,15 +317,19 @@ class BaseAveragedModel(WaitingModule):
                 self.avg_func(pair.averaged.data, source, buffer)
             pairing.follow_()
         else:
-            weight = self._weight_of(steps)
+            weight = self._checked_momentum(steps) if self.every == 1 else self._weight_of(steps)
             if weight < pairing.lossy_below:
                 self._warn_of_losses(weight)
-            self._average(pairing, weight, steps, found_inf)
+            if self._is_ordinary:
+                pairing.average_(weight, found_inf=found_inf)
+            else:
+                self._average(pairing, weight, steps, found_inf)
         self._step_count.count(buffer, unless=found_inf)
 
     def _average(
         self, pairing: Pairing, weight: float, steps: int, found_inf: Tensor | None
     ) -> None:
+        """An average with a seed, or one that is measured."""
         seed = self._buffers.get("rounding_seed")
         distance = self._distances.place_for(steps, pairing.device)
         pairing.average_(
@@ -350,8 +355,8 @@ class BaseAveragedModel(WaitingModule):
                     self._buffers["steps"] = buffer.to(pairing.device)
             return
         weight = self.momentum_at(buffer.double())
-        if not isinstance(weight, Tensor):
-            weight = self._in_range(weight, "now")
+        if not isinstance(weight, Tensor) and not 0.0 <= weight <= 1.0:
+            raise self._out_of_range(weight, "now")
         skipped = found_inf
         if self.interval > 1:
             skipped = (buffer % self.interval != 0).float()
@@ -462,21 +467,19 @@ class BaseAveragedModel(WaitingModule):
         return pairing
 
     def _checked_momentum(self, steps: int) -> float:
-        return self._in_range(self.momentum_at(steps), f"at step {steps}")
-
-    def _in_range(self, momentum: Any, when: str) -> float:
-        weight = float(momentum)
+        weight = float(self.momentum_at(steps))
         if not 0.0 <= weight <= 1.0:
-            raise ValueError(
-                f"{type(self).__name__} has momentum {weight!r} {when}; a number in [0, 1] is "
-                f"expected: the weight of the model's values in the average"
-            )
+            raise self._out_of_range(weight, f"at step {steps}")
         return weight
+
+    def _out_of_range(self, weight: float, when: str) -> ValueError:
+        return ValueError(
+            f"{type(self).__name__} has momentum {weight!r} {when}; a number in [0, 1] is "
+            f"expected: the weight of the model's values in the average"
+        )
 
     def _weight_of(self, steps: int) -> float:
         """The momentum of all the calls that the one after ``steps`` updates stands for."""
-        if self.every == 1:
-            return self._checked_momentum(steps)
         kept = 1.0
         for earlier in range(steps - self.every + 1, steps + 1):
             kept *= 1.0 - self._checked_momentum(earlier)

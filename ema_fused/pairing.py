@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
@@ -119,6 +118,7 @@ class Pairing:
         self._shared = [(pair.averaged, pair.source) for pair in shared]
         self._everything: Plan | OffloadedPlan = everything
         self._snapshot = snapshot
+        self._is_plain = not self._offload and self.stream is None and self._rounding == "nearest"
         self._followers: Plan | None = None
         rounded = pairs if self._rounding == "nearest" else []
         halves = {pair.averaged.dtype for pair in rounded if _is_half(pair)}
@@ -151,11 +151,10 @@ class Pairing:
         ]
         return plan_of(copied, backend=self._backend), from_copies
 
-    def _take_snapshot(self) -> None:
-        if self._snapshot is not None:
-            # The one before may still be being read.
-            self.wait_until_read()
-            self._snapshot.copy_()
+    def _take_snapshot(self, snapshot: Plan) -> None:
+        # The one before may still be being read.
+        self.wait_until_read()
+        snapshot.copy_()
 
     def holds(self, averaged: nn.Module, model: nn.Module, update_buffers: bool) -> bool:
         """Whether the pairs are still those of these modules: some nanoseconds a slot."""
@@ -194,7 +193,8 @@ class Pairing:
         self._copy()
 
     def _copy(self) -> None:
-        self._take_snapshot()
+        if self._snapshot is not None:
+            self._take_snapshot(self._snapshot)
         self._everything.copy_()
         if isinstance(self._everything, OffloadedPlan):
             # What fails is told now: an average of nothing isn't gone on with.
@@ -214,13 +214,12 @@ class Pairing:
         ``seed`` and ``step`` are those of stochastic rounding; where ``found_inf`` is set, nothing
         is done; ``squared_distance`` is as of :meth:`~ema_fused.Plan.lerp_`.
         """
-        update = functools.partial(self._average, weight, seed, step, found_inf, squared_distance)
         try:
-            return update()
+            return self._average(weight, seed, step, found_inf, squared_distance)
         except ValueError:
             pass
         self._prepare_again()
-        update()
+        self._average(weight, seed, step, found_inf, squared_distance)
 
     def _average(
         self,
@@ -230,8 +229,12 @@ class Pairing:
         found_inf: Tensor | None,
         squared_distance: Tensor | None,
     ) -> None:
-        self._take_snapshot()
         plan = self._everything
+        if self._is_plain and found_inf is None and squared_distance is None:
+            plan.lerp_(weight)  # type: ignore[arg-type]  # the shortest way to the launch
+            return
+        if self._snapshot is not None:
+            self._take_snapshot(self._snapshot)
         if isinstance(plan, OffloadedPlan):
             assert not isinstance(weight, Tensor) and not isinstance(step, Tensor)
             plan.lerp_(
