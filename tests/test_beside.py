@@ -14,6 +14,7 @@ import pytest
 import torch
 from networks import conv_net, differences, generator, train
 from torch import nn
+from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from ema_fused import AveragedWeights, ExponentialMovingAverage, attach
 from ema_fused.staging import Piece
@@ -84,6 +85,7 @@ def test_the_model_is_not_written_while_another_average_reads_it(
 
 
 def test_an_attachment_keeps_nothing_alive() -> None:
+    hooks = len(_global_optimizer_pre_hooks)
     model = conv_net()
     averaged = AveragedWeights(model, offload="cpu")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -95,6 +97,7 @@ def test_an_attachment_keeps_nothing_alive() -> None:
     del model, averaged, optimizer
     gc.collect()
     assert [one() for one in gone] == [None] * 3
+    assert len(_global_optimizer_pre_hooks) == hooks
 
 
 def test_parameters_that_an_optimizer_gets_later_make_it_wait(
