@@ -90,6 +90,8 @@ class BaseAveragedModel(WaitingModule):
         module: the averaged copy. No parameter of it requires a gradient.
         steps: int64 scalar buffer, the calls counted so far; may be written.
         arithmetic: how an average is written (see :class:`~ema_fused.Plan`).
+        runs_beside: whether an update may still be reading the model when the call that started it
+            returns: the caller is to use :meth:`wait_until_read`.
 
     Raises:
         TypeError: neither ``momentum_at`` nor ``avg_func`` is defined, or an argument is of a wrong
@@ -162,6 +164,7 @@ class BaseAveragedModel(WaitingModule):
         self.every = every
         self.offload = offload
         self.overlap = overlap
+        self.runs_beside = overlap or offload is not None
         self.capturable = capturable
         self._step_count = KnownInteger()
         self._seed = KnownInteger()
@@ -185,13 +188,6 @@ class BaseAveragedModel(WaitingModule):
                 f"{type(self).__name__} averages by its own avg_func, which does as it likes; "
                 f"{', '.join(needed)} needs a class that defines momentum_at"
             )
-
-    @property
-    def runs_beside(self) -> bool:
-        """Whether an update may still be reading the model when the call that started it returns:
-        the caller is to use :meth:`wait_until_read`.
-        """
-        return self.overlap or self.offload is not None
 
     @property
     def distance(self) -> Distance | None:
@@ -290,7 +286,7 @@ class BaseAveragedModel(WaitingModule):
             self._update_on_device(pairing, found_inf)
         else:
             self._update(pairing, found_inf)
-        if self.overlap or self.offload is not None:
+        if self.runs_beside:
             reads_beside(self)
             if not asynchronous:
                 pairing.flush()

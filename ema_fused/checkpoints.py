@@ -132,7 +132,7 @@ def averaged_state_dict(
         ValueError: an average of FSDP1's parameters is kept in another dtype than they have: they
             would be rounded on their way.
     """
-    own = {name: buffer for name, buffer in averaged.named_buffers() if "." not in name}
+    own = _own_buffers(averaged)
     averaged._settle()
     # torch crashes where it is asked to bring FSDP1's tensors from the CPU to the CPU.
     is_there = is_flattened(model) and all(one.is_cpu for one in model.parameters())
@@ -170,7 +170,7 @@ def load_averaged_state_dict(
         return
     is_whole = all(type(tensor) is Tensor for tensor in tensors.values())
     options = StateDictOptions(full_state_dict=is_whole)
-    own = {name: buffer for name, buffer in averaged.named_buffers() if "." not in name}
+    own = _own_buffers(averaged)
     missing = own.keys() - state_dict.keys() - {"rounding_seed"}
     if missing:
         raise RuntimeError(f"missing in the state of the average: {', '.join(sorted(missing))}")
@@ -179,6 +179,11 @@ def load_averaged_state_dict(
     for name, buffer in own.items():
         if name in state_dict:  # checkpoints written without stochastic rounding have no seed
             buffer.copy_(state_dict[name])
+
+
+def _own_buffers(averaged: BaseAveragedModel) -> dict[str, Tensor]:
+    """``steps``, and the seed of stochastic rounding: what isn't of the model."""
+    return {name: buffer for name, buffer in averaged.named_buffers() if "." not in name}
 
 
 def _spread_as(

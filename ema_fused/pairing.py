@@ -102,7 +102,8 @@ class Pairing:
             self.stream = None
         elif self.stream is None or self.stream.device != self.device:
             self.stream = torch.cuda.Stream(self.device)
-        snapshot, planned = self._with_snapshots(pairs)
+        runs_beside = self._offload or self.stream is not None
+        snapshot, planned = _with_snapshots(pairs, self._backend) if runs_beside else (None, pairs)
         kind = OffloadedPlan if self._offload else Plan
         everything = kind(
             **lists_of(planned),
@@ -118,38 +119,12 @@ class Pairing:
         self._shared = [(pair.averaged, pair.source) for pair in shared]
         self._everything: Plan | OffloadedPlan = everything
         self._snapshot = snapshot
-        self._is_plain = not self._offload and self.stream is None and self._rounding == "nearest"
+        self._is_plain = not runs_beside and self._rounding == "nearest"
         self._followers: Plan | None = None
         rounded = pairs if self._rounding == "nearest" else []
         halves = {pair.averaged.dtype for pair in rounded if _is_half(pair)}
         # With a smaller weight, half a unit in the last place is more than a whole new value moves.
         self.lossy_below = max((torch.finfo(dtype).eps / 2 for dtype in halves), default=0.0)
-
-    def _with_snapshots(self, pairs: list[Pair]) -> tuple[Plan | None, list[Pair]]:
-        """What copies the model's buffers, and the pairs with the copies in their place.
-
-        Only where updates run beside the training: the next forward pass writes the buffers, and
-        nobody waits before that.
-        """
-        if not self._offload and self.stream is None:
-            return None, pairs
-        with torch.inference_mode(False):
-            held = {
-                id(pair.source): torch.empty_like(pair.source, requires_grad=False)
-                for pair in pairs
-                if pair.kind is not Kind.PARAMETER
-            }
-        if not held:
-            return None, pairs
-        copied = [
-            pair._replace(averaged=held[id(pair.source)], averages=False)
-            for pair in pairs
-            if id(pair.source) in held
-        ]
-        from_copies = [
-            pair._replace(source=held.get(id(pair.source), pair.source)) for pair in pairs
-        ]
-        return plan_of(copied, backend=self._backend), from_copies
 
     def _take_snapshot(self, snapshot: Plan) -> None:
         # The one before may still be being read.
@@ -300,6 +275,29 @@ class Pairing:
             return pairs
         self._prepare_again()
         return [pair for pair in self._pairs if pair.averages]
+
+
+def _with_snapshots(pairs: list[Pair], backend: str | None) -> tuple[Plan | None, list[Pair]]:
+    """What copies the model's buffers, and the pairs with the copies in their place.
+
+    For updates beside the training: the next forward pass writes the buffers, and nobody waits
+    before that.
+    """
+    with torch.inference_mode(False):
+        held = {
+            id(pair.source): torch.empty_like(pair.source, requires_grad=False)
+            for pair in pairs
+            if pair.kind is not Kind.PARAMETER
+        }
+    if not held:
+        return None, pairs
+    copied = [
+        pair._replace(averaged=held[id(pair.source)], averages=False)
+        for pair in pairs
+        if id(pair.source) in held
+    ]
+    from_copies = [pair._replace(source=held.get(id(pair.source), pair.source)) for pair in pairs]
+    return plan_of(copied, backend=backend), from_copies
 
 
 def _copy_unless(found_inf: Tensor | None, followers: Plan) -> None:

@@ -25,7 +25,13 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DataParallel
 
-from ema_fused import AveragedWeights, ExponentialMovingAverage, StochasticWeightAverage, schedules
+from ema_fused import (
+    AveragedWeights,
+    BaseAveragedModel,
+    ExponentialMovingAverage,
+    StochasticWeightAverage,
+    schedules,
+)
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -44,18 +50,23 @@ def both(model: nn.Module, **options: Any) -> tuple[AveragedWeights, Exponential
     return AveragedWeights(model, **options), ExponentialMovingAverage(model, **options)
 
 
-@pytest.mark.parametrize("backend", CPU_BACKENDS)
-@pytest.mark.parametrize("name", OPTIONS)
-def test_it_averages_as_the_model_that_is_copied(name: str, backend: str | None) -> None:
-    dtype = torch.bfloat16 if name == "random" else torch.float32
-    model = conv_net(dtype=dtype)
-    averaged, copied = both(model, backend=backend, **OPTIONS[name])
+def stay_equal(averaged: BaseAveragedModel, copied: BaseAveragedModel, model: nn.Module) -> None:
+    """Trains ``model``; the states of both averages are equal to the bit after every update."""
     random = generator()
     for _ in range(10):
         train(model, random)
         averaged.update_parameters(model)
         copied.update_parameters(model)
         assert differences(dict(averaged.state_dict()), dict(copied.state_dict())) == []
+
+
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_it_averages_as_the_model_that_is_copied(name: str, backend: str | None) -> None:
+    dtype = torch.bfloat16 if name == "random" else torch.float32
+    model = conv_net(dtype=dtype)
+    averaged, copied = both(model, backend=backend, **OPTIONS[name])
+    stay_equal(averaged, copied, model)
     assert differences(averaged.weights, dict(copied.module.state_dict())) == []
 
 
@@ -63,12 +74,7 @@ def test_the_mean_of_stochastic_weight_averaging() -> None:
     model = conv_net()
     averaged = AveragedWeights(model, schedules.mean, arithmetic="delta")
     copied = StochasticWeightAverage(model)
-    random = generator()
-    for _ in range(10):
-        train(model, random)
-        averaged.update_parameters(model)
-        copied.update_parameters(model)
-    assert differences(dict(averaged.state_dict()), dict(copied.state_dict())) == []
+    stay_equal(averaged, copied, model)
 
 
 def test_checkpoints_of_both_kinds_are_exchanged() -> None:
@@ -347,8 +353,6 @@ def test_what_makes_no_sense_is_refused(
     "options", [{"every": 2}, {"offload": "cpu"}, {"overlap": True}, {"capturable": True}]
 )
 def test_averages_one_by_one_cannot_do_it(options: dict[str, Any]) -> None:
-    from ema_fused import BaseAveragedModel
-
     class OneByOne(BaseAveragedModel):
         def avg_func(self, averaged_param: Any, source_param: Any, steps: Any) -> None:
             averaged_param.copy_(source_param)
