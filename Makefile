@@ -4,6 +4,7 @@
 # make format   apply the formatters
 # make clean    remove what was built, the virtual environment too
 #
+# BENCH="--models resnet50" and the like are passed on to the benchmark.
 # Each sets up what it needs in .venv; PYTHON=... picks the interpreter (3.11 or later).
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -29,9 +30,7 @@ test: lint host-test
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.built
-	$(BIN)/python benchmarks/update_speed.py
-	$(BIN)/python benchmarks/hook_speed.py
-	$(BIN)/python benchmarks/adapter_speed.py
+	$(BIN)/python -m benchmarks $(BENCH)
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
@@ -65,7 +66,7 @@ def save(stem: Path, draw: Callable[[Theme], Figure]) -> list[Path]:
 @contextmanager
 def _style(theme: Theme) -> Iterator[None]:
     colors = ("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color")
-    settings = {
+    settings: Any = {
         **dict.fromkeys(colors, theme.text),
         "axes.edgecolor": theme.grid,
         "axes.axisbelow": True,

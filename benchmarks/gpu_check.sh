@@ -59,7 +59,7 @@ step() {
     fail "$name" "no time was left for it"
     return 1
   fi
-  # A run of gpu_speed.py is told how long it has, so that it ends by itself and writes what it has.
+  # The benchmark is told how long it has, so that it ends by itself and writes what it has.
   timeout --kill-after=5 "$limit" "${@//@SECONDS@/$((limit * 85 / 100))}" >"$log" 2>&1 || status=$?
   local took=$((SECONDS - start))
   if [ "$status" -eq 0 ]; then
@@ -82,7 +82,7 @@ step() {
 # ---- The device ----------------------------------------------------------------------------------
 
 gpu='' slug=''
-if found=$("$python" benchmarks/gpu_device.py); then
+if found=$("$python" -m benchmarks.gpu_device); then
   read -r gpu slug <<<"$found"
   echo "GPU: $slug, compute capability $gpu"
 else
@@ -141,7 +141,7 @@ else
   mapfile -t files < <(grep -l "mark\.gpu" tests/test_*.py)
   step tests 20 "$python" -m pytest -m gpu -q "${files[@]}"
   passed=ok
-  shown_lines=200 step speed 44 "$python" benchmarks/gpu_speed.py --seconds @SECONDS@ \
+  shown_lines=200 step speed 44 "$python" -m benchmarks --device cuda --seconds @SECONDS@ \
     --json "$results.json" --markdown "$results.md"
 fi
 

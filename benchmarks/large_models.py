@@ -1,6 +1,6 @@
 """What the averaged copy of a large model costs, on paper: memory, bytes moved, time.
 
-    python benchmarks/large_models.py [--parameters 7e9 70e9] [--gpus 8 64] [--mfu 0.5] ...
+    python -m benchmarks.large_models [--parameters 7e9 70e9] [--gpus 8 64] [--mfu 0.5] ...
 
 Prints Markdown. Nothing is timed here and nothing needs torch. Bandwidths and speeds of GPUs,
 links and servers are what their makers state, times an assumed fraction; only the rates of a CPU
@@ -15,8 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import shapes
+from typing import Any
 
 BEGIN, END = "<!-- large_models.py: begin -->", "<!-- large_models.py: end -->"
 MEASURED = Path(__file__).parent / "results" / "cpu.json"
@@ -106,13 +105,13 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """Rates of updates on the CPU, from the JSON of update_speed.py; GB/s of counted bytes."""
+    """Rates of updates on the CPU, read from a run of the benchmark; GB/s of counted bytes."""
 
     about: str
     update: float  # float32 of float32, 12 bytes an element
     mixed: float  # float32 of bfloat16, 10
-    copy: float  # torch's copy of float32 tensors, 8
-    update_over_copy: float  # of their times
+    flat: float  # torch's lerp_ of one flat float32 tensor, 12
+    limit_fraction: float  # of the flat tensor's speed that the float32 update reaches
 
 
 @dataclass(frozen=True)
@@ -211,25 +210,27 @@ def cost(option: Option, parameters: float, gpus: int, a: Assumptions, measured:
 
 
 def read_measured(path: Path = MEASURED) -> Measured:
-    """The medians of ResNet-50's shapes in a report of update_speed.py, as rates."""
+    """The medians of ResNet-50's shapes in a report of ``python -m benchmarks``, as rates."""
     report = json.loads(path.read_text(encoding="utf-8"))
-    seconds = {
-        (row["group"], row["contender"]): row["timing"]["median"]
-        for row in report["results"]
-        if row["shapes"] == "resnet50"
+    cases = {
+        case["dtypes"]: case
+        for case in report["cases"]
+        if (case["kind"], case["model"]) == ("lists", "resnet50")
     }
-    elements = shapes.total_elements(shapes.resnet50())
-    update = seconds["lists", "ema_fused Plan.lerp_"]
-    mixed = seconds["mixed", "ema_fused Plan.lerp_"]
-    copy = seconds["lists", "for scale, a mere copy: torch._foreach_copy_"]
+
+    def rate(case: dict[str, Any], timing: dict[str, float]) -> float:
+        return float(case["bytes_moved"] / timing["median"] / 1e9)
+
+    float32, mixed = cases["float32"], cases["bfloat16 into float32"]
+    ours = float32["contenders"][0]
     found = report["environment"]
     torch_and_date = f"torch {found['torch']}, {found['date']}"
     return Measured(
-        about=f"{found['cpu']}, {found['threads']} threads, {torch_and_date}",
-        update=elements * moved_bytes(4, 4) / update / 1e9,
-        mixed=elements * moved_bytes(4, 2) / mixed / 1e9,
-        copy=elements * 8 / copy / 1e9,
-        update_over_copy=update / copy,
+        about=f"{found['device']}, {found['threads']} threads, {torch_and_date}",
+        update=rate(float32, ours["timing"]),
+        mixed=rate(mixed, mixed["contenders"][0]["timing"]),
+        flat=rate(float32, float32["limit"]),
+        limit_fraction=ours["limit_fraction"],
     )
 
 
@@ -263,7 +264,7 @@ def assumptions_table(a: Assumptions, measured: Measured) -> list[str]:
     rates = [
         ["float32 of float32, `Plan.lerp_`", "12", number(measured.update)],
         ["float32 of bfloat16, `Plan.lerp_`", "10", number(measured.mixed)],
-        ["for scale, `torch._foreach_copy_`", "8", number(measured.copy)],
+        ["for scale, `torch.lerp_` on one flat tensor", "12", number(measured.flat)],
     ]
     return [
         "### Assumptions",
@@ -272,13 +273,13 @@ def assumptions_table(a: Assumptions, measured: Measured) -> list[str]:
         "",
         *_table(["option", "value", "what it is"], rows, numbers=False),
         "",
-        f"Measured, on a CPU alone ({measured.about}), from `lists` and `mixed` on `resnet50` in "
+        f"Measured, on a CPU alone ({measured.about}), from the lists on `resnet50` in "
         f"`benchmarks/results/{MEASURED.name}`:",
         "",
         *_table(["update", "bytes an element", "GB/s"], rates),
         "",
         f"That machine's memory states no limit, so which fraction of it this is isn't known; the "
-        f"float32 update took {measured.update_over_copy:.2f} of the time of torch's copy.",
+        f"float32 update reached {measured.limit_fraction:.2f} of the flat tensor's speed.",
     ]
 
 

@@ -17,9 +17,9 @@ echo "$call" >>"$STUB_CALLS"
 case "$call" in *"$STUB_HANGS"*) exec sleep 60 ;; esac
 case "$call" in *"$STUB_FAILS"*) exit 3 ;; esac
 case "$call" in
-  *gpu_device.py) if [ -n "$STUB_GPU" ]; then echo "9.0 nvidia_stub"; else exit 77; fi ;;
+  *gpu_device) if [ -n "$STUB_GPU" ]; then echo "9.0 nvidia_stub"; else exit 77; fi ;;
   *"-m pybind11 --cmakedir") echo pybind11-here ;;
-  gpu_update* | *gpu_speed.py*) if [ -z "$STUB_GPU" ]; then exit 77; fi ;;
+  gpu_update* | *"-m benchmarks --device cuda"*) if [ -z "$STUB_GPU" ]; then exit 77; fi ;;
 esac
 """
 STEPS = [
@@ -118,7 +118,7 @@ def test_all_steps_run_in_order(tmp_path: Path) -> None:
         ),
         # The files with such tests alone: others import frameworks that aren't there.
         f"python3 -m pytest -m gpu -q {' '.join(with_gpu_tests)}",
-        f"python3 benchmarks/gpu_speed.py --seconds 201 --json {results}/gpu_nvidia_stub.json "
+        f"python3 -m benchmarks --device cuda --seconds 201 --json {results}/gpu_nvidia_stub.json "
         f"--markdown {results}/gpu_nvidia_stub.md",
     ]
     assert sorted(file.name for file in results.iterdir()) == sorted(
@@ -134,7 +134,7 @@ def test_all_steps_run_in_order(tmp_path: Path) -> None:
         ("TESTS=ON", ["configure_program", "update", "memcheck", "racecheck", "initcheck"]),
         ("racecheck", ["racecheck"]),
         ("-m pytest", ["tests"]),
-        ("gpu_speed.py", ["speed"]),
+        ("-m benchmarks --device", ["speed"]),
     ],
 )
 def test_a_failed_step_ends_only_what_needs_it(

@@ -1,7 +1,8 @@
-"""Clocks for work that a device does while the host goes on, and for the host's own part of it.
+"""Timing calls against each other in one process.
 
-``CudaClock`` times with events in the stream. ``CpuClock`` has the same doors, so that everything
-around the clocks runs, and is tested, on machines without a GPU.
+A machine's speed drifts while it is measured: clocks change, other programs come and go. So
+contenders take turns, a sample each a round, and what counts is the ratio of their medians. The
+order within a round rotates, so that nobody always runs behind the same predecessor's caches.
 """
 
 from __future__ import annotations
@@ -12,25 +13,57 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
-from timing import Timing
 
 Call = Callable[[], object]
 
-# A sample repeats its call until it lasts this long: a thousand times the resolution of the events.
-SAMPLE_SECONDS = 0.005
 # However slow a contender is, its median is that of at least so many samples.
 FEWEST_ROUNDS = 5
-_MOST_CALLS = 1000
+_MOST_CALLS = 10_000
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds a call took: the median over rounds, and the quartiles around it."""
+
+    median: float
+    lower_quartile: float
+    upper_quartile: float
+    rounds: int
+    calls_per_round: int
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure.
+
+    Attributes:
+        rounds: samples of each contender, at least :data:`FEWEST_ROUNDS`.
+        sample_seconds: a sample repeats its call until it lasts so long.
+        case_seconds: a case ends, after :data:`FEWEST_ROUNDS`, once so much time is over.
+        host_batches: batches in which the host's own time is taken.
+    """
+
+    rounds: int = 40
+    sample_seconds: float = 0.002  # far above the resolution of clocks and events
+    case_seconds: float = 4.0
+    host_batches: int = 30
+
+
+# For tests and rehearsals: does it run at all?
+NO_EFFORT = Effort(rounds=FEWEST_ROUNDS, sample_seconds=0.0, case_seconds=0.0, host_batches=2)
 
 
 class Clock(Protocol):
     """What measuring asks of a device."""
 
     device: torch.device
-    l2_bytes: int
+    # As much as this is touched between two uses of a buffer; 0 where caches may stay warm.
+    cache_bytes: int
 
     def seconds(self, call: Call, repeats: int) -> float:
         """Seconds of one call on the device, averaged over ``repeats`` calls."""
@@ -45,12 +78,46 @@ class Clock(Protocol):
         """How much memory could be allocated now."""
 
 
+class CpuClock:
+    """The host does the work within the call.
+
+    Caches stay warm: in a training step they'd be cold for every contender alike.
+    """
+
+    def __init__(self, cache_bytes: int = 0) -> None:
+        self.device = torch.device("cpu")
+        self.cache_bytes = cache_bytes
+
+    def seconds(self, call: Call, repeats: int) -> float:
+        # One call goes ahead unmeasured: it pays for the caches that the previous contender
+        # filled, which would otherwise weigh the more, the fewer calls a sample has.
+        call()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
+
+    def occupy(self, seconds: float) -> Callable[[], bool]:
+        return lambda: True
+
+    def synchronize(self) -> None:
+        pass
+
+    def free_bytes(self) -> int:
+        gc.collect()
+        try:
+            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+            return next(int(line.split()[1]) for line in lines if "MemAvailable" in line) * 1024
+        except (OSError, StopIteration):
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 class CudaClock:
-    """Times with events in the current stream."""
+    """Times with events in the current stream, on buffers that the L2 cache doesn't hold."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
-        self.l2_bytes: int = torch.cuda.get_device_properties(self.device).L2_cache_size
+        self.cache_bytes: int = torch.cuda.get_device_properties(self.device).L2_cache_size
         cycles = 100_000_000
         seconds = self.seconds(lambda: torch.cuda._sleep(cycles), 1)
         self._cycles_per_second = cycles / seconds
@@ -83,53 +150,36 @@ class CudaClock:
         return torch.cuda.mem_get_info(self.device)[0]
 
 
-class CpuClock:
-    """Stands in where there is no GPU: the CPU does the work within the call."""
-
-    def __init__(self) -> None:
-        self.device = torch.device("cpu")
-        self.l2_bytes = 1 << 16  # small, so that rehearsals rotate their buffers too
-
-    def seconds(self, call: Call, repeats: int) -> float:
-        call()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return (time.perf_counter() - start) / repeats
-
-    def occupy(self, seconds: float) -> Callable[[], bool]:
-        return lambda: True
-
-    def synchronize(self) -> None:
-        pass
-
-    def free_bytes(self) -> int:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def clock_of(device: str) -> Clock:
+    """The clock of ``"cpu"`` or ``"cuda"``."""
+    return CudaClock() if device == "cuda" else CpuClock()
 
 
 def time_in_turns(
-    clock: Clock,
-    contenders: Mapping[str, Call],
-    rounds: int,
-    most_seconds: float,
-    sample_seconds: float = SAMPLE_SECONDS,
+    clock: Clock, contenders: Mapping[str, Call], effort: Effort
 ) -> dict[str, Timing]:
     """Time each contender's call in interleaved rounds, whose order rotates.
 
-    Ends early, after a few rounds at least, once ``most_seconds`` are over.
+    Garbage collection waits meanwhile: a collection hits whoever happens to be running.
     """
     names = list(contenders)
-    calls = {name: _calls_per_sample(clock, contenders[name], sample_seconds) for name in names}
+    calls = {name: _calls_per_sample(clock, contenders[name], effort) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     with _no_collections():
-        for turn in range(max(rounds, FEWEST_ROUNDS)):
-            if turn >= FEWEST_ROUNDS and time.perf_counter() - start > most_seconds:
+        for turn in range(max(effort.rounds, FEWEST_ROUNDS)):
+            if turn >= FEWEST_ROUNDS and time.perf_counter() - start > effort.case_seconds:
                 break
             first = turn % len(names)
             for name in names[first:] + names[:first]:
                 samples[name].append(clock.seconds(contenders[name], calls[name]))
     return {name: summary(samples[name], calls[name]) for name in names}
+
+
+def _calls_per_sample(clock: Clock, call: Call, effort: Effort) -> int:
+    call()  # the first call may prepare things that later ones reuse
+    fastest = min(clock.seconds(call, 1) for _ in range(3))
+    return max(1, min(_MOST_CALLS, int(effort.sample_seconds / max(fastest, 1e-7)) + 1))
 
 
 def time_host(
@@ -168,29 +218,24 @@ def _busy_seconds(call: Call, calls: int) -> float:
     return 3 * (time.perf_counter() - start) + 1e-3
 
 
-def summary(samples: list[float], calls: int) -> Timing:
-    """The median of samples and the quartiles around it."""
-    if len(samples) < 2:
-        raise RuntimeError(f"{len(samples)} samples are no measurement")
-    lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
-    return Timing(median, lower, upper, len(samples), calls)
-
-
 def _host_seconds(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
 
 
-def _calls_per_sample(clock: Clock, call: Call, sample_seconds: float) -> int:
-    call()  # the first call may prepare things that later ones reuse
-    fastest = min(clock.seconds(call, 1) for _ in range(2))
-    return max(1, min(_MOST_CALLS, int(sample_seconds / max(fastest, 1e-7)) + 1))
+def summary(samples: list[float], calls: int) -> Timing:
+    """The median of samples and the quartiles around it."""
+    if len(samples) < 2:
+        raise RuntimeError(
+            f"{len(samples)} samples are no measurement: no batch ended while the device was busy"
+        )
+    lower, median, upper = statistics.quantiles(samples, n=4, method="inclusive")
+    return Timing(median, lower, upper, len(samples), calls)
 
 
 @contextmanager
 def _no_collections() -> Iterator[None]:
-    """Garbage collection waits: a collection hits whoever happens to be running."""
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()

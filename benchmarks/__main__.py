@@ -1,0 +1,197 @@
+"""How fast an averaged update is, beside every other way to do it, on this machine.
+
+    python -m benchmarks [--device cpu] [--models resnet50 ...] [--peers mmengine ...]
+        [--dtypes float32 ...] [--json FILE] [--pictures FOLDER]
+
+Prints tables of ratios: a contender's median time over ours, both from this one run, in which they
+took turns, with times beside them for orientation only. Before anything is timed, each contender's
+result is compared with torch's or the original's. Exit status 77: there is no GPU; 1: a case failed
+(the others are written all the same). What isn't installed or doesn't fit the memory is left out,
+and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import NO_GPU, peers, targets
+from ema_fused.bench.cases import host_cases, torch_cases
+from ema_fused.bench.contenders import DTYPES
+from ema_fused.bench.environment import Environment, environment, output_of, why_no_gpu
+from ema_fused.bench.measuring import Case, Report, Run
+from ema_fused.bench.progress import tracked
+from ema_fused.bench.shapes import Shapes, find, networks
+from ema_fused.bench.tables import Table, about, markdown, show, tables
+from ema_fused.bench.timing import NO_EFFORT, Clock, CpuClock, CudaClock, Effort
+
+_LISTS = ("1000x1024", "1000x16")
+# In a smoke run: these, with no side longer than that, and so many elements and tensors.
+_SMOKE_MODELS, _LONGEST = ("resnet50", "20x16"), 4
+_FEW_TENSORS, _FEW_ELEMENTS = (10, 100), (10**3, 10**4)
+# On a GPU a list has to be far larger than its cache before it shows the memory's speed.
+_GPU_MODELS = (
+    "16x16777216",
+    "128x16777216",
+    "resnet50",
+    "vit_l_16",
+    "llama_3_8b*24",
+    "sdxl_unet",
+)
+_HOST_LISTS = ("161x16", "1000x16", "5000x16")
+_TORCH, _GROWTH = "torch", "growth"
+_PEERS = (_TORCH, _GROWTH, *peers.NAMES)
+
+
+def measure(chosen: argparse.Namespace, clock: Clock) -> Iterator[Run]:
+    """Measure everything; yields the run after each case, its report being worth writing."""
+    effort = NO_EFFORT if chosen.smoke else Effort(case_seconds=chosen.case_seconds)
+    run = Run(clock, effort, environment(clock.device) | _commit(), chosen.seconds)
+    run.report["smoke"] = chosen.smoke
+    cases = list(_cases(chosen, clock, run))
+    for _ in run.measure(tracked([(case.name, case) for case in cases], len(cases))):
+        yield run
+
+
+def _cases(chosen: argparse.Namespace, clock: Clock, run: Run) -> Iterator[Case]:
+    """The main things first, should time run out."""
+    models = [_shapes(key, chosen.smoke) for key in chosen.models]
+    if _TORCH in chosen.peers:
+        if clock.device.type == "cuda" or chosen.smoke:
+            yield from host_cases([find(key) for key in _HOST_LISTS], clock)
+        for shapes in models:
+            yield from torch_cases(shapes, chosen.dtypes, clock)
+    others = [peer for peer in chosen.peers if peer in peers.NAMES]
+    if others and "float32" not in chosen.dtypes:
+        run.leave_out(", ".join(others), "they are measured in float32, which was not chosen")
+        others = []
+    for peer in others:
+        try:
+            for shapes in models:
+                yield from peers.peer_cases(peer, shapes, clock)
+        except (ImportError, OSError) as error:
+            run.leave_out(peer, f"it isn't installed: {error}")
+    if _GROWTH in chosen.peers:
+        from benchmarks.growth import growth_cases  # wants scipy, which a GPU's image may not have
+
+        grid = (_FEW_TENSORS, _FEW_ELEMENTS) if chosen.smoke else ()
+        yield from growth_cases(clock, *grid)
+
+
+def _shapes(key: str, smoke: bool) -> Shapes:
+    return find(key).capped(_LONGEST) if smoke else find(key)
+
+
+def _commit() -> Environment:
+    """``EMA_FUSED_COMMIT`` names the commit where the checkout came without its history."""
+    commit = output_of("git", "rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": os.environ.get("EMA_FUSED_COMMIT", "unknown")}
+    # Results themselves are written into the tree; they change nothing about what was measured.
+    changes = output_of("git", "status", "--porcelain", "--", ".", ":!benchmarks/results")
+    return {"commit": commit if changes == "" else f"{commit}-dirty"}
+
+
+def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description="Time averaged updates beside their peers."
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--models",
+        nargs="+",
+        metavar="MODEL",
+        help=f"{', '.join(networks())}; MODEL*3 for three times over, COUNTxELEMENTS for equal "
+        f"tensors (default: all, {' and '.join(_LISTS)}; on a GPU {' '.join(_GPU_MODELS)})",
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        metavar="PEER",
+        choices=_PEERS,
+        help=f"of {', '.join(_PEERS)} (default: all; on a GPU {_TORCH})",
+    )
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=tuple(DTYPES),
+        default=list(DTYPES),
+        help="of averages and sources; mixed: bfloat16 into float32 (default: all)",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything here")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables here")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="draw pictures into it")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="torch's threads (default: its own)"
+    )
+    parser.add_argument(
+        "--case-seconds", type=float, default=3.0, help="about as long a case (default: 3)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="start no case after these"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="tiny tensors: does it run at all? Measures nothing"
+    )
+    chosen = parser.parse_args(arguments)
+    on_gpu = chosen.device == "cuda"
+    usual = _GPU_MODELS if on_gpu else (*networks(), *_LISTS)
+    chosen.models = chosen.models or list(_SMOKE_MODELS if chosen.smoke else usual)
+    chosen.peers = chosen.peers or list((_TORCH,) if on_gpu else _PEERS)
+    for key in chosen.models:
+        try:
+            find(key)
+        except ValueError as error:
+            parser.error(str(error))
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print the tables, write and draw what was asked for; the exit status."""
+    chosen = options(arguments)
+    reason = why_no_gpu()
+    if chosen.device == "cuda" and reason is not None:
+        sys.stderr.write(f"nothing was measured and nothing is written: {reason}\n")
+        return NO_GPU
+    # True, and beside the point: what a 16-bit average costs is measured, not what it is worth.
+    warnings.filterwarnings("ignore", message="averages are kept in 16 bits")
+    if chosen.threads is not None:
+        torch.set_num_threads(chosen.threads)
+    clock: Clock = CpuClock() if chosen.device == "cpu" else CudaClock()
+    report: Report = {}
+    for run in measure(chosen, clock):
+        report = run.report
+        _write(report, chosen)  # after each case: a run that is cut short leaves what it had
+    sys.stdout.write(about(report) + "\n")
+    show(_tables(report), sys.stdout.write)
+    if chosen.pictures is not None:
+        from benchmarks import pictures  # wants matplotlib
+
+        for path in pictures.draw(report, chosen.pictures):
+            sys.stdout.write(f"{path}\n")
+    return 1 if report["failed"] else 0
+
+
+def _tables(report: Report) -> list[Table]:
+    judged = targets.table(report) if "capability" in report["environment"] else []
+    return [*judged, *tables(report)]
+
+
+def _write(report: Report, chosen: argparse.Namespace) -> None:
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if chosen.markdown is not None:
+        parts = [about(report), *(markdown(table) for table in _tables(report))]
+        chosen.markdown.write_text("\n".join(parts), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""The short benchmark: half a minute on the user's own machine, or on the user's own model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ema_fused.bench.cases import own_model_cases, torch_cases
+from ema_fused.bench.environment import environment, why_no_gpu
+from ema_fused.bench.measuring import Case, Run
+from ema_fused.bench.progress import tracked
+from ema_fused.bench.shapes import find
+from ema_fused.bench.tables import about, show, tables
+from ema_fused.bench.timing import Clock, Effort, clock_of
+
+_SHAPES = ("resnet50", "1000x1024", "1000x16")
+_DTYPES = ("float32", "mixed")
+_EFFORT = Effort(rounds=15, case_seconds=1.5)
+
+
+def bench(
+    device: str | None = None,
+    model: str | None = None,
+    json_file: Path | None = None,
+    effort: Effort = _EFFORT,
+) -> int:
+    """Measures and prints tables of ratios; 1 where a case failed, else 0.
+
+    Args:
+        device: ``"cpu"`` or ``"cuda"``; without it CUDA where torch sees a GPU.
+        model: ``"package.module:name"``, a model or a function without arguments that makes one;
+            without it some standard shapes are measured.
+        json_file: all results are written here too.
+        effort: how long to measure.
+
+    Raises:
+        ImportError: where the module of ``model`` can't be imported.
+        ValueError: where ``model`` isn't of that form, names nothing, or gives no model; where
+            ``device`` is ``"cuda"`` and torch sees none.
+    """
+    reason = why_no_gpu()
+    if device == "cuda" and reason is not None:
+        raise ValueError(f"nothing can be measured on CUDA: {reason}")
+    clock = clock_of(device or ("cpu" if reason else "cuda"))
+    cases = _cases(model, clock)
+    run = Run(clock, effort, environment(clock.device))
+    for _ in run.measure(tracked([(case.name, case) for case in cases], len(cases))):
+        pass
+    sys.stdout.write(about(run.report) + "\n")
+    show(tables(run.report), sys.stdout.write)
+    if json_file is not None:
+        json_file.write_text(json.dumps(run.report, indent=2) + "\n", encoding="utf-8")
+    return 1 if run.report["failed"] else 0
+
+
+def _cases(model: str | None, clock: Clock) -> list[Case]:
+    if model is not None:
+        return list(own_model_cases(own_model(model, clock.device), model, clock))
+    return [case for key in _SHAPES for case in torch_cases(find(key), _DTYPES, clock)]
+
+
+def own_model(name: str, device: torch.device) -> nn.Module:
+    """The model that ``"package.module:name"`` is or makes, on ``device`` if it was on the CPU.
+
+    Raises:
+        ImportError, ValueError: as :func:`bench`.
+    """
+    module_name, colon, attribute = name.partition(":")
+    if not (module_name and colon and attribute):
+        raise ValueError(
+            f"--model is {name!r}; it is package.module:name, where name is a model or a function "
+            "without arguments that makes one"
+        )
+    # As python -m does it: modules of the folder that the command was typed in are found.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    module = importlib.import_module(module_name)
+    if not hasattr(module, attribute):
+        raise ValueError(f"--model is {name!r}, and {module_name} has no {attribute}")
+    found = getattr(module, attribute)
+    if not isinstance(found, nn.Module):
+        found = found() if callable(found) else found
+    if not isinstance(found, nn.Module):
+        raise ValueError(
+            f"--model is {name!r}, which gave {type(found).__name__} and not a torch.nn.Module"
+        )
+    return found.to(device) if all(p.device.type == "cpu" for p in found.parameters()) else found
