@@ -173,7 +173,10 @@ def load_averaged_state_dict(
     own = _own_buffers(averaged)
     missing = own.keys() - state_dict.keys() - {"rounding_seed"}
     if missing:
-        raise RuntimeError(f"missing in the state of the average: {', '.join(sorted(missing))}")
+        raise RuntimeError(
+            f"missing in the state of the average: {', '.join(sorted(missing))}; a state that "
+            f"averaged_state_dict() gave is expected"
+        )
     with _in_the_model(averaged, model):
         set_model_state_dict(model, tensors, options=options)
     for name, buffer in own.items():

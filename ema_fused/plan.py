@@ -181,7 +181,10 @@ class Plan:
             self._rebuild()
         for part in self._parts:
             if not operation(part):
-                raise RuntimeError("a tensor was changed while it was being updated")
+                raise RuntimeError(
+                    "a tensor was changed by another thread while it was being updated, and "
+                    "perhaps not all pairs are updated; change tensors between updates alone"
+                )
 
     def lerp_(
         self,
