@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -161,8 +160,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.device == "cuda" and reason is not None:
         sys.stderr.write(f"nothing was measured and nothing is written: {reason}\n")
         return NO_GPU
-    # True, and beside the point: what a 16-bit average costs is measured, not what it is worth.
-    warnings.filterwarnings("ignore", message="averages are kept in 16 bits")
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
     clock: Clock = CpuClock() if chosen.device == "cpu" else CudaClock()

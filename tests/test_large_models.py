@@ -14,15 +14,13 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-BENCHMARKS = ROOT / "benchmarks"
 PAGE = ROOT / "docs" / "large_models.md"
 
 
 @pytest.fixture
-def large_models(monkeypatch: pytest.MonkeyPatch) -> Any:
+def large_models() -> Any:
     """The program, as a module."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return importlib.import_module("large_models")
+    return importlib.import_module("benchmarks.large_models")
 
 
 @pytest.fixture
@@ -171,25 +169,31 @@ def test_what_fits(
 
 
 def test_measured_rates_are_those_of_the_report(large_models: Any, tmp_path: Path) -> None:
-    copy = "for scale, a mere copy: torch._foreach_copy_"
-    medians = [
-        ("lists", "resnet50", "ema_fused Plan.lerp_", 0.004),
-        ("mixed", "resnet50", "ema_fused Plan.lerp_", 0.002),
-        ("lists", "resnet50", copy, 0.005),
-        ("lists", "1000x16", "ema_fused Plan.lerp_", 1.0),
+    def case(model: str, dtypes: str, moved: int, median: float, limit: float) -> dict[str, Any]:
+        ours = {"timing": {"median": median}, "limit_fraction": limit / median}
+        return {
+            "kind": "lists",
+            "model": model,
+            "dtypes": dtypes,
+            "bytes_moved": moved,
+            "limit": {"median": limit},
+            "contenders": [ours, {"timing": {"median": 1.0}, "limit_fraction": 1.0}],
+        }
+
+    cases = [
+        case("resnet50", "float32", 12_000_000, 0.004, 0.003),
+        case("resnet50", "bfloat16 into float32", 10_000_000, 0.002, 0.001),
+        case("1000x16", "float32", 1, 1.0, 1.0),
     ]
-    rows = [
-        {"group": g, "shapes": s, "contender": c, "timing": {"median": m}} for g, s, c, m in medians
-    ]
-    about = {"cpu": "some CPU", "threads": 2, "torch": "2.13.0", "date": "today"}
+    about = {"device": "some CPU", "threads": 2, "torch": "2.13.0", "date": "today"}
     report = tmp_path / "report.json"
-    report.write_text(json.dumps({"environment": about, "results": rows}), encoding="utf-8")
+    report.write_text(json.dumps({"environment": about, "cases": cases}), encoding="utf-8")
     found = large_models.read_measured(report)
     assert found.about == "some CPU, 2 threads, torch 2.13.0, today"
-    assert found.update == pytest.approx(25_557_032 * 12 / 0.004 / 1e9)
-    assert found.mixed == pytest.approx(25_557_032 * 10 / 0.002 / 1e9)
-    assert found.copy == pytest.approx(25_557_032 * 8 / 0.005 / 1e9)
-    assert found.update_over_copy == pytest.approx(0.8)
+    assert found.update == pytest.approx(3.0)
+    assert found.mixed == pytest.approx(5.0)
+    assert found.flat == pytest.approx(4.0)
+    assert found.limit_fraction == pytest.approx(0.75)
 
 
 # ---- The report, the page, the command line ------------------------------------------------------
@@ -264,20 +268,21 @@ def test_every_assumption_reaches_the_tables(large_models: Any, name: str) -> No
     assert tables(**{name: OVERRIDES[name]}) != tables()
 
 
-def run(*arguments: str, program: tuple[str, ...] = (str(BENCHMARKS / "large_models.py"),)) -> Any:
+def run(*arguments: str, program: tuple[str, ...] = ("-m", "benchmarks.large_models")) -> Any:
     return subprocess.run(
         [sys.executable, *program, *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": str(BENCHMARKS)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
 
 
 def test_program_takes_overrides_and_needs_no_torch() -> None:
     without_torch = (
         "-c",
-        "import sys; sys.modules['torch'] = None; import large_models; large_models.main()",
+        "import sys; sys.modules['torch'] = None; "
+        "from benchmarks import large_models; large_models.main()",
     )
     arguments = ["--parameters", "7e9", "--gpus", "8", "--bandwidth-gpu", "2400", "--every", "5"]
     done = run(*arguments, program=without_torch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -124,7 +125,9 @@ class Run:
 
     def _measure(self, case: Case) -> None:
         group = case.make()
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            # True, and beside the point: what a 16-bit average costs is measured, not its worth.
+            warnings.filterwarnings("ignore", message="averages are kept in 16 bits")
             group.check()
             entry = self._described(case, group)
             if case.kind == "host":
