@@ -20,7 +20,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 
 # Run as they stand, in the folder of the page's other blocks.
-_RUN = (("python", "-m", "ema_fused"),)
+_RUN = re.compile(r"python -m ema_fused (info|reconstruct)\b")
 
 _SETTING = re.compile(r"([A-Z_]+)=(.*)")
 
@@ -57,7 +57,7 @@ def check(command: list[str], folder: Path) -> None:
     while words and (found := _SETTING.fullmatch(words[0])):
         settings[found[1]] = found[2]
         del words[0]
-    if tuple(words[:3]) in _RUN:
+    if _RUN.match(shlex.join(words)):
         output([sys.executable, *words[1:]], folder, **settings)
         return
     covered = [row for row in _COVERED if re.match(row.pattern, shlex.join(words))]
@@ -107,6 +107,12 @@ def _runs_script(words: list[str]) -> None:
     _knows([sys.executable, str(script)], words[place + 1 :])
     if words[0] == "torchrun":
         _knows([sys.executable, "-m", "torch.distributed.run"], words[1:place])
+
+
+def _runs_module(words: list[str]) -> None:
+    """A module of ours, perhaps with a command of it: it knows its options."""
+    options = 4 if len(words) > 3 and not words[3].startswith("-") else 3
+    _knows([sys.executable, *words[1:options]], words[options:])
 
 
 def _knows(program: list[str], options: list[str]) -> None:
@@ -186,7 +192,8 @@ _COVERED = (
     Covered(r"python examples/mmengine", "tests/test_example_mmengine.py", _runs_script),
     Covered(r"python examples/digits", "tests/test_examples.py", _runs_script),
     Covered(r"python benchmarks/large_models", "tests/test_large_models.py", _runs_script),
-    Covered(r"python benchmarks/", "tests/test_benchmarks.py", _runs_script),
+    Covered(r"python -m benchmarks\.(numerics|past)", "tests/test_docs_pictures.py", _runs_module),
+    Covered(r"python -m (benchmarks|ema_fused bench)\b", "make bench", _runs_module),
     Covered(r"benchmarks/gpu_check\.sh", "tests/test_gpu_check.py", _runs_script),
     Covered(r"cmake\b", "make host-test", _configures),
     Covered(r"ctest\b", "make host-test", _anything),
