@@ -1,6 +1,7 @@
 # make demo     train on digits with averaged weights: a table and a picture
 # make test     every check and test that needs no GPU
 # make bench    updates timed beside their peers
+# make docs     the documentation site, in build/site
 # make format   apply the formatters
 # make clean    remove what was built, the virtual environment too
 #
@@ -20,7 +21,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh \
 	csrc/tests/*.h csrc/tests/*.cpp csrc/tests/*.cu csrc/tests/*/*.h)
 HOST_TESTS := build/host_tests
 
-.PHONY: demo test bench format lint host-test clean
+.PHONY: demo test bench docs format lint host-test clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.built
@@ -31,6 +32,9 @@ test: lint host-test
 
 bench: $(VENV)/.built
 	$(BIN)/python -m benchmarks $(BENCH)
+
+docs: $(VENV)/.dependencies
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check

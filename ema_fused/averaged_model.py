@@ -278,7 +278,8 @@ class BaseAveragedModel(WaitingModule):
             ValueError: a shape differs, or the momentum is outside [0, 1].
             TypeError: one side of a pair is floating-point and the other isn't.
             RuntimeError: inside a :meth:`swapped` block; or an earlier offloaded update failed.
-            The averages are unchanged then.
+
+        The averages are unchanged then.
         """
         refuse_while_swapped("update_parameters() was called", self, model)
         pairing = self._paired_with(model)

@@ -44,7 +44,8 @@ def lerp_(
     Raises:
         TypeError: a pair that is not floating-point (use :func:`copy_`), or not plain tensors.
         ValueError: lists, shapes or weights that don't match; tensors that overlap.
-        The exception names the pair's index; nothing has been updated then.
+
+    The exception names the pair's index; nothing has been updated then.
     """
     if isinstance(weight, Sequence) and any(isinstance(item, Tensor) for item in weight):
         _lerp_by_tensors(averaged, source, weight)

@@ -232,7 +232,8 @@ class Plan:
                 should be, or squared_distance has another shape.
             RuntimeError: the update is captured into a graph and would draw the same random bits
                 at every replay.
-            Nothing has been updated then.
+
+        Nothing has been updated then.
         """
         at_once = self._average_at_once
         if (

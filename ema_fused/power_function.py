@@ -115,7 +115,8 @@ class PowerFunctionEMA(nn.Module):
             TypeError: one side of a pair is floating-point and the other isn't, or ``samples`` is
                 no integer.
             RuntimeError: the model holds swapped-in averages.
-            The averages are unchanged then.
+
+        The averages are unchanged then.
         """
         refuse_while_swapped("update_parameters() was called", model)
         check_integer("samples", samples, least=1)

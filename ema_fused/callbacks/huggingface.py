@@ -36,7 +36,8 @@ except ImportError as error:
 
 __all__ = ["AVERAGED", "EMACallback"]
 
-AVERAGED = "averaged"  # the folder inside each checkpoint
+AVERAGED = "averaged"
+"""The folder inside each checkpoint."""
 _STATE = "average_state.safetensors"
 _WEIGHTS = "model*.safetensors"
 

@@ -298,7 +298,8 @@ class EMAWeightAveraging(WeightAveraging, _EMAWeightAveraging):  # type: ignore[
     The original takes ``get_ema_avg_fn``, which rounds differently in the last bit.
 
     Args:
-        device, use_buffers: as :class:`WeightAveraging`.
+        device: as :class:`WeightAveraging`.
+        use_buffers: likewise.
         decay: the weight of the average, in [0, 1].
         update_every_n_steps: optimizer steps from one update to the next; 0: only after epochs.
         update_starting_at_step: the first optimizer step, counted from 0, that may update.

@@ -445,6 +445,7 @@ class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
 
 
 BYOLHook = MomentumUpdateHook
+"""The name that MMSelfSup has it under, too."""
 
 _HOOKS = {"EMAHook": EMAHook, "MomentumUpdateHook": MomentumUpdateHook, "BYOLHook": BYOLHook}
 _MODELS = {

@@ -32,6 +32,7 @@ class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
 
 
 BYOLHook = MomentumUpdateHook
+"""The name that MMSelfSup has it under, too."""
 
 _CLASSES = {"MomentumUpdateHook": MomentumUpdateHook, "BYOLHook": BYOLHook}
 

@@ -36,7 +36,8 @@ def momentum_update(target: nn.Module, online: nn.Module, momentum: float) -> No
         ValueError: ``momentum`` is out of its range, a shape differs, or a trainable parameter is
             the target's own memory.
         TypeError: one side of a pair is floating-point and the other isn't.
-        Nothing has been updated then.
+
+    Nothing has been updated then.
     """
     check_fraction("momentum", momentum)
     key = (id(target), id(online))
