@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-BEGIN, END = "<!-- large_models.py: begin -->", "<!-- large_models.py: end -->"
+from benchmarks import marked
+
+PROGRAM = "large_models.py"  # in the markers of the page
 MEASURED = Path(__file__).parent / "results" / "cpu.json"
 PARAMETERS, GPUS = (7e9, 70e9, 405e9), (8, 64, 1024)
 MODEL_TOO_LARGE, AVERAGE_TOO_LARGE = "model doesn't fit", "average doesn't fit"
@@ -400,15 +402,6 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def between_markers(page: str, report: str) -> str:
-    """``page`` with ``report`` in the place of what stood between its markers."""
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the page has no line {BEGIN} with a line {END} after it; add both")
-    return f"{head}{BEGIN}\n\n{report}\n\n{END}{tail}"
-
-
 def main() -> None:
     """Print the report, or write it into a page."""
     chosen = options()
@@ -417,8 +410,7 @@ def main() -> None:
     if chosen.write is None:
         print(report)
     else:
-        page = chosen.write.read_text(encoding="utf-8")
-        chosen.write.write_text(between_markers(page, report), encoding="utf-8")
+        marked.write(chosen.write, PROGRAM, report)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
-from benchmarks import drawing, records
+from benchmarks import drawing, marked, records
 from ema_fused import ExponentialMovingAverage, reference
+from ema_fused.bench.environment import environment
 from examples import digits
 
 NAME = "numerics_cpu.json"
-BEGIN, END = "<!-- numerics.py: begin -->", "<!-- numerics.py: end -->"
+PROGRAM = "numerics.py"  # in the markers of the page
 SEEDS = (0, 1, 2)
 EPOCHS = 32  # of averaging
 EACH = 2  # epochs from one look at the averages to the next
@@ -217,15 +218,6 @@ def _number(percent: float) -> str:
     return f"{percent:.2g}" if percent >= 0.01 else "< 0.01"
 
 
-def between_markers(page: str, table: str) -> str:
-    """``page`` with ``table`` in the place of what stood between its markers."""
-    head, begin, rest = page.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"the page has no line {BEGIN} with a line {END} after it; add both")
-    return f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}"
-
-
 def main() -> None:
     """Train, draw, or write the page's table."""
     parser = argparse.ArgumentParser(description="Averages in 16 bits beside float32.")
@@ -235,14 +227,12 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.json is not None:
         seeds = measure()
-        about = records.environment("benchmarks.numerics")
+        about = environment(torch.device("cpu"))
         records.write(chosen.json, {"environment": about, "seeds": seeds})
     if chosen.draw is not None:
         drawing.save(chosen.draw, partial(draw, records.read(records.RESULTS / NAME)))
     if chosen.write is not None:
-        page = chosen.write.read_text(encoding="utf-8")
-        table = markdown(records.read(records.RESULTS / NAME))
-        chosen.write.write_text(between_markers(page, table), encoding="utf-8")
+        marked.write(chosen.write, PROGRAM, markdown(records.read(records.RESULTS / NAME)))
 
 
 if __name__ == "__main__":

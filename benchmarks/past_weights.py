@@ -30,6 +30,7 @@ from ema_fused import (
     PowerFunctionEMA,
     StochasticWeightAverage,
 )
+from ema_fused.bench.environment import environment
 
 NAME = "past_weights_cpu.json"
 STEPS = 400
@@ -180,7 +181,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.json is not None:
         found = {name: records.rounded(weights) for name, weights in measure().items()}
-        about = records.environment("benchmarks.past_weights")
+        about = environment(torch.device("cpu"))
         records.write(chosen.json, {"environment": about, "steps": STEPS, "weights": found})
     if chosen.draw is not None:
         kept = records.read(records.RESULTS / NAME)["weights"]

@@ -69,10 +69,13 @@ def _contender(case: Entry, part: str) -> Entry | None:
     return next((c for c in case["contenders"] if part in c["name"]), None)
 
 
-def _found(report: dict[str, Any], kind: str, what: str, model: str, part: str) -> Entry | None:
-    """The contender whose name has ``part``; lists are told by dtypes, peers by their title."""
+def find(report: dict[str, Any], kind: str, what: str, model: str, part: str) -> Entry | None:
+    """The contender whose name has ``part``, in the case of this kind and model.
+
+    ``what`` is the title of a peer's case, and the dtypes of any other.
+    """
     for case in report["cases"]:
-        told_by = case["dtypes"] if kind == "lists" else case["title"]
+        told_by = case["title"] if kind == "peer" else case["dtypes"]
         if (case["kind"], case["model"], told_by) == (kind, model, what):
             return _contender(case, part)
     return None
@@ -84,7 +87,7 @@ def _ratios(report: dict[str, Any], theme: Theme) -> Figure:
     axes = figure.subplots()
     axes.set_xscale("log")
     bars = [
-        (name, [_found(report, kind, what, key, part) for key, _ in models])
+        (name, [find(report, kind, what, key, part) for key, _ in models])
         for name, kind, what, part in _RATIOS
     ]
     _draw_bars(axes, theme.others, bars, lambda c: float(c["ratio"]), start=1.0)
@@ -107,7 +110,7 @@ def _limits(report: dict[str, Any], theme: Theme) -> Figure:
     figure = Figure((WIDTH, 0.5 * len(models) + 1.5))
     axes = figure.subplots()
     bars = [
-        (name, [_found(report, "lists", dtypes, key, part) for key, _ in models])
+        (name, [find(report, "lists", dtypes, key, part) for key, _ in models])
         for name, dtypes, part in _LIMITS
     ]
     first, second = theme.others[:2]

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import platform
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import ema_fused
-
 RESULTS = Path(__file__).parent / "results"
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
-
-
-def environment(module: str) -> dict[str, str | int]:
-    """The command, as it is typed in the root of the repository, and the versions it ran with."""
-    return {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "ema_fused": ema_fused.__version__,
-        "backend": ", ".join(ema_fused.Plan([torch.zeros(1)], [torch.ones(1)]).backends),
-        "threads": torch.get_num_threads(),
-    }
 
 
 def write(path: Path, report: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import drawing, numerics, past_weights, records
+from benchmarks import drawing, marked, numerics, past_weights, records
 from ema_fused.power_profiles import gamma_of
 from examples import digits
 
@@ -153,11 +153,11 @@ def test_the_page_has_the_numbers_of_the_file() -> None:
     report = records.read(records.RESULTS / numerics.NAME)
     page = (DOCS / "numerics.md").read_text(encoding="utf-8")
     table = numerics.markdown(report)
-    assert page == numerics.between_markers(page, table), (
+    assert page == marked.between_markers(page, numerics.PROGRAM, table), (
         "python -m benchmarks.numerics --write docs/numerics.md writes it anew"
     )
     with pytest.raises(ValueError, match="add both"):
-        numerics.between_markers("no markers", table)
+        marked.between_markers("no markers", numerics.PROGRAM, table)
     assert report["environment"]["command"].startswith("python -m benchmarks.numerics --json")
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks import marked
+
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "large_models.md"
 
@@ -211,11 +213,11 @@ def report_of(large_models: Any, **assumptions: float) -> str:
 
 def test_page_has_the_programs_output(large_models: Any) -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert page == large_models.between_markers(page, report_of(large_models)), (
-        "python benchmarks/large_models.py --write docs/large_models.md writes it anew"
+    assert page == marked.between_markers(page, large_models.PROGRAM, report_of(large_models)), (
+        "python -m benchmarks.large_models --write docs/large_models.md writes it anew"
     )
     with pytest.raises(ValueError, match="add both"):
-        large_models.between_markers("no markers", "report")
+        marked.between_markers("no markers", large_models.PROGRAM, "report")
 
 
 def test_a_layout_in_which_nothing_fits_is_one_row(large_models: Any) -> None:
@@ -298,7 +300,8 @@ def test_program_takes_overrides_and_needs_no_torch() -> None:
 def test_program_writes_between_the_markers_of_a_page(large_models: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
-        f"before\n{large_models.BEGIN}\nold\n{large_models.END}\nafter\n", encoding="utf-8"
+        "before\n<!-- large_models.py: begin -->\nold\n<!-- large_models.py: end -->\nafter\n",
+        encoding="utf-8",
     )
     for _ in range(2):
         done = run("--write", str(page))
@@ -306,7 +309,8 @@ def test_program_writes_between_the_markers_of_a_page(large_models: Any, tmp_pat
         assert done.stdout == ""
     written = page.read_text(encoding="utf-8")
     assert written == (
-        f"before\n{large_models.BEGIN}\n\n{report_of(large_models)}\n\n{large_models.END}\nafter\n"
+        "before\n<!-- large_models.py: begin -->\n\n"
+        f"{report_of(large_models)}\n\n<!-- large_models.py: end -->\nafter\n"
     )
 
 

@@ -1,0 +1,125 @@
+"""What README and docs/benchmarks.md show of a run: tables between markers, and pictures.
+
+    python -m benchmarks.pages
+
+reads results/cpu.json, which `make bench BENCH="--json benchmarks/results/cpu.json"` writes anew.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import marked, pictures, records
+from benchmarks.growth import CONTENDERS, fitted
+from ema_fused.bench.contenders import FLOAT32, FOREACH, MIXED, OURS
+from ema_fused.bench.tables import about, markdown, tables
+
+ROOT = Path(__file__).parent.parent
+MEASURED = records.RESULTS / "cpu.json"
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+IMAGES = records.IMAGES / "benchmarks"
+PROGRAM = "benchmarks"  # in the markers of both pages
+
+Entry = dict[str, Any]
+
+# What README shows: columns by model; rows by kind, dtypes or title, part of the contender's name.
+_MODELS = ("resnet50", "gpt2_small", "sdxl_unet", "1000x1024")
+_ROWS = (
+    ("`torch._foreach_lerp_`, float32 lists", "lists", FLOAT32.name, FOREACH),
+    ("a loop of `lerp_`", "lists", FLOAT32.name, "loop: lerp_"),
+    ("cast, then foreach: bfloat16 into float32", "lists", MIXED.name, "kept copy"),
+    ("foreach four times, for four averages", "several", FLOAT32.name, FOREACH),
+    ("torch `AveragedModel`, foreach EMA", "models", FLOAT32.name, "AveragedModel"),
+    ("torch `AveragedModel`, mean", "peer", "torch AveragedModel, mean", "original"),
+    ("mmengine `EMAHook`, EMA", "peer", "EMAHook, ExponentialMovingAverage", "original"),
+    ("mmengine `EMAHook`, SWA", "peer", "EMAHook, StochasticWeightAverage", "original"),
+    ("mmdet 3.x `MeanTeacherHook`", "peer", "3.x MeanTeacherHook", "original"),
+    ("mmdet 2.x `ExpMomentumEMAHook`", "peer", "2.x ExpMomentumEMAHook", "original"),
+    ("mmcv 1.x `EMAHook`", "peer", "1.x EMAHook", "original"),
+    ("MMSelfSup 0.x BYOL", "peer", "0.x MomentumUpdateHook, BYOL", "original"),
+    ("timm `ModelEmaV3`", "peer", "timm ModelEmaV3", "original"),
+    ("timm `ModelEmaV2`", "peer", "timm ModelEmaV2", "original"),
+    ("diffusers `EMAModel`", "peer", "diffusers EMAModel", "original"),
+    ("ema-pytorch `EMA`", "peer", "ema-pytorch EMA", "original"),
+    ("torch-ema", "peer", "torch-ema ExponentialMovingAverage", "original"),
+)
+
+
+def readme_part(report: dict[str, Any]) -> str:
+    """The table of README, with the machine and the command."""
+    titles = {case["model"]: case["model_title"] for case in report["cases"]}
+    rows = []
+    for name, kind, what, part in _ROWS:
+        ratios = [_ratio(report, kind, what, model, part) for model in _MODELS]
+        rows.append(f"| {name} | {' | '.join(ratios)} |")
+    found = report["environment"]
+    return "\n".join(
+        [
+            f"How many times as long as ours others take for one update: medians of one run on "
+            f"{found['device']}, {found['threads']} threads, torch {found['torch']}, "
+            f"{found['date']} ([cpu.json](benchmarks/results/{MEASURED.name}), "
+            f"`{found['command']}`).",
+            "",
+            f"| | {' | '.join(titles[model] for model in _MODELS)} |",
+            f"| --- |{' ---: |' * len(_MODELS)}",
+            *rows,
+        ]
+    )
+
+
+def _ratio(report: dict[str, Any], kind: str, what: str, model: str, part: str) -> str:
+    contender = pictures.find(report, kind, what, model, part)
+    if contender is None:
+        raise ValueError(f"{MEASURED} has no {kind} {what!r} of {model} with {part!r}")
+    ratio = float(contender["ratio"])
+    return f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.1f}"
+
+
+def docs_part(report: dict[str, Any]) -> str:
+    """All tables of a run, for docs/benchmarks.md."""
+    parts = [f"### The run\n\n{about(report)}", f"### How the cost grows\n\n{_growth(report)}"]
+    parts += [_titled(markdown(table)) for table in tables(report)]
+    return "\n".join(parts).rstrip()
+
+
+def _titled(table: str) -> str:
+    """With the title as a heading."""
+    title, _, rest = table.partition("\n")
+    return f"### {title.strip('*')}\n{rest}"
+
+
+def _growth(report: dict[str, Any]) -> str:
+    """The fitted constants, a contender a row."""
+    lines = ["| | a call | a tensor | a byte moved | typical error of the fit |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: |")
+    for name in CONTENDERS:
+        fit = fitted(report, name)
+        lines.append(
+            f"| {name} | {fit.a_call * 1e6:.2g} us | {fit.a_tensor * 1e9:.3g} ns | "
+            f"{fit.a_byte * 1e12:.3g} ps ({1e-9 / fit.a_byte:.3g} GB/s) | {fit.error:.0%} |"
+        )
+    first, *_, last = (case for case in report["cases"] if case["kind"] == "growth")
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"Fitted to {fitted(report, CONTENDERS[0]).points} lists, from {first['title']} to "
+            f"{last['title']} ({OURS} and its peers took turns on each).",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    """Write both pages and draw the pictures."""
+    report = records.read(MEASURED)
+    marked.write(README, PROGRAM, readme_part(report))
+    marked.write(PAGE, PROGRAM, docs_part(report))
+    for path in pictures.draw(report, IMAGES):
+        sys.stdout.write(f"{path}\n")
+
+
+if __name__ == "__main__":
+    main()
