@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ema_fused.hooks.frameworks import missing
+from ema_fused.frameworks import missing
 from ema_fused.ops import update_
 
 try:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.adapters.following import known_integer, notes_of
-from ema_fused.hooks.frameworks import missing
+from ema_fused.frameworks import missing
 from ema_fused.naming import match_names
 from ema_fused.plan import Plan
 from ema_fused.watch import ModuleWatch

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.adapters.following import Options, is_scripted, pairing_of
-from ema_fused.hooks.frameworks import missing
+from ema_fused.frameworks import missing
 from ema_fused.module_pairs import Kind
 
 try:

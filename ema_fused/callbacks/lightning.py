@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ema_fused.adapters.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ema_fused.checks import as_integer, check_integer
 from ema_fused.copying import FrozenShares
-from ema_fused.hooks.frameworks import missing
+from ema_fused.frameworks import missing
 from ema_fused.module_pairs import Pair, pair_up, plan_of
 from ema_fused.swapping import Exchange
 

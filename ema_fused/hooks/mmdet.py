@@ -8,7 +8,6 @@ from torch import nn
 
 from ema_fused.averages import ExpMomentumEMA
 from ema_fused.checks import check_integer, check_momentum
-from ema_fused.hooks.frameworks import register_beside, unwrapped
 from ema_fused.hooks.on_mmengine import (
     HOOKS,
     MODELS,
@@ -17,6 +16,7 @@ from ema_fused.hooks.on_mmengine import (
     replace_hooks,
     replace_models,
 )
+from ema_fused.hooks.registering import register_beside, unwrapped
 from ema_fused.module_pairs import Kind
 from ema_fused.pairing import Pairing
 

@@ -22,7 +22,6 @@ from ema_fused.backends import SlowPathWarning
 from ema_fused.checks import check_fraction, check_integer
 from ema_fused.copying import FrozenShares
 from ema_fused.hooks import on_mmengine
-from ema_fused.hooks.frameworks import register_beside, unwrapped
 from ema_fused.hooks.momentum_update import MomentumUpdate, momentum_update
 from ema_fused.hooks.on_mmengine import (
     HOOKS,
@@ -32,6 +31,7 @@ from ema_fused.hooks.on_mmengine import (
     MMLogger,
     is_model_wrapper,
 )
+from ema_fused.hooks.registering import register_beside, unwrapped
 from ema_fused.options import Options
 from ema_fused.sharding import Device
 from ema_fused.swapping import Exchange, copy_to, exchange_of_averages

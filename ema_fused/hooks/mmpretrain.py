@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from ema_fused.hooks import mmengine
-from ema_fused.hooks.frameworks import register_beside
 from ema_fused.hooks.mmengine import CosineEMA
 from ema_fused.hooks.on_mmengine import HOOKS, MODELS, MMLogger, replace_hooks, replace_models
+from ema_fused.hooks.registering import register_beside
 
 __all__ = ["CosineEMA", "EMAHook", "register"]
 

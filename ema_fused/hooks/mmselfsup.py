@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ema_fused.hooks.frameworks import register_beside, register_instead, unwrapped
 from ema_fused.hooks.momentum_update import MomentumUpdate, momentum_update
 from ema_fused.hooks.on_mmcv import HOOKS, Hook, is_module_wrapper
+from ema_fused.hooks.registering import register_beside, register_instead, unwrapped
 
 __all__ = ["BYOLHook", "MomentumUpdateHook", "momentum_update", "register"]
 
