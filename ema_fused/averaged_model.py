@@ -234,6 +234,9 @@ class BaseAveragedModel(WaitingModule):
 
         Returns:
             A number in [0, 1]; of a tensor a 0-dim tensor.
+
+        Raises:
+            NotImplementedError: the class has no momentum; it averages by its own ``avg_func``.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no momentum_at")
 

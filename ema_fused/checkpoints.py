@@ -84,6 +84,11 @@ def load(
     Where a program was killed while it gave a checkpoint its name, the one before is loaded.
     (torch reads the metadata of a checkpoint as a pickle: load only what you trust.)
 
+    Args:
+        state_dict: as there: the tensors to write into, of any processes' layout.
+        path: as :func:`save` was given it.
+        process_group: the processes that load; None: all.
+
     Raises:
         CheckpointException: torch's, where there is none.
     """
@@ -97,7 +102,7 @@ def load(
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether :func:`load` finds a checkpoint there."""
+    """Whether :func:`load` finds a checkpoint at ``path``."""
     return whole_files.last_whole(Path(path)).is_dir()
 
 

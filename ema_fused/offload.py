@@ -198,6 +198,7 @@ class OffloadedPlan:
 
     @property
     def staged_bytes(self) -> int:
+        """Of one buffer, as it is now; 0 where nothing is to be updated."""
         return max((piece.buffer_bytes for piece in self._pieces), default=0)
 
     # ---- Updates ---------------------------------------------------------------------------------

@@ -365,6 +365,9 @@ class Plan:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on from a saved :meth:`state_dict`, to the bit.
 
+        Args:
+            state: as it gave it.
+
         Raises:
             KeyError: one of ``seed`` and ``step`` is missing.
             TypeError, ValueError: they are no integers, or out of range.

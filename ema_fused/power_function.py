@@ -232,7 +232,7 @@ class PowerFunctionEMA(nn.Module):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`get_extra_state` gave.
+        """Takes over a ``state`` that :meth:`get_extra_state` gave.
 
         Raises:
             ValueError: it belongs to averages of other widths; nothing has been loaded then.

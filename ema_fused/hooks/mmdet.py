@@ -64,11 +64,17 @@ class MeanTeacherHook(Hook):  # type: ignore[misc]
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
+        """Takes the student into the teacher, every ``interval`` iterations."""
         if (runner.iter + 1) % self.interval == 0:
             self.momentum_update(unwrapped(runner.model, is_model_wrapper), self.momentum)
 
     def momentum_update(self, model: nn.Module, momentum: float) -> None:
-        """Takes the student into the teacher with the weight ``momentum``; 1 copies it."""
+        """Takes the student of ``model`` into its teacher with weight ``momentum``; 1 copies it.
+
+        Raises:
+            AttributeError: the model has no teacher or no student.
+            KeyError, ValueError, TypeError: the two differ in structure.
+        """
         pairing = self._paired(model)
         if momentum == 1:
             pairing.copy_()

@@ -56,7 +56,7 @@ _SHOWN = 6
 
 
 class CosineEMA(averages.CosineEMA):
-    """:class:`ema_fused.CosineEMA`, which takes ``max_iters`` from the runner where none is given.
+    """As :class:`ema_fused.CosineEMA`, with ``max_iters`` of the runner where none is given.
 
     MMPretrain's convention: momentum is the weight of the model's values, 0.004 -> 0.
     """
@@ -82,6 +82,9 @@ class InvertedCosineEMA(CosineEMA):
         end_momentum: at the last step, in [0, 1].
 
     The others as :class:`CosineEMA`.
+
+    Raises:
+        ValueError: ``momentum`` or ``end_momentum`` is out of its range.
     """
 
     def __init__(
@@ -117,6 +120,7 @@ class InvertedCosineEMA(CosineEMA):
         self.end_momentum = end_momentum
 
     def momentum_at(self, steps: Any) -> Any:
+        """The weight of the model's values after ``steps``, as of the other classes."""
         return 1 - super().momentum_at(steps)
 
 
@@ -281,15 +285,19 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
             super().after_train_iter(runner, batch_idx, data_batch, outputs)
 
     def before_val_epoch(self, runner: Any) -> None:
+        """Puts the averages into the model."""
         self._put_in()
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Takes them out again."""
         self._take_out()
 
     def before_test_epoch(self, runner: Any) -> None:
+        """Puts the averages into the model."""
         self._put_in()
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Takes them out again."""
         self._take_out()
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
@@ -433,6 +441,7 @@ class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
     """
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Sets the model's ``momentum`` for this iteration, if it is one that updates."""
         if self._is_due(runner.iter):
             model = unwrapped(runner.model, is_model_wrapper)
             self._set_momentum(model, runner.iter, runner.max_iters)
@@ -440,6 +449,7 @@ class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
+        """Takes the online network into the target network, every ``update_interval``."""
         if self._is_due(runner.iter):
             self._update(unwrapped(runner.model, is_model_wrapper))
 
