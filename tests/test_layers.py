@@ -62,6 +62,7 @@ LAYERS = {
         "watch",
     ),
     "averaged models": (
+        "advice",
         "averaged_model",
         "averaged_weights",
         "averages",
