@@ -18,7 +18,7 @@ from ema_fused.options import Options, check_options, refuse_one_by_one
 from ema_fused.pairing import Pairing
 from ema_fused.plan import Plan
 from ema_fused.sharding import Device, drop_gathered
-from ema_fused.swapping import refuse_while_swapped
+from ema_fused.swapping import Exchange, refuse_while_swapped
 from ema_fused.telemetry import Distance, DistanceSamples
 from ema_fused.waiting import WaitingModule, reads_beside
 
@@ -389,6 +389,31 @@ class BaseAveragedModel(WaitingModule):
                 be put back because their dtypes, shapes or names were changed inside it.
         """
         return swapping.swapped(self, self.module, model, shares=self._shares, backend=self.backend)
+
+    def exchange_with(self, model: nn.Module, *, averages_alone: bool = False) -> Exchange:
+        """What puts the averages into ``model`` and takes them out again, any number of times.
+
+        For a framework that calls at both ends of an evaluation; a loop of one's own uses
+        :meth:`swapped`, which also refuses what must not be done in between.
+
+        Args:
+            model: as of :meth:`swapped`.
+            averages_alone: leave what follows by copy (buffers, integers) as it is in both.
+
+        Raises:
+            KeyError, ValueError, TypeError: as :meth:`update_parameters`.
+        """
+        if averages_alone:
+            return swapping.exchange_of_averages(
+                self.module,
+                model,
+                update_buffers=self.update_buffers,
+                shares=self._shares,
+                backend=self.backend,
+            )
+        return swapping.exchange_of_everything(
+            self.module, model, shares=self._shares, backend=self.backend
+        )
 
     @property
     def avg_parameters(self) -> dict[str, Tensor]:
