@@ -112,14 +112,6 @@ std::int64_t chunk_elements_cuda(const std::vector<Pair>& pairs, std::int64_t bl
   return std::clamp(rounded, kLeastChunkElementsCuda, kMostChunkElementsCuda);
 }
 
-std::int64_t count_chunks(const std::vector<Pair>& pairs, std::int64_t chunk_elements) {
-  std::int64_t chunks = 0;
-  for (const Pair& pair : pairs) {
-    chunks += chunks_of(pair, chunk_elements);
-  }
-  return chunks;
-}
-
 ChunkTable build_chunks(const std::vector<Pair>& pairs, std::int64_t chunk_elements) {
   const Chains chains = chain_averages(pairs);
   // Where the entries of each pair begin: the heads of chains, then the others.

@@ -106,8 +106,6 @@ constexpr std::int64_t kLeastChunkElementsCuda = 4096;
 constexpr std::int64_t kMostChunkElementsCuda = 65536;
 std::int64_t chunk_elements_cuda(const std::vector<Pair>& pairs, std::int64_t blocks);
 
-std::int64_t count_chunks(const std::vector<Pair>& pairs, std::int64_t chunk_elements);
-
 // Empty pairs get no chunk. Addresses are computed and never read.
 ChunkTable build_chunks(const std::vector<Pair>& pairs, std::int64_t chunk_elements);
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from contextlib import AbstractContextManager
 from typing import Any
@@ -11,28 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema_fused import backends, swapping
+from ema_fused import swapping
+from ema_fused.advice import Advice
 from ema_fused.copying import FrozenShares, averaged_copy
 from ema_fused.known_integer import KnownInteger
-from ema_fused.options import Options, check_options
+from ema_fused.options import Options, check_options, refuse_one_by_one
 from ema_fused.pairing import Pairing
 from ema_fused.plan import Plan
 from ema_fused.sharding import Device, drop_gathered
-from ema_fused.swapping import refuse_while_swapped
+from ema_fused.swapping import Exchange, refuse_while_swapped
 from ema_fused.telemetry import Distance, DistanceSamples
 from ema_fused.waiting import WaitingModule, reads_beside
-
-_IN_VAIN_BEFORE_WARNING = 6
-
-# What an avg_func of a class's own can't do, and what stands for "not asked for".
-_NEED_MOMENTUM = (
-    ("rounding", "nearest"),
-    ("every", 1),
-    ("offload", None),
-    ("overlap", False),
-    ("capturable", False),
-    ("distance_every", None),
-)
 
 
 class BaseAveragedModel(WaitingModule):
@@ -139,7 +127,7 @@ class BaseAveragedModel(WaitingModule):
         check_options(interval, options)
         self._one_by_one = _averages_one_by_one(type(self))
         if self._one_by_one:
-            self._refuse_one_by_one(options)
+            refuse_one_by_one(type(self).__name__, options)
         if offload is not None:
             device = offload
         # Tensors made in inference mode could never be updated outside it.
@@ -173,21 +161,7 @@ class BaseAveragedModel(WaitingModule):
         self._shares = FrozenShares(shared, device, averaged_dtype, pinned=offload is not None)
         self._pairing: Pairing | None = None
         self._unfinished: list[Pairing] = []  # whose model is gone, with an update under way
-        self._in_vain = 0  # pairings made in a row, none of which has served a second update
-        self._warned_of_losses = False
-        self._warned_of_waiting = False
-
-    def _refuse_one_by_one(self, options: Options) -> None:
-        needed = [
-            f"{name}={options[name]!r}"  # type: ignore[literal-required]
-            for name, usual in _NEED_MOMENTUM
-            if options[name] != usual  # type: ignore[literal-required]
-        ]
-        if needed:
-            raise ValueError(
-                f"{type(self).__name__} averages by its own avg_func, which does as it likes; "
-                f"{', '.join(needed)} needs a class that defines momentum_at"
-            )
+        self._advice = Advice()
 
     @property
     def distance(self) -> Distance | None:
@@ -234,6 +208,9 @@ class BaseAveragedModel(WaitingModule):
 
         Returns:
             A number in [0, 1]; of a tensor a 0-dim tensor.
+
+        Raises:
+            NotImplementedError: the class has no momentum; it averages by its own ``avg_func``.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no momentum_at")
 
@@ -291,7 +268,7 @@ class BaseAveragedModel(WaitingModule):
             reads_beside(self)
             if not asynchronous:
                 pairing.flush()
-            self._warn_of_waiting(pairing, asynchronous)
+            self._advice.of_waiting(pairing, overlap=self.overlap, asynchronous=asynchronous)
 
     def _update(self, pairing: Pairing, found_inf: Tensor | None) -> None:
         buffer = self._buffers["steps"]
@@ -316,7 +293,7 @@ class BaseAveragedModel(WaitingModule):
         else:
             weight = self._checked_momentum(steps) if self.every == 1 else self._weight_of(steps)
             if weight < pairing.lossy_below:
-                self._warn_of_losses(weight)
+                self._advice.of_losses(weight)
             if self._is_ordinary:
                 pairing.average_(weight, found_inf=found_inf)
             else:
@@ -414,6 +391,31 @@ class BaseAveragedModel(WaitingModule):
         """
         return swapping.swapped(self, self.module, model, shares=self._shares, backend=self.backend)
 
+    def exchange_with(self, model: nn.Module, *, averages_alone: bool = False) -> Exchange:
+        """What puts the averages into ``model`` and takes them out again, any number of times.
+
+        For a framework that calls at both ends of an evaluation; a loop of one's own uses
+        :meth:`swapped`, which also refuses what must not be done in between.
+
+        Args:
+            model: as of :meth:`swapped`.
+            averages_alone: leave what follows by copy (buffers, integers) as it is in both.
+
+        Raises:
+            KeyError, ValueError, TypeError: as :meth:`update_parameters`.
+        """
+        if averages_alone:
+            return swapping.exchange_of_averages(
+                self.module,
+                model,
+                update_buffers=self.update_buffers,
+                shares=self._shares,
+                backend=self.backend,
+            )
+        return swapping.exchange_of_everything(
+            self.module, model, shares=self._shares, backend=self.backend
+        )
+
     @property
     def avg_parameters(self) -> dict[str, Tensor]:
         """The averaged tensors by name, as in mmengine: with buffers if ``update_buffers``."""
@@ -427,8 +429,7 @@ class BaseAveragedModel(WaitingModule):
         known = self._pairing
         if known is not None:
             if known.holds(averaged, model, self.update_buffers):
-                if self._in_vain:
-                    self._in_vain = 0
+                self._advice.in_vain = 0
                 return known
             known.flush()
         drop_gathered(model)
@@ -448,19 +449,7 @@ class BaseAveragedModel(WaitingModule):
             when_one_is_gone=functools.partial(_let_go, weakref.ref(self)),
         )
         self._pairing = pairing
-        self._in_vain += 1
-        if self._in_vain == _IN_VAIN_BEFORE_WARNING:
-            # Without an earlier one: its model is gone.
-            why = "another model object is passed in turn"
-            if known is not None:
-                why = pairing.difference(known)
-            warnings.warn(
-                f"the model is walked again at every update ({why}), "
-                f"which takes longer than averaging it. Write buffers in place, "
-                f"buffer.copy_(value), and keep to one model object for each average",
-                backends.SlowPathWarning,
-                stacklevel=3,
-            )
+        self._advice.count_in_vain(pairing, known)
         return pairing
 
     def _checked_momentum(self, steps: int) -> float:
@@ -481,34 +470,6 @@ class BaseAveragedModel(WaitingModule):
         for earlier in range(steps - self.every + 1, steps + 1):
             kept *= 1.0 - self._checked_momentum(earlier)
         return 1.0 - kept
-
-    def _warn_of_waiting(self, pairing: Pairing, asynchronous: bool) -> None:
-        """Says once where an update hides nothing of the time it takes."""
-        in_order = self.overlap and pairing.stream is None
-        if self._warned_of_waiting or (asynchronous and not in_order):
-            return
-        self._warned_of_waiting = True
-        why = (
-            f"overlap=True has no effect: the averages are on {pairing.devices}, and it takes one "
-            f"CUDA device, which has streams that run beside one another. Leave it out"
-            if in_order
-            else "update_parameters() waits until the update has read the model, so overlap=True "
-            "or offload='cpu' hides nothing of it: nobody is known to wait before the next "
-            "optimizer step. Use ema_fused.attach(optimizer, model, averaged), or pass "
-            "asynchronous=True and call wait_until_read() before each step"
-        )
-        warnings.warn(why, backends.SlowPathWarning, stacklevel=3)
-
-    def _warn_of_losses(self, weight: float) -> None:
-        if weight == 0.0 or self._warned_of_losses:
-            return
-        self._warned_of_losses = True
-        warnings.warn(
-            f"averages are kept in 16 bits and the momentum is {weight:.3g}: changes this small "
-            f"are mostly rounded away, and the average stays where it is. Pass "
-            f"averaged_dtype=torch.float32, or rounding='stochastic'",
-            stacklevel=4,
-        )
 
     def __getstate__(self) -> dict[str, Any]:
         """What is copied and pickled: everything but the plans, which hold the model itself."""

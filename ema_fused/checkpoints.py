@@ -34,7 +34,7 @@ from ema_fused import whole_files
 from ema_fused.averaged_model import BaseAveragedModel
 from ema_fused.first_process import by_the_first
 from ema_fused.sharding import is_flattened, is_sharded
-from ema_fused.swapping import exchange_of_everything, refuse_while_swapped
+from ema_fused.swapping import refuse_while_swapped
 
 __all__ = ["averaged_state_dict", "exists", "load", "load_averaged_state_dict", "save"]
 
@@ -84,6 +84,11 @@ def load(
     Where a program was killed while it gave a checkpoint its name, the one before is loaded.
     (torch reads the metadata of a checkpoint as a pickle: load only what you trust.)
 
+    Args:
+        state_dict: as there: the tensors to write into, of any processes' layout.
+        path: as :func:`save` was given it.
+        process_group: the processes that load; None: all.
+
     Raises:
         CheckpointException: torch's, where there is none.
     """
@@ -97,7 +102,7 @@ def load(
 
 
 def exists(path: str | os.PathLike[str]) -> bool:
-    """Whether :func:`load` finds a checkpoint there."""
+    """Whether :func:`load` finds a checkpoint at ``path``."""
     return whole_files.last_whole(Path(path)).is_dir()
 
 
@@ -208,9 +213,7 @@ def _spread_as(
 def _in_the_model(averaged: BaseAveragedModel, model: nn.Module) -> Iterator[None]:
     """The averages in the model's place, for the length of the block."""
     refuse_while_swapped("a checkpoint of averages was made or loaded", averaged, model)
-    exchange = exchange_of_everything(
-        averaged.module, model, shares=averaged._shares, backend=averaged.backend
-    )
+    exchange = averaged.exchange_with(model)
     if exchange.overwrites:
         name = exchange.overwrites[0]
         raise ValueError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
 
 from ema_fused.pairs import label, overlap_error
-from ema_fused.parts import ListedPart, Task, Update
+from ema_fused.parts import ListedPart, Part, Task, Update
 
 # Sources are brought over in groups of about this size: enough to keep a link busy, and all the
 # memory that this way ever takes beside the largest single tensor.
@@ -34,7 +34,11 @@ def _refuse_overlaps(tasks: Sequence[Task], names: Sequence[str] | None) -> None
 
 
 class MovedPart(ListedPart):
-    """Brings the sources to the averaged tensors' device, a group at a time, and updates there."""
+    """Brings the sources to the averaged tensors' device, a group at a time, and updates there.
+
+    Args:
+        split: puts pairs of one device into the parts that update them.
+    """
 
     backend = "moved"
 
@@ -42,11 +46,11 @@ class MovedPart(ListedPart):
         self,
         tasks: Sequence[Task],
         arithmetic: str,
-        backend: str | None,
+        split: Callable[[Sequence[Task]], Sequence[Part]],
         names: Sequence[str] | None = None,
     ) -> None:
         super().__init__(tasks, arithmetic)
-        self._backend = backend
+        self._split = split
         # Before anything is written: a group would see only the overlaps within it.
         _refuse_overlaps(self._distinct(), names)
 
@@ -66,10 +70,8 @@ class MovedPart(ListedPart):
     def average(self, update: Update) -> bool:
         if not self.ready():
             return False
-        from ema_fused.routing import split  # routing makes this part: imported late
-
         for group in self._groups():
             here = [task._replace(source=task.source.to(task.averaged.device)) for task in group]
-            for part in split(here, self._arithmetic, self._backend, None):
+            for part in self._split(here):
                 part.average(update)
         return True

@@ -18,11 +18,12 @@ from ema_fused.arguments import as_flag, as_weights, check_distance
 from ema_fused.backends import SlowPathWarning
 from ema_fused.background import OffloadedUpdate, Worker
 from ema_fused.checks import as_integer, check_integer
+from ema_fused.host_memory import host_memory
 from ema_fused.pairs import can_average, label, refuse_average
 from ema_fused.parts import kind_of
 from ema_fused.plan import Plan
 from ema_fused.rounding import check_seed
-from ema_fused.staging import LEAST_BYTES, PairOptions, Piece, Staging, host_memory
+from ema_fused.staging import LEAST_BYTES, PairOptions, Piece, Staging
 
 __all__ = ["OffloadedPlan", "host_memory"]
 
@@ -197,6 +198,7 @@ class OffloadedPlan:
 
     @property
     def staged_bytes(self) -> int:
+        """Of one buffer, as it is now; 0 where nothing is to be updated."""
         return max((piece.buffer_bytes for piece in self._pieces), default=0)
 
     # ---- Updates ---------------------------------------------------------------------------------

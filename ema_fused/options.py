@@ -27,6 +27,35 @@ class Options(TypedDict, total=False):
     distance_every: int | None
 
 
+# What an avg_func of a class's own can't do, and what stands for "not asked for".
+_NEED_MOMENTUM = (
+    ("rounding", "nearest"),
+    ("every", 1),
+    ("offload", None),
+    ("overlap", False),
+    ("capturable", False),
+    ("distance_every", None),
+)
+
+
+def refuse_one_by_one(name: str, options: Options) -> None:
+    """Raises ValueError for what a class can't be asked for that averages by its own ``avg_func``.
+
+    Args:
+        name: of the class.
+    """
+    needed = [
+        f"{option}={options[option]!r}"  # type: ignore[literal-required]
+        for option, usual in _NEED_MOMENTUM
+        if options[option] != usual  # type: ignore[literal-required]
+    ]
+    if needed:
+        raise ValueError(
+            f"{name} averages by its own avg_func, which does as it likes; "
+            f"{', '.join(needed)} needs a class that defines momentum_at"
+        )
+
+
 def check_options(interval: int, options: Options) -> None:
     """Raises TypeError, ValueError or RuntimeError for what can't be, or can't be together."""
     check_integer("interval", interval, least=1)

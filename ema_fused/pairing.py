@@ -111,6 +111,12 @@ class Pairing:
             rounding=self._rounding,
             backend=self._backend,
         )
+        # Of a plan that isn't offloaded both are an order on the device.
+        waits = (
+            (everything.flush, everything.wait_until_read)
+            if isinstance(everything, OffloadedPlan)
+            else (everything.wait, everything.wait)
+        )
         for pair in pairs:
             _check_own_memory(pair)
         # Nothing above is kept if any of it has raised.
@@ -118,6 +124,7 @@ class Pairing:
         self._pairs = pairs
         self._shared = [(pair.averaged, pair.source) for pair in shared]
         self._everything: Plan | OffloadedPlan = everything
+        self._flush, self._wait_until_read = waits
         self._snapshot = snapshot
         self._is_plain = not runs_beside and self._rounding == "nearest"
         self._followers: Plan | None = None
@@ -171,9 +178,8 @@ class Pairing:
         if self._snapshot is not None:
             self._take_snapshot(self._snapshot)
         self._everything.copy_()
-        if isinstance(self._everything, OffloadedPlan):
-            # What fails is told now: an average of nothing isn't gone on with.
-            self._everything.flush()
+        # What fails is told now: an average of nothing isn't gone on with.
+        self._flush()
 
     def average_(
         self,
@@ -237,10 +243,7 @@ class Pairing:
 
     def flush(self) -> None:
         """Waits until all updates are in the averages; the host only for offloaded ones."""
-        if isinstance(self._everything, OffloadedPlan):
-            self._everything.flush()
-        else:
-            self._everything.wait()
+        self._flush()
 
     def is_idle(self) -> bool:
         """Whether no update is known to be under way."""
@@ -248,10 +251,7 @@ class Pairing:
 
     def wait_until_read(self) -> None:
         """Waits until all updates have read the model."""
-        if isinstance(self._everything, OffloadedPlan):
-            self._everything.wait_until_read()
-        else:
-            self._everything.wait()
+        self._wait_until_read()
 
     def where_it_runs(self) -> AbstractContextManager[object]:
         """A context in which the stream of the updates is the current one."""

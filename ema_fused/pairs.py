@@ -11,10 +11,20 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+MAX_AVERAGES = 8  # of one source
+
 
 def label(index: int, names: Sequence[str] | None) -> str:
     """How messages call a pair: by the parameter's name where there is one."""
     return f"pair {index}" if names is None else f"{names[index]!r}"
+
+
+def labels_of(names: list[str] | None, pairs: int, averages: int) -> list[str] | None:
+    """What messages call each pair: with several averages, which of them too."""
+    if averages == 1:
+        return names
+    own = [f"pair {i}" for i in range(pairs)] if names is None else names
+    return [f"{name} of average {k}" for k in range(averages) for name in own]
 
 
 def check_lists(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
@@ -42,6 +52,27 @@ def check_list(tensors: object, which: str) -> None:
         raise TypeError(
             f"{which} is a {type(tensors).__name__}; a list of tensors is expected{hint}"
         )
+
+
+def as_several(
+    averaged: Sequence[Tensor] | Sequence[Sequence[Tensor]],
+) -> list[Sequence[Tensor]]:
+    """The lists of averaged tensors: one, or several averages of one source."""
+    check_list(averaged, "averaged")
+    if not averaged or not isinstance(averaged[0], (list, tuple)):
+        return [averaged]  # type: ignore[list-item]
+    for k, one in enumerate(averaged):
+        if not isinstance(one, (list, tuple)):
+            raise TypeError(
+                f"averaged is a list of lists, and its item {k} is a {type(one).__name__}; a list "
+                f"of tensors for each average is expected"
+            )
+    if len(averaged) > MAX_AVERAGES:
+        raise ValueError(
+            f"{len(averaged)} averages of one source; at most {MAX_AVERAGES} are updated in one "
+            f"pass. Make a Plan for the others"
+        )
+    return list(averaged)  # type: ignore[arg-type]
 
 
 def _check_tensor(tensor: object, which: str, pair: str) -> None:

@@ -15,14 +15,13 @@ from ema_fused.arguments import Weight, as_flag, as_step, as_weights, check_dist
 from ema_fused.checks import as_integer
 from ema_fused.distance import add_up
 from ema_fused.native import NativePart
-from ema_fused.pairs import check_list, check_lists, label, refuse_average, refuse_swap
+from ema_fused.pairs import as_several, check_lists, label, labels_of, refuse_average, refuse_swap
 from ema_fused.parts import Part, Task, Update, kind_of
 from ema_fused.rounding import HALVES, check_rounding, check_seed
 from ema_fused.routing import split
 from ema_fused.streams import SideStreams
 
 ARITHMETICS = ("lerp", "axpby", "delta", "products")
-MAX_AVERAGES = 8
 
 
 class Plan:
@@ -90,7 +89,7 @@ class Plan:
         seed: int = 0,
         numbers: Sequence[int] | None = None,
     ) -> None:
-        several = _as_several(averaged)
+        several = as_several(averaged)
         for one in several:
             check_lists(one, source)
         if arithmetic not in ARITHMETICS:
@@ -139,7 +138,7 @@ class Plan:
         self._draws = arithmetic == "stochastic" and any(
             task.averaged.dtype in HALVES and not task.only_copy for task in tasks
         )
-        self._labels = _labels(self._names, pairs, self.averages)
+        self._labels = labels_of(self._names, pairs, self.averages)
         self._parts: list[Part] = split(tasks, arithmetic, self.backend, self._labels)
         parts = self._parts
         self._no_average = min(
@@ -366,6 +365,9 @@ class Plan:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Goes on from a saved :meth:`state_dict`, to the bit.
 
+        Args:
+            state: as it gave it.
+
         Raises:
             KeyError: one of ``seed`` and ``step`` is missing.
             TypeError, ValueError: they are no integers, or out of range.
@@ -443,32 +445,3 @@ class Plan:
         averaged, source, step = state.pop("averaged"), state.pop("source"), state.pop("step")
         self.__init__(averaged, source, **state)  # type: ignore[misc]
         self.step = step
-
-
-def _as_several(
-    averaged: Sequence[Tensor] | Sequence[Sequence[Tensor]],
-) -> list[Sequence[Tensor]]:
-    """The lists of averaged tensors: one, or several averages of one source."""
-    check_list(averaged, "averaged")
-    if not averaged or not isinstance(averaged[0], (list, tuple)):
-        return [averaged]  # type: ignore[list-item]
-    for k, one in enumerate(averaged):
-        if not isinstance(one, (list, tuple)):
-            raise TypeError(
-                f"averaged is a list of lists, and its item {k} is a {type(one).__name__}; a list "
-                f"of tensors for each average is expected"
-            )
-    if len(averaged) > MAX_AVERAGES:
-        raise ValueError(
-            f"{len(averaged)} averages of one source; at most {MAX_AVERAGES} are updated in one "
-            f"pass. Make a Plan for the others"
-        )
-    return list(averaged)  # type: ignore[arg-type]
-
-
-def _labels(names: list[str] | None, pairs: int, averages: int) -> list[str] | None:
-    """What messages call each pair: with several averages, which of them too."""
-    if averages == 1:
-        return names
-    own = [f"pair {i}" for i in range(pairs)] if names is None else names
-    return [f"{name} of average {k}" for k in range(averages) for name in own]

@@ -17,7 +17,8 @@ from ema_fused import swapping
 from ema_fused.checks import check_integer
 from ema_fused.copying import FrozenShares
 from ema_fused.module_pairs import Pair, pair_up
-from ema_fused.plan import MAX_AVERAGES, Plan
+from ema_fused.pairs import MAX_AVERAGES
+from ema_fused.plan import Plan
 from ema_fused.power_profiles import gamma_of, momentum_between
 from ema_fused.sharding import converted, refuse_partitioned
 from ema_fused.skeleton import skeleton_of
@@ -233,7 +234,7 @@ class PowerFunctionEMA(nn.Module):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`get_extra_state` gave.
+        """Takes over a ``state`` that :meth:`get_extra_state` gave.
 
         Raises:
             ValueError: it belongs to averages of other widths; nothing has been loaded then.

@@ -76,11 +76,6 @@ def gamma_of(sigma_rel: float) -> float:
         gamma = lower
 
 
-def sigma_rel_of(gamma: float) -> float:
-    """The relative width of a profile: ``sqrt((gamma + 1) / ((gamma + 2)**2 * (gamma + 3)))``."""
-    return math.sqrt((gamma + 1) / ((gamma + 2) ** 2 * (gamma + 3)))
-
-
 def momentum_between(gamma: float, before: Number, after: Number) -> Number:
     """The weight of the new value in an update that takes the average from one time to another.
 

@@ -132,7 +132,7 @@ class Reconstruction:
                     progress(tensor.nbytes)
 
     def picture(self, path: PathLike) -> None:
-        """Draws the profile asked for and the one reached over the run, as a PNG.
+        """Draws the profile asked for and the one reached over the run, as a PNG at ``path``.
 
         Raises:
             ImportError: matplotlib is not installed.

@@ -7,6 +7,7 @@ pairs -> inspection -> cuda:0 | cuda:1 | cpu   native kernels, one launch each
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -62,7 +63,8 @@ def split(
         for device, places in groups.items()
     ]
     if moved:
-        parts.append(MovedPart([tasks[i] for i in moved], arithmetic, pin, names))
+        here = functools.partial(split, arithmetic=arithmetic, backend=pin, names=None)
+        parts.append(MovedPart([tasks[i] for i in moved], arithmetic, here, names))
     if refusals:
         parts.append(ForeachPart([tasks[i] for i in refusals], arithmetic))
     return parts

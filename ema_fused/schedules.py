@@ -108,7 +108,7 @@ def cosine(step: Number, *, start: float = 0.004, end: float = 0.0, total: int) 
 
 
 def half_cosine(phase: Number, start: float, end: float) -> Number:
-    """From ``start`` at phase 0 to ``end`` at phase pi, along half a period of the cosine."""
+    """``end - (end - start) * (cos(phase) + 1) / 2``: ``start`` at phase 0, ``end`` at pi."""
     return end - (end - start) * ((cos(phase) + 1) / 2)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema_fused.staging import host_memory
+from ema_fused.host_memory import host_memory
 
 Device = torch.device | str | int | None
 

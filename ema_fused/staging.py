@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ema_fused import backends
+from ema_fused.host_memory import host_memory
 from ema_fused.pairs import label
 from ema_fused.plan import Plan
 from ema_fused.rounding import HALVES
@@ -23,24 +24,6 @@ LEAST_BYTES = 1024  # of a buffer: a slice has room in it, whatever its dtype
 
 _ALIGNMENT = 64  # bytes between which staged tensors begin: all of a vector's, and of a cache line
 _SLICE = 64  # elements that slices are multiples of, so that they stay aligned in their tensors
-
-
-def host_memory(tensor_like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised memory on the CPU for the average of a tensor.
-
-    Pinned where CUDA is available: it can be copied to and from a device without waiting.
-
-    Args:
-        tensor_like: gives the shape and the order of the dimensions; on any device.
-        dtype: of the average; None: that of ``tensor_like``.
-    """
-    return torch.empty_like(
-        tensor_like,
-        dtype=dtype,
-        device="cpu",
-        requires_grad=False,
-        pin_memory=torch.cuda.is_available(),
-    )
 
 
 class PairOptions(NamedTuple):

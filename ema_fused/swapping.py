@@ -194,7 +194,7 @@ def exchange_of_averages(
     *,
     update_buffers: bool,
     shares: FrozenShares,
-    backend: str | None = None,
+    backend: str | None,
 ) -> Exchange:
     """The exchange of what is averaged alone: parameters, and with ``update_buffers`` buffers."""
 

@@ -26,7 +26,11 @@ class Distance(NamedTuple):
 
 
 class DistanceSamples:
-    """Takes a sample at every ``every``-th step; the last one that has arrived is :attr:`last`."""
+    """Takes a sample at every ``every``-th step; the last one that has arrived is :attr:`last`.
+
+    Args:
+        every: steps from one sample to the next; None: none is taken.
+    """
 
     def __init__(self, every: int | None) -> None:
         self._every = every
@@ -37,7 +41,7 @@ class DistanceSamples:
         self._is_done: Callable[[], bool] | None = None
 
     def place_for(self, step: int, device: torch.device) -> Tensor | None:
-        """Where the update of ``step`` is to write its sum.
+        """Where the update of ``step``, whose averages are on ``device``, is to write its sum.
 
         None: it is not to measure, or the sample before is still on its way: the next may be later,
         but each that was begun arrives.
@@ -54,6 +58,8 @@ class DistanceSamples:
         """Starts bringing the sum to the host, on the current stream.
 
         Args:
+            step: of the update.
+            place: what :meth:`place_for` gave.
             is_done: says of a place on the CPU whether the update is done that writes it.
         """
         self._step, self._arrived, self._is_done = step, None, is_done

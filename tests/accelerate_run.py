@@ -7,7 +7,6 @@ leaves ``FOLDER/end.pt``: the tensors of the model and of the average.
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from killed_runs import run_as_asked
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -98,14 +98,5 @@ def run(
     return folder / "end.pt"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kill-at", type=int)
-    parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args()
-    run(options.folder, kill_at=options.kill_at, resume=options.resume)
-
-
 if __name__ == "__main__":
-    main()
+    run_as_asked(run)

@@ -41,6 +41,18 @@ def backend(request: pytest.FixtureRequest) -> str:
     return name
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the processes that tests start: sums are split among threads, and rounded accordingly.
+
+    Small networks are quicker so, too: their threads only wait for one another.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def two_ranks() -> Iterator[Ranks]:
     with ranks.started(2) as processes:

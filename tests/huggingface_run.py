@@ -7,7 +7,6 @@ leaves ``FOLDER/end.pt``: the tensors of the model and of the average, and what 
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from killed_runs import run_as_asked
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -171,14 +171,5 @@ def run(
     return folder / "end.pt"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kill-at", type=int)
-    parser.add_argument("--resume", action="store_true")
-    options = parser.parse_args()
-    run(options.folder, kill_at=options.kill_at, resume=options.resume)
-
-
 if __name__ == "__main__":
-    main()
+    run_as_asked(run)

@@ -389,3 +389,12 @@ def finish(process: subprocess.Popen[str]) -> str:
         process.kill()
     assert process.returncode == 0, errors
     return output
+
+
+def assert_same_rest(rest: Path, whole: Path) -> None:
+    """The last two of four epochs are the same, in a run that was resumed and in a whole one."""
+    for name in ("epoch_3.pth", "epoch_4.pth"):
+        found, expected = (comparable(load(folder / name)) for folder in (rest, whole))
+        # The validation between the checkpoint and the interruption is in none of its files.
+        del found["scalars"], expected["scalars"]
+        assert differences(found, expected) == []

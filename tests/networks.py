@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -117,3 +119,21 @@ def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
         or one[name].dtype != other[name].dtype
         or not torch.equal(one[name], other[name])
     ]
+
+
+def floating(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+
+
+def assert_equal_for(steps: int, model: nn.Module, our: Any, their: Any, seed: int = 0) -> None:
+    """Trains on, updating both, and compares all that the original averages or copies."""
+    random = generator(seed)
+    for step in range(steps):
+        train(model, random)
+        our.update_parameters(model)
+        their.update_parameters(model)
+        assert our.steps == their.steps
+        found, expected = snapshot(our), snapshot(their)
+        if their.update_buffers:  # originals leave integer buffers where they were
+            found, expected = floating(found), floating(expected)
+        assert differences(found, expected) == [], f"after call {step}"

@@ -7,13 +7,12 @@ import itertools
 import math
 import os
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from killed_runs import start
 from networks import differences
 from torch import Tensor, nn
 
@@ -31,16 +30,7 @@ from safetensors.torch import load_file
 from ema_fused.callbacks.accelerate import update_average
 
 Tensors = dict[str, Tensor]
-HERE = Path(__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As many as the subprocesses have: sums are split among threads, and rounded accordingly."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def own(model: nn.Module) -> Tensors:
@@ -116,24 +106,14 @@ def test_wrapped_models_are_averaged_and_swapped() -> None:
     assert differences(own(training.average.module), own(training.plain_model)) == []
 
 
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, HERE / "accelerate_run.py", folder, *options],
-        env={**os.environ, "PYTHONPATH": str(HERE.parent)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 def test_a_killed_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
     whole_folder, folder = tmp_path / "whole", tmp_path / "killed"
-    killed = start(folder, "--kill-at", "17")
+    killed = start("accelerate_run.py", folder, "--kill-at", "17")
     whole = torch.load(accelerate_run.run(whole_folder))
     output, _ = killed.communicate(timeout=300)
     assert killed.returncode == -signal.SIGKILL, output
     assert [path.name for path in folder.iterdir()] == ["checkpoint"]
-    resumed = start(folder, "--resume")
+    resumed = start("accelerate_run.py", folder, "--resume")
     output, _ = resumed.communicate(timeout=300)
     assert resumed.returncode == 0, output
     end = torch.load(folder / "end.pt")

@@ -6,10 +6,7 @@ import importlib
 import itertools
 import math
 import os
-import signal
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,6 @@ import pytest
 import torch
 from networks import differences
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
 
 from ema_fused import ExponentialMovingAverage, StochasticWeightAverage
 
@@ -27,98 +22,31 @@ pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
-import huggingface_run
+from huggingface_cases import (
+    MOMENTUM,
+    ByHand,
+    Tensors,
+    assert_measured_with,
+    attached,
+    averages,
+    metrics_of,
+    own,
+)
 from huggingface_run import (
     EVALUATION,
     TRAINING,
     Digits,
-    DigitsConfig,
-    DigitsModel,
-    digits_model,
     digits_trainer,
 )
-from safetensors.torch import load_file
 from transformers import (
     EarlyStoppingCallback,
-    MixtralConfig,
-    MixtralForCausalLM,
-    PreTrainedModel,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
 )
 
 from ema_fused.callbacks.huggingface import EMACallback
 
-Tensors = dict[str, Tensor]
-HERE = Path(__file__).parent
-MOMENTUM = 0.1
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As many as the subprocesses have: sums are split among threads, and rounded accordingly."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-class ByHand(TrainerCallback):  # type: ignore[misc]
-    """The average in plain torch, and what both kinds of weights were at each evaluation."""
-
-    def __init__(self, momentum: float = MOMENTUM) -> None:
-        self.momentum = momentum
-        self.average: Tensors = {}
-        self.steps = 0
-        self.at_evaluations: list[tuple[Tensors, Tensors, dict[str, float]]] = []
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if rest["optimizer"].step_was_skipped:
-            return
-        self.steps += 1
-        for name, new in own(rest["model"]).items():
-            if self.steps > 1 and new.is_floating_point():
-                self.average[name] = torch.lerp(self.average[name], new, self.momentum)
-            else:
-                self.average[name] = new
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.at_evaluations.append((own(rest["model"]), dict(self.average), rest["metrics"]))
-
-
-def own(model: nn.Module) -> Tensors:
-    """Copies of the tensors of ``model``."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def averages(callback: EMACallback) -> Tensors:
-    assert callback.average is not None
-    return own(callback.average.module)
-
-
-@torch.no_grad()
-def metrics_of(weights: Tensors, rows: range = EVALUATION) -> dict[str, float]:
-    """What the trainer should have measured with ``weights``."""
-    model, digits = digits_model(), Digits(rows)
-    model.load_state_dict(weights)
-    logits = model.eval()(digits.images)["logits"]
-    right = logits.argmax(-1) == digits.labels
-    return {
-        "eval_loss": float(cross_entropy(logits, digits.labels)),
-        "eval_accuracy": float(right.double().mean()),
-    }
-
-
-def assert_measured_with(weights: Tensors, metrics: dict[str, float]) -> None:
-    for name, value in metrics_of(weights).items():
-        assert metrics[name] == pytest.approx(value, rel=1e-5), name
-
-
-def attached(folder: Path, *others: Any, **arguments: Any) -> tuple[EMACallback, Trainer]:
-    """A callback and its trainer, where nothing special is asked of the average."""
-    trainer = digits_trainer(folder, callbacks=list(others), **arguments)
-    return EMACallback(momentum=MOMENTUM, update_buffers=True).attach(trainer), trainer
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -275,170 +203,6 @@ def test_best_model_and_early_stopping_go_by_the_average(tmp_path: Path, momentu
     assert_measured_with(average, trainer.evaluate())
 
 
-def test_checkpoints_hold_the_model_and_its_average(tmp_path: Path) -> None:
-    by_hand = ByHand()
-    callback, trainer = attached(
-        tmp_path, by_hand, save_strategy="steps", save_steps=6, eval_strategy="steps", eval_steps=6
-    )
-    trainer.train()
-    trainer.save_model(str(tmp_path / "final"))
-    trainer.save_model()
-    found = {folder.name for folder in tmp_path.glob("*/averaged")}
-    assert found == {"averaged"} and (tmp_path / "averaged").is_dir()
-    for folder, at in [("checkpoint-6", 0), ("checkpoint-12", 1), ("final", 1), (".", 1)]:
-        model, average, _ = by_hand.at_evaluations[at]
-        loaded = DigitsModel.from_pretrained(tmp_path / folder)
-        assert differences(own(loaded), model) == []
-        loaded = DigitsModel.from_pretrained(tmp_path / folder / "averaged")
-        assert differences(own(loaded), average) == []
-        assert (
-            differences(load_file(tmp_path / folder / "averaged/model.safetensors"), average) == []
-        )
-    assert differences(averages(callback), by_hand.average) == []
-
-
-def start(folder: Path, *options: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, HERE / "huggingface_run.py", folder, *options],
-        env={**os.environ, "PYTHONPATH": str(HERE.parent), "TQDM_DISABLE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    end, expected = torch.load(one), torch.load(other)
-    assert expected["average"]["steps"] == 15
-    for part in ("model", "average"):
-        assert differences(end[part], expected[part]) == []
-    assert list(expected["losses"]) == [5, 10, 15]
-    assert end["losses"] == expected["losses"]
-
-
-def test_a_killed_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
-    killed = start(tmp_path / "killed", "--kill-at", "10")
-    whole = huggingface_run.run(tmp_path / "whole")
-    output, _ = killed.communicate(timeout=300)
-    assert killed.returncode == -signal.SIGKILL, output
-    saved = sorted(path.name for path in (tmp_path / "killed").iterdir())
-    assert saved == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
-    resumed = start(tmp_path / "killed", "--resume")
-    output, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, output
-    assert_same_end(tmp_path / "killed" / "end.pt", whole)
-
-
-def test_a_stochastically_rounded_average_is_resumed_to_the_bit(tmp_path: Path) -> None:
-    arguments = {"averaged_dtype": torch.bfloat16, "rounding": "stochastic", "seed": 3}
-    whole = huggingface_run.run(tmp_path / "whole", **arguments)
-    resumed = huggingface_run.run(
-        tmp_path / "resumed", resume=str(tmp_path / "whole" / "checkpoint-9"), **arguments
-    )
-    assert torch.load(whole)["average"]["rounding_seed"] == 3
-    assert_same_end(resumed, whole)
-
-
-class Tied(DigitsModel):
-    """Two layers with one weight, and a buffer that the model's files leave out."""
-
-    _tied_weights_keys = {"decoder.weight": "encoder.weight"}  # noqa: RUF012
-    _keys_to_ignore_on_save = ("seen",)
-
-    def __init__(self, config: DigitsConfig) -> None:
-        PreTrainedModel.__init__(self, config)
-        self.encoder = nn.Linear(64, 10, bias=False)
-        self.decoder = nn.Linear(64, 10, bias=False)
-        self.register_buffer("seen", torch.zeros(3))
-        self.post_init()
-
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        self.seen += 0.1
-        pixels = images.flatten(1)
-        logits = self.encoder(pixels) + self.decoder(pixels.square())
-        return {"loss": cross_entropy(logits, labels), "logits": logits}
-
-
-class Plain(nn.Module):
-    """Not of transformers' kind: it has no config."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 2, 3).to(memory_format=torch.channels_last)
-        self.head = nn.Linear(72, 10)
-        self.register_buffer("scale", torch.tensor(1.0))
-
-    def forward(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = self.head(self.conv(images).relu().flatten(1)) * self.scale
-        return {"loss": cross_entropy(logits, labels), "logits": logits}
-
-
-class Pixels(Dataset[dict[str, Tensor]]):
-    """Digits as texts: each pixel is a token."""
-
-    def __init__(self) -> None:
-        self.tokens = (Digits(range(0, 64)).images.flatten(1) * 16).long()
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-    def __getitem__(self, row: int) -> dict[str, Tensor]:
-        return {"input_ids": self.tokens[row], "labels": self.tokens[row]}
-
-
-def mixture() -> MixtralForCausalLM:
-    """Of an architecture whose files have other names and shapes than the model."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 17}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **heads))
-
-
-def tied() -> Tied:
-    torch.manual_seed(0)
-    return Tied(DigitsConfig(tie_word_embeddings=True))
-
-
-class AtStart(TrainerCallback):  # type: ignore[misc]
-    """Sees the state of an average when it has just been loaded."""
-
-    def __init__(self, callback: EMACallback) -> None:
-        self.callback = callback
-        self.state: Tensors = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        assert self.callback.average is not None
-        self.state = own(self.callback.average)
-
-
-@pytest.mark.parametrize("build", [tied, Plain, mixture])
-def test_any_model_is_saved_and_resumed_to_the_bit(tmp_path: Path, build: Any) -> None:
-    def trained(resume: bool) -> tuple[EMACallback, Tensors]:
-        trainer = digits_trainer(tmp_path, model=build(), max_steps=3, save_strategy="steps")
-        if build is mixture:
-            trainer.train_dataset = Pixels()
-        callback = EMACallback(momentum=MOMENTUM).attach(trainer)
-        at_start = AtStart(callback)
-        trainer.add_callback(at_start)
-        trainer.train(resume_from_checkpoint=resume)
-        return callback, at_start.state
-
-    first, _ = trained(resume=False)
-    _, resumed = trained(resume=True)
-    assert first.average is not None
-    assert first.average.steps == 3
-    assert differences(resumed, own(first.average)) == []
-    folder = tmp_path / "checkpoint-3" / "averaged"
-    rest = load_file(folder / "average_state.safetensors")
-    assert set(rest) == ({"steps", "module.seen"} if build is tied else {"steps"})
-    if build is Plain:
-        loaded: nn.Module = Plain()
-        loaded.load_state_dict(load_file(folder / "model.safetensors"))
-    else:
-        loaded = type(build()).from_pretrained(folder)
-    assert set(differences(own(loaded), averages(first))) <= {"seen"}
-
-
 def test_each_training_starts_a_new_average(tmp_path: Path) -> None:
     callback, trainer = attached(tmp_path, max_steps=3)
     trainer.train()
@@ -446,33 +210,6 @@ def test_each_training_starts_a_new_average(tmp_path: Path) -> None:
     trainer.train()
     assert callback.average is not first
     assert callback.average is not None and callback.average.steps == 3
-
-
-def test_resuming_a_run_that_had_no_average_warns(tmp_path: Path) -> None:
-    digits_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2).train()
-    by_hand = ByHand()
-    callback, trainer = attached(tmp_path, by_hand, max_steps=4)
-    with pytest.warns(UserWarning, match=r"checkpoint-2 has no folder 'averaged'.*copy"):
-        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert callback.average is not None and callback.average.steps == 2
-    assert differences(averages(callback), by_hand.average) == []
-
-
-def test_an_average_that_does_not_match_is_refused(tmp_path: Path) -> None:
-    _, trainer = attached(tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
-    trainer.train()
-    folder = tmp_path / "checkpoint-1" / "averaged"
-    state = folder / "average_state.safetensors"
-    kept = state.read_bytes()
-    state.unlink()
-    _, again = attached(tmp_path, max_steps=2)
-    with pytest.raises(RuntimeError, match=r"has no average_state.safetensors: it is incomplete"):
-        again.train(resume_from_checkpoint=str(folder.parent))
-    state.write_bytes(kept)
-    (folder / "model.safetensors").unlink()
-    _, again = attached(tmp_path, max_steps=2)
-    with pytest.raises(RuntimeError, match=r"doesn't match the model in training[^$]*conv\.weight"):
-        again.train(resume_from_checkpoint=str(folder.parent))
 
 
 def test_evaluation_in_sixteen_bits_leaves_the_average_alone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ tests/test_gpu_distance.py."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 from ema_fused import Plan, backends, moved, reference
 from ema_fused.moved import MovedPart
 from ema_fused.parts import Task, Update
+from ema_fused.routing import split
 
 AVERAGED = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SOURCES = [*AVERAGED, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -249,7 +251,9 @@ def test_pairs_of_two_devices_are_measured(
     tasks.append(tasks[3])
     expected = [distance([tasks[i].averaged], [tasks[i].source]) for i in (0, 3)]
     distances: list[Tensor] = []
-    assert MovedPart(tasks, "lerp", None).average(Update([0.5, 0.25], [], distances=distances))
+    split_here = functools.partial(split, arithmetic="lerp", backend=None, names=None)
+    part = MovedPart(tasks, "lerp", split_here)
+    assert part.average(Update([0.5, 0.25], [], distances=distances))
     assert torch.stack(distances).sum(dim=0).tolist() == [near(value) for value in expected]
 
 

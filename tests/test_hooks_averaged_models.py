@@ -15,7 +15,16 @@ from ema_hooks import QUIET
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS
-from networks import CPU_BACKENDS, Weight, conv_net, differences, generator, snapshot, train
+from networks import (
+    CPU_BACKENDS,
+    Weight,
+    assert_equal_for,
+    conv_net,
+    floating,
+    generator,
+    snapshot,
+    train,
+)
 from originals import original
 from torch import Tensor, nn
 
@@ -73,24 +82,6 @@ def hub_of(max_iters: int | None) -> None:
     hub = MessageHub.get_instance(f"averaged_models_{next(_numbers)}")
     if max_iters is not None:
         hub.update_info("max_iters", max_iters)
-
-
-def floating(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-
-
-def assert_equal_for(steps: int, model: nn.Module, our: Any, their: Any, seed: int = 0) -> None:
-    """Trains on, updating both, and compares all that the originals average or copy."""
-    random = generator(seed)
-    for step in range(steps):
-        train(model, random)
-        our.update_parameters(model)
-        their.update_parameters(model)
-        assert our.steps == their.steps
-        found, expected = snapshot(our), snapshot(their)
-        if their.update_buffers:  # the originals leave integer buffers where they were
-            found, expected = floating(found), floating(expected)
-        assert differences(found, expected) == [], f"after call {step}"
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

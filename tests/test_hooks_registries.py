@@ -98,8 +98,8 @@ FUSED = {
     "FusedMMPretrainEMAHook": "ema_fused.hooks.mmpretrain.EMAHook",
     "FusedMomentumUpdateHook": "ema_fused.hooks.mmengine.MomentumUpdateHook",
     "FusedBYOLHook": "ema_fused.hooks.mmengine.MomentumUpdateHook",
-    "FusedCosineEMA": "ema_fused.hooks.mmengine.CosineEMA",
-    "FusedInvertedCosineEMA": "ema_fused.hooks.mmengine.InvertedCosineEMA",
+    "FusedCosineEMA": "ema_fused.hooks.mmengine_averages.CosineEMA",
+    "FusedInvertedCosineEMA": "ema_fused.hooks.mmengine_averages.InvertedCosineEMA",
     "FusedExpMomentumEMA": "ema_fused.averages.ExpMomentumEMA",
 }
 
@@ -163,7 +163,7 @@ THEIRS = [
 OURS = [
     "ema_fused.hooks.mmdet.MeanTeacherHook",
     "ema_fused.hooks.mmpretrain.EMAHook",
-    "ema_fused.hooks.mmengine.CosineEMA",
+    "ema_fused.hooks.mmengine_averages.CosineEMA",
     "ema_fused.hooks.mmengine.EMAHook",
     "ema_fused.averages.ExpMomentumEMA",
 ]

@@ -5,12 +5,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
 from ema_fused import moved
 from ema_fused.moved import MovedPart
 from ema_fused.parts import Task, Update
+from ema_fused.routing import split
+
+_split = functools.partial(split, arithmetic="lerp", backend=None, names=None)
 
 
 def tasks() -> list[Task]:
@@ -31,7 +36,7 @@ def test_every_pair_is_updated_once_whatever_the_groups(
 ) -> None:
     monkeypatch.setattr(moved, "_GROUP_BYTES", group_bytes)
     pairs = tasks()
-    part = MovedPart(pairs, "lerp", None)
+    part = MovedPart(pairs, "lerp", _split)
     groups = list(part._groups())
     assert sorted(task.pair for group in groups for task in group) == [0, 1, 2, 5]
     assert len(groups) == {1: 4, 100: 2, 1 << 20: 1}[group_bytes]
@@ -44,7 +49,7 @@ def test_every_pair_is_updated_once_whatever_the_groups(
 
 def test_each_average_has_its_weight_and_a_set_flag_stops_them_all() -> None:
     pairs = [task._replace(average=i % 2) for i, task in enumerate(tasks()[:3])]
-    part = MovedPart(pairs, "lerp", None)
+    part = MovedPart(pairs, "lerp", _split)
     assert part.average(Update([0.5, 0.25], [], found_inf=torch.ones(1)))
     assert not any(task.averaged.any() for task in pairs)
     assert part.average(Update([0.5, 0.25], [], found_inf=torch.zeros(1)))
@@ -55,14 +60,14 @@ def test_overlaps_are_refused_before_anything_is_written() -> None:
     memory = torch.zeros(10)
     averaged = [torch.zeros(3), memory[:6], memory[5:]]
     pairs = [Task(i, a, torch.ones(a.shape), False, 0, i) for i, a in enumerate(averaged)]
-    MovedPart(pairs[:2], "lerp", None)
+    MovedPart(pairs[:2], "lerp", _split)
     with pytest.raises(ValueError, match="'b' and 'c': averaged tensors overlap in memory"):
-        MovedPart(pairs, "lerp", None, ["a", "b", "c"])
+        MovedPart(pairs, "lerp", _split, ["a", "b", "c"])
 
 
 def test_a_repeated_pair_is_swapped_once() -> None:
     pairs = tasks()
-    part = MovedPart(pairs, "lerp", None)
+    part = MovedPart(pairs, "lerp", _split)
     assert part.swap()
     assert pairs[0].averaged.unique().tolist() == [1.0]
     assert pairs[0].source.unique().tolist() == [0.0]
@@ -72,7 +77,7 @@ def test_a_repeated_pair_is_swapped_once() -> None:
 
 def test_changed_tensors_are_reported_and_nothing_is_done() -> None:
     pairs = tasks()
-    part = MovedPart(pairs, "lerp", None)
+    part = MovedPart(pairs, "lerp", _split)
     pairs[2].source.resize_(5)
     assert not part.average(Update([0.5], []))
     assert not part.swap()

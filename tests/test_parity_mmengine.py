@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 from mmengine.model import averaged_model as theirs
-from networks import CPU_BACKENDS, Cached, Tied, conv_net, differences, generator, snapshot, train
+from networks import (
+    CPU_BACKENDS,
+    Cached,
+    Tied,
+    assert_equal_for,
+    conv_net,
+    generator,
+    train,
+)
 from torch import Tensor, nn
 
 from ema_fused import averages as ours
@@ -54,28 +62,10 @@ class TheirCosine(theirs.ExponentialMovingAverage):
         averaged_param.mul_(1 - m).add_(source_param, alpha=m)
 
 
-def floating(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-
-
 def skip_where_rounding_is_not_theirs(kind: Any, dtype: torch.dtype) -> None:
     """torch rounds 16-bit add_ by vector position; the native kernel, when pinned, doesn't."""
     if backends.pinned(None) == "cpu" and dtype == torch.bfloat16 and kind.arithmetic != "lerp":
         pytest.skip("EMA_FUSED_BACKEND=cpu pins the kernel that differs in bfloat16's last bit")
-
-
-def assert_equal_for(steps: int, model: nn.Module, our: Any, their: Any, seed: int = 0) -> None:
-    """Trains on, updating both, and compares all that mmengine averages or copies."""
-    random = generator(seed)
-    for step in range(steps):
-        train(model, random)
-        our.update_parameters(model)
-        their.update_parameters(model)
-        assert our.steps == their.steps
-        found, expected = snapshot(our), snapshot(their)
-        if their.update_buffers:  # it leaves integer buffers where they were
-            found, expected = floating(found), floating(expected)
-        assert differences(found, expected) == [], f"after call {step}"
 
 
 @pytest.mark.parametrize("backend", CPU_BACKENDS)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ema_fused import Plan, backends
-from ema_fused.plan import MAX_AVERAGES
+from ema_fused.pairs import MAX_AVERAGES
 
 SIZES = [0, 1, 7, 129, 8191, 8193, 20_000]
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import re
-import warnings
 from functools import partial
 from typing import Any
 
 import pytest
-import sharded_models
 import torch
-import torch.distributed as dist
 from ranks import Ranks
+from sharded_beside import Beside, differing
 from sharded_models import WAYS, perceptron, spread, train, trainer, whole, whole_weights
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -27,9 +25,8 @@ from torch.optim import swa_utils
 
 import ema_fused
 from ema_fused import AveragedWeights, ExponentialMovingAverage, attach, schedules
-from ema_fused.checkpoints import averaged_state_dict, load_averaged_state_dict
 from ema_fused.copying import FrozenShares
-from ema_fused.sharding import is_sharded, local, replace_local
+from ema_fused.sharding import is_sharded, local
 from ema_fused.swapping import exchange_of_everything
 
 STEPS = 5
@@ -42,43 +39,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "schedule": {"momentum": partial(schedules.annealing, momentum=0.05, gamma=3)},
     "mean": {"momentum": schedules.mean, "arithmetic": "delta"},
 }
-
-
-def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    return [
-        name
-        for name in {**one, **other}
-        if name not in one or name not in other or not torch.equal(one[name], other[name])
-    ]
-
-
-def state_of(averaged: AveragedWeights, model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: whole(tensor)
-        for name, tensor in averaged_state_dict(averaged, model, full_state_dict=True).items()
-    }
-
-
-class Beside:
-    """A spread model with its average, and the average of the same weights in one process."""
-
-    def __init__(self, way: str, *, dtype: torch.dtype = torch.float32, **options: Any) -> None:
-        self.way = way
-        self.model = spread(perceptron().to(dtype), way)
-        self.optimizer = trainer(self.model)
-        options = {"momentum": 0.1, **options}
-        self.averaged = AveragedWeights(self.model, **options)
-        self.plain = perceptron().to(dtype)
-        self.reference = AveragedWeights(self.plain, **options)
-
-    def step(self, number: int) -> None:
-        train(self.model, self.optimizer, number, self.way)
-        self.averaged.update_parameters(self.model)
-        self.plain.load_state_dict(whole_weights(self.model))
-        self.reference.update_parameters(self.plain)
-
-    def differing(self) -> list[str]:
-        return differing(state_of(self.averaged, self.model), dict(self.reference.state_dict()))
 
 
 def averages_in(way: str) -> dict[str, list[str]]:
@@ -238,39 +198,6 @@ def test_an_average_made_of_gathered_parameters(two_ranks: Ranks) -> None:
     assert two_ranks.run(made_of_gathered) == [[], []]
 
 
-def whole_states() -> list[str]:
-    """Whole tensors are loaded by the rules of ``load_state_dict``."""
-    found = []
-    model = spread(perceptron(), "fsdp2")
-    owned = AveragedWeights(model, 0.5, rounding="stochastic", seed=3)
-    owned.update_parameters(model)
-    state = averaged_state_dict(owned, model, full_state_dict=True)
-    state = {name: tensor.clone() for name, tensor in state.items()}
-    state["module.first.weight"].fill_(9.0)
-    model.first.requires_grad_(False)
-    before = whole_weights(model)
-    shared = AveragedWeights(model, 0.5, share_frozen=True)
-    load_averaged_state_dict(shared, model, dict(state))
-    found += differing(before, whole_weights(model))
-    if not whole(shared.weights["first.weight"]).eq(9.0).all():
-        found.append("what was trained is not loaded")
-    misspelt = dict(state)
-    misspelt["module.last.wieght"] = misspelt.pop("module.last.weight")
-    try:
-        load_averaged_state_dict(AveragedWeights(model, share_frozen=True), model, misspelt)
-        found.append("a misspelt name is taken")
-    except RuntimeError as error:
-        assert "last.wieght" in str(error)
-    without_seed = {name: one for name, one in state.items() if name != "rounding_seed"}
-    load_averaged_state_dict(owned, model, without_seed)
-    assert owned.rounding_seed == 3
-    return found
-
-
-def test_whole_states_are_loaded_as_any_others(two_ranks: Ranks) -> None:
-    assert two_ranks.run(whole_states) == [[], []]
-
-
 def written_into(way: str) -> list[str]:
     beside = Beside(way)
     for number in range(2):
@@ -327,136 +254,6 @@ def bits_of_ddp() -> bytes:
 def test_averages_of_ddp_are_equal_without_a_broadcast(two_ranks: Ranks) -> None:
     one, other = two_ranks.run(bits_of_ddp)
     assert one == other
-
-
-def loaded_in(way: str) -> list[str]:
-    beside = Beside(way)
-    for number in range(3):
-        beside.step(number)
-    problems = []
-    for full in (False, True):
-        # As averaged_state_dict() shows the averages in place where it can, they are copied here.
-        state = averaged_state_dict(beside.averaged, beside.model, full_state_dict=full)
-        state = {name: tensor.clone() for name, tensor in state.items()}
-        fresh = AveragedWeights(beside.model, 0.1)
-        load_averaged_state_dict(fresh, beside.model, state)
-        assert fresh.steps == 3
-        problems += differing(
-            state_of(fresh, beside.model), state_of(beside.averaged, beside.model)
-        )
-    problems += differing(whole_weights(beside.model), dict(beside.plain.state_dict()))
-    brought = averaged_state_dict(
-        beside.averaged, beside.model, full_state_dict=True, cpu_offload=True
-    )
-    if dist.get_rank() == 0:
-        problems += differing(brought, dict(beside.reference.state_dict()))
-    else:
-        assert brought == {}
-    return problems
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_states_are_loaded_whole_or_in_shards(two_ranks: Ranks, way: str) -> None:
-    assert two_ranks.run(loaded_in, way) == [[], []]
-
-
-def moved_and_replaced() -> list[str]:
-    """What FSDP2 does to its shards: other memory under the same parameters, other parameters."""
-    beside = Beside("fsdp2")
-    beside.step(0)
-    before = [local(one) for one in beside.model.parameters()]
-    beside.model.double()
-    beside.model.float()
-    assert all(
-        local(one) is not shard
-        for one, shard in zip(beside.model.parameters(), before, strict=True)
-    )
-    beside.step(1)
-    found = beside.differing()
-    # As FSDP2 pads a shard that load_state_dict(assign=True) has put in: the same parameter.
-    with torch.no_grad():
-        for parameter in beside.model.parameters():
-            replace_local(parameter, local(parameter).clone().add_(1))
-        for parameter in beside.plain.parameters():
-            parameter.add_(1)
-    beside.averaged.update_parameters(beside.model)
-    beside.reference.update_parameters(beside.plain)
-    found += beside.differing()
-    last = beside.model.last
-    last.weight = nn.Parameter(last.weight.detach().clone())
-    beside.optimizer = trainer(beside.model)
-    with torch.no_grad():
-        local(last.weight).fill_(2.0)
-    beside.averaged.update_parameters(beside.model)
-    beside.plain.load_state_dict(
-        {name: whole(tensor) for name, tensor in beside.model.state_dict().items()}
-    )
-    beside.reference.update_parameters(beside.plain)
-    return found + beside.differing()
-
-
-def test_shards_that_get_other_memory_are_followed(two_ranks: Ranks) -> None:
-    assert two_ranks.run(moved_and_replaced) == [[], []]
-
-
-def frozen_shards() -> tuple[int, list[str]]:
-    model = spread(perceptron(), "fsdp2")
-    model.first.requires_grad_(False)
-    averaged = AveragedWeights(model, 0.5, share_frozen=True)
-    held = [
-        name
-        for name, tensor in averaged.weights.items()
-        if name.startswith("first.")
-        and local(tensor).data_ptr() == local(dict(model.named_parameters())[name]).data_ptr()
-    ]
-    saved = [name for name in averaged.state_dict() if "first" in name]
-    averaged.update_parameters(model)
-    model.first.requires_grad_(True)
-    for value in (1.0, 3.0):
-        with torch.no_grad():
-            local(model.first.weight).fill_(value)
-        averaged.update_parameters(model)
-    shard = local(averaged.weights["first.weight"])
-    assert shard.data_ptr() != local(model.first.weight).data_ptr()
-    # Its own from the value 1 on.
-    assert shard.eq(2.0).all(), shard
-    return len(held), saved
-
-
-def test_frozen_shards_are_shared_until_they_train(two_ranks: Ranks) -> None:
-    assert two_ranks.run(frozen_shards) == [(2, [])] * 2
-
-
-def materialised_later() -> list[str]:
-    with torch.device("meta"):
-        model = spread(sharded_models.Perceptron(), "fsdp2")
-    averaged = AveragedWeights(model, 0.5)
-    assert all(tensor.is_meta for tensor in averaged.weights.values())
-    try:
-        averaged.load_state_dict(averaged.state_dict())
-    except RuntimeError as error:
-        assert "copy_from(model)" in str(error)
-    else:
-        raise AssertionError("a value was loaded into no memory")
-    model.to_empty(device="cpu")
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for tensor in [*model.parameters(), *model.buffers()]:
-            local(tensor).fill_(4.0)
-    averaged.update_parameters(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            local(parameter).fill_(8.0)
-    averaged.update_parameters(model)
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if not local(averaged.weights[name]).eq(6.0).all()
-    ]
-
-
-def test_averages_of_a_model_without_memory_get_it_later(two_ranks: Ranks) -> None:
-    assert two_ranks.run(materialised_later) == [[], []]
 
 
 def lists_of_dtensors() -> tuple[bool, str]:
@@ -527,75 +324,3 @@ def wrappers_of_tensor_parallel() -> list[str]:
 def test_accelerated_wrappers_take_dtensors(two_ranks: Ranks) -> None:
     pytest.importorskip("diffusers", reason="diffusers isn't installed")
     assert two_ranks.run(wrappers_of_tensor_parallel) == [[], []]
-
-
-def refusals() -> list[str]:
-    def said(action: Any) -> str:
-        try:
-            action()
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-        return "nothing"
-
-    found = []
-    sharded = spread(perceptron(), "fsdp2")
-    found.append(said(lambda: ExponentialMovingAverage(sharded)))
-    early = AveragedWeights(perceptron())
-    before = {name: tensor.clone() for name, tensor in early.weights.items()}
-    found.append(said(lambda: early.update_parameters(sharded)))
-    assert not differing(before, early.weights)
-    mesh = init_device_mesh("cpu", (2,))
-    otherwise = perceptron()
-    otherwise.first.weight = nn.Parameter(
-        distribute_tensor(otherwise.first.weight.detach(), mesh, [Replicate()])
-    )
-    average = AveragedWeights(otherwise)
-    otherwise.first.weight = nn.Parameter(
-        otherwise.first.weight.detach().redistribute(placements=[Shard(0)])
-    )
-    found.append(said(lambda: average.update_parameters(otherwise)))
-    sums = perceptron()
-    sums.scale = nn.Parameter(DTensor.from_local(torch.ones(1), mesh, [Partial()]))
-    found.append(said(lambda: AveragedWeights(sums).update_parameters(sums)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        flattened = spread(perceptron(), "fsdp1")
-    found.append(said(lambda: ExponentialMovingAverage(flattened)))
-    found.append(said(lambda: AveragedWeights(flattened).state_dict()))
-    rounded = AveragedWeights(flattened, averaged_dtype=torch.float64)
-    found.append(said(lambda: averaged_state_dict(rounded, flattened)))
-    return found
-
-
-def test_what_cannot_be_is_refused_with_what_to_do(two_ranks: Ranks) -> None:
-    expected = [
-        "TypeError: FSDPPerceptron is sharded by FSDP, .*AveragedWeights",
-        "TypeError: 'scale' is a DTensor in the model and a plain tensor in the average.*"
-        "Shard the model first",
-        r"ValueError: 'first.weight' is placed as \(Replicate\(\),\).* in the average and as "
-        r"\(Shard\(dim=0\),\)",
-        "TypeError: 'scale' is placed as .*sums over processes.*redistribute",
-        "TypeError: FullyShardedDataParallel is sharded by FSDP, .*AveragedWeights",
-        r"RuntimeError: FSDP1 flattens.*averaged_state_dict\(averaged, model\)",
-        "ValueError: '.*' has another dtype in the average.*FSDP1 would round",
-    ]
-    for found in two_ranks.run(refusals):
-        for message, pattern in zip(found, expected, strict=True):
-            assert re.match(pattern, message, re.DOTALL), message
-
-
-def test_partitioned_parameters_of_zero_3_are_refused() -> None:
-    model = perceptron()
-    average = AveragedWeights(model)
-    # As DeepSpeed leaves a parameter that others hold a part of.
-    for parameter in model.parameters():
-        parameter.ds_id, parameter.ds_numel = 7, parameter.numel()
-        parameter.data = torch.empty(0)
-    message = r"'scale' is partitioned by DeepSpeed ZeRO-3 \(ds_id 7\).*ZeRO-1 or ZeRO-2"
-    for make in (AveragedWeights, ExponentialMovingAverage):
-        with pytest.raises(TypeError, match=message):
-            make(model)
-    before = {name: tensor.clone() for name, tensor in average.weights.items()}
-    with pytest.raises(TypeError, match=message):
-        average.update_parameters(model)
-    assert not differing(before, average.weights)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ema_fused.hooks.frameworks import missing
+from ema_fused.frameworks import missing
 from ema_fused.ops import update_
 
 try:
@@ -38,6 +38,7 @@ class EMAModel(original.EMAModel):  # type: ignore[misc]
     """
 
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Takes ``parameters``, a list or an iterator, into the averages."""
         if isinstance(parameters, nn.Module) or _is_partitioned():
             super().step(parameters)
             return

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.adapters.following import known_integer, notes_of
-from ema_fused.hooks.frameworks import missing
+from ema_fused.frameworks import missing
 from ema_fused.naming import match_names
 from ema_fused.plan import Plan
 from ema_fused.watch import ModuleWatch
@@ -45,6 +45,7 @@ class EMA(original.EMA):  # type: ignore[misc]
     """
 
     def get_current_decay(self) -> float:
+        """The weight of the average in the next update, from the warm-up; asks no device."""
         step = known_integer(self, "step").read(self.step)
         # As a tensor, so that it is rounded as there.
         epoch = torch.tensor(step, device="cpu").sub(self.update_after_step + 1).clamp(min=0.0)
@@ -54,6 +55,7 @@ class EMA(original.EMA):  # type: ignore[misc]
         return float(decay.clamp(min=self.min_value, max=self.beta))
 
     def update(self) -> None:
+        """Counts a step, and copies or averages the model where one of the two is due."""
         started, count = known_integer(self, "initted"), known_integer(self, "step")
         step = count.read(self.step)
         is_first = not started.read(self.initted)
@@ -81,6 +83,7 @@ class EMA(original.EMA):  # type: ignore[misc]
     def update_moving_average(
         self, ma_model: nn.Module, current_model: nn.Module, current_decay: float | None = None
     ) -> None:
+        """Averages ``current_model`` into ``ma_model``; None: by the decay of this step."""
         if self.is_frozen:
             return
         if self.move_ema_to_online_device:

@@ -87,6 +87,7 @@ class AveragedModel(swa_utils.AveragedModel):
     """
 
     def update_parameters(self, model: nn.Module) -> None:
+        """Takes the present weights of ``model`` into the average; the first time copies them."""
         weight_at = _weight_of(self.multi_avg_fn)
         if self.avg_fn is not None or weight_at is None or is_scripted(self.module, model):
             super().update_parameters(model)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.adapters.following import Options, is_scripted, pairing_of
-from ema_fused.hooks.frameworks import missing
+from ema_fused.frameworks import missing
 from ema_fused.module_pairs import Kind
 
 try:
@@ -41,6 +41,7 @@ class ModelEmaV2(original.ModelEmaV2):  # type: ignore[misc]
     """
 
     def update(self, model: nn.Module) -> None:
+        """Takes the present weights of ``model`` into the average."""
         if is_scripted(self.module, model):
             super().update(model)
             return
@@ -76,6 +77,7 @@ class ModelEmaV3(original.ModelEmaV3):  # type: ignore[misc]
     _rounding_step = -1  # what random bits were counted by last
 
     def update(self, model: nn.Module, step: int | None = None) -> None:
+        """Takes the present weights of ``model`` into the average, by the decay of ``step``."""
         if is_scripted(self.module, model):
             super().update(model, step)
             return

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ema_fused.hooks.frameworks import missing
+from ema_fused.frameworks import missing
 from ema_fused.ops import update_
 from ema_fused.pairs import without_average
 
@@ -35,6 +35,7 @@ class ExponentialMovingAverage(original.ExponentialMovingAverage):  # type: igno
     num_updates: int | None
 
     def update(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Takes ``parameters`` into the averages; None: those that they were made of."""
         source = self._get_parameters(parameters)
         decay = self.decay
         counted: int | None = self.num_updates

@@ -27,7 +27,7 @@ from typing import Any
 from torch import nn
 
 from ema_fused.averaged_model import BaseAveragedModel
-from ema_fused.hooks.frameworks import missing
+from ema_fused.frameworks import missing
 
 try:
     from accelerate import Accelerator

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ema_fused.averaged_model import BaseAveragedModel
 from ema_fused.averages import ExponentialMovingAverage
-from ema_fused.hooks.frameworks import missing
+from ema_fused.frameworks import missing
 
 try:
     from safetensors import safe_open

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ema_fused.adapters.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ema_fused.checks import as_integer, check_integer
 from ema_fused.copying import FrozenShares
-from ema_fused.hooks.frameworks import missing
+from ema_fused.frameworks import missing
 from ema_fused.module_pairs import Pair, pair_up, plan_of
 from ema_fused.swapping import Exchange
 
@@ -145,6 +145,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._latest_update_epoch = -1
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Counts optimizer steps from here on: a resumed run has made some."""
         self._steps_asked = trainer.global_step
 
     def on_train_batch_end(
@@ -192,24 +193,30 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._take_out()
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Puts the averages into the model."""
         self._put_in(pl_module)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Nothing: the model's hook of this name comes later, and is a part of the evaluation."""
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Takes them out again."""
         self._take_out()
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Puts the averages into the model."""
         self._put_in(pl_module)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
+        """Takes them out again."""
         self._take_out()
 
     def on_predict_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        """Puts the averages into the model."""
         self._put_in(pl_module)
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
+        """Takes them out again."""
         self._take_out()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:

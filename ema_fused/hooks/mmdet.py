@@ -8,7 +8,6 @@ from torch import nn
 
 from ema_fused.averages import ExpMomentumEMA
 from ema_fused.checks import check_integer, check_momentum
-from ema_fused.hooks.frameworks import register_beside, unwrapped
 from ema_fused.hooks.on_mmengine import (
     HOOKS,
     MODELS,
@@ -17,6 +16,7 @@ from ema_fused.hooks.on_mmengine import (
     replace_hooks,
     replace_models,
 )
+from ema_fused.hooks.registering import register_beside, unwrapped
 from ema_fused.module_pairs import Kind
 from ema_fused.pairing import Pairing
 
@@ -64,11 +64,17 @@ class MeanTeacherHook(Hook):  # type: ignore[misc]
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
+        """Takes the student into the teacher, every ``interval`` iterations."""
         if (runner.iter + 1) % self.interval == 0:
             self.momentum_update(unwrapped(runner.model, is_model_wrapper), self.momentum)
 
     def momentum_update(self, model: nn.Module, momentum: float) -> None:
-        """Takes the student into the teacher with the weight ``momentum``; 1 copies it."""
+        """Takes the student of ``model`` into its teacher with weight ``momentum``; 1 copies it.
+
+        Raises:
+            AttributeError: the model has no teacher or no student.
+            KeyError, ValueError, TypeError: the two differ in structure.
+        """
         pairing = self._paired(model)
         if momentum == 1:
             pairing.copy_()

@@ -6,11 +6,10 @@ import re
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any
 
 from torch import nn
 
-from ema_fused import averages
 from ema_fused.averaged_model import BaseAveragedModel
 from ema_fused.averages import (
     ExpMomentumEMA,
@@ -19,21 +18,19 @@ from ema_fused.averages import (
     StochasticWeightAverage,
 )
 from ema_fused.backends import SlowPathWarning
-from ema_fused.checks import check_fraction, check_integer
+from ema_fused.checks import check_integer
 from ema_fused.copying import FrozenShares
 from ema_fused.hooks import on_mmengine
-from ema_fused.hooks.frameworks import register_beside, unwrapped
+from ema_fused.hooks.mmengine_averages import CosineEMA, InvertedCosineEMA, averaged_class
 from ema_fused.hooks.momentum_update import MomentumUpdate, momentum_update
 from ema_fused.hooks.on_mmengine import (
     HOOKS,
     MODELS,
     Hook,
-    MessageHub,
     MMLogger,
     is_model_wrapper,
 )
-from ema_fused.options import Options
-from ema_fused.sharding import Device
+from ema_fused.hooks.registering import register_beside, unwrapped
 from ema_fused.swapping import Exchange, copy_to, exchange_of_averages
 
 __all__ = [
@@ -53,120 +50,6 @@ __all__ = [
 
 _AVERAGED = "module."  # before the names of averaged tensors in an averaged model's state
 _SHOWN = 6
-
-
-class CosineEMA(averages.CosineEMA):
-    """:class:`ema_fused.CosineEMA`, which takes ``max_iters`` from the runner where none is given.
-
-    MMPretrain's convention: momentum is the weight of the model's values, 0.004 -> 0.
-    """
-
-    def total_steps(self) -> int:
-        """The iterations of the whole training.
-
-        Raises:
-            RuntimeError: ``max_iters`` wasn't given, and no runner trains.
-        """
-        if self.max_iters is None:
-            found = MessageHub.get_current_instance().runtime_info.get("max_iters")
-            if found is not None:
-                return int(found)
-        return super().total_steps()
-
-
-class InvertedCosineEMA(CosineEMA):
-    """The ``CosineEMA`` of MMSelfSup 1.0: its momentum is the weight of the *average*, 0.996 -> 1.
-
-    Args:
-        momentum: the weight of the average at step 0, in (0, 1).
-        end_momentum: at the last step, in [0, 1].
-
-    The others as :class:`CosineEMA`.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        momentum: float = 0.996,
-        end_momentum: float = 1.0,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
-        *,
-        max_iters: int | None = None,
-        **options: Unpack[Options],
-    ) -> None:
-        if not isinstance(momentum, (int, float)) or not 0.0 < momentum < 1.0:
-            raise ValueError(
-                f"momentum is {momentum!r}; a number in (0, 1) is expected: here the weight of the "
-                f"average, a decay"
-            )
-        check_fraction("end_momentum", end_momentum)
-        # Told in the other convention only to be replaced below; nothing to warn of there.
-        super().__init__(
-            model,
-            min(1 - momentum, 0.5),
-            1 - end_momentum,
-            interval,
-            device,
-            update_buffers,
-            max_iters=max_iters,
-            **options,
-        )
-        self.momentum = momentum
-        self.end_momentum = end_momentum
-
-    def momentum_at(self, steps: Any) -> Any:
-        return 1 - super().momentum_at(steps)
-
-
-# Averages of ours by the classes that they replace.
-_REPLACED: dict[str, type[BaseAveragedModel]] = {
-    "mmengine.model.averaged_model.StochasticWeightAverage": StochasticWeightAverage,
-    "mmengine.model.averaged_model.ExponentialMovingAverage": ExponentialMovingAverage,
-    "mmengine.model.averaged_model.MomentumAnnealingEMA": MomentumAnnealingEMA,
-    "mmdet.models.layers.ema.ExpMomentumEMA": ExpMomentumEMA,
-    "mmpretrain.models.utils.ema.CosineEMA": CosineEMA,
-    "mmselfsup.models.utils.ema.CosineEMA": InvertedCosineEMA,
-}
-# By their names, where no framework that is installed knows them.
-_BY_NAME: dict[str, type[BaseAveragedModel]] = {
-    "StochasticWeightAverage": StochasticWeightAverage,
-    "ExponentialMovingAverage": ExponentialMovingAverage,
-    "MomentumAnnealingEMA": MomentumAnnealingEMA,
-    "ExpMomentumEMA": ExpMomentumEMA,
-    "mmdet.ExpMomentumEMA": ExpMomentumEMA,
-    "CosineEMA": CosineEMA,
-    "mmpretrain.CosineEMA": CosineEMA,
-    "mmselfsup.CosineEMA": InvertedCosineEMA,
-}
-
-
-def _averaged_class(ema_type: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """What ``ema_type`` means, or our class for it.
-
-    Raises:
-        KeyError: there is no such average.
-    """
-    found: Any = ema_type
-    if isinstance(ema_type, str):
-        with MODELS.switch_scope_and_registry(None) as registry:
-            try:
-                found = registry.get(ema_type)
-            except RuntimeError:  # how some releases say that there is none
-                found = None
-        if not callable(found):
-            found = _BY_NAME.get(ema_type)
-        if found is None:
-            raise KeyError(
-                f"ema_type {ema_type!r} is not registered in mmengine's MODELS; ema_fused has "
-                f"{', '.join(_BY_NAME)}. Import the module that registers yours "
-                f"(custom_imports in a config), or correct the name"
-            )
-    # Not every callable has a name of its own: a functools.partial has none.
-    name = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
-    averaged: Callable[..., nn.Module] = _REPLACED.get(name, found)
-    return averaged
 
 
 class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
@@ -231,7 +114,7 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
         """
         self._take_out()
         self.src_model = unwrapped(runner.model, is_model_wrapper)
-        kind = _averaged_class(self.ema_cfg["type"])
+        kind = averaged_class(self.ema_cfg["type"])
         self.ema_model = MODELS.build(
             {**self.ema_cfg, "type": kind}, default_args={"model": self.src_model}
         )
@@ -281,15 +164,19 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
             super().after_train_iter(runner, batch_idx, data_batch, outputs)
 
     def before_val_epoch(self, runner: Any) -> None:
+        """Puts the averages into the model."""
         self._put_in()
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Takes them out again."""
         self._take_out()
 
     def before_test_epoch(self, runner: Any) -> None:
+        """Puts the averages into the model."""
         self._put_in()
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Takes them out again."""
         self._take_out()
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
@@ -369,13 +256,11 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
         self.ema_model.load_state_dict(ema_state, strict=self.strict_load)
 
     def _copy_average_to_model(self) -> None:
-        ours = isinstance(self.ema_model, BaseAveragedModel)
-        copy_to(
-            self.ema_model.module,
-            self.src_model,
-            shares=self.ema_model._shares if ours else FrozenShares(),
-            backend=self.ema_model.backend if ours else None,
-        )
+        if isinstance(self.ema_model, BaseAveragedModel):
+            self.ema_model.copy_to(self.src_model)
+        else:
+            module = self.ema_model.module
+            copy_to(module, self.src_model, shares=FrozenShares(), backend=None)
 
     def _put_in(self) -> None:
         if not self._is_swapped:
@@ -387,16 +272,20 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
 
     def _swap_ema_parameters(self) -> None:
         """Exchanges what is averaged with the model's, in place."""
+        ours = isinstance(self.ema_model, BaseAveragedModel)
         if self._exchange is None:
-            ours = isinstance(self.ema_model, BaseAveragedModel)
-            self._exchange = exchange_of_averages(
-                self.ema_model.module,
-                self.src_model,
-                update_buffers=self.ema_model.update_buffers,
-                shares=self.ema_model._shares if ours else FrozenShares(),
-                backend=self.ema_model.backend if ours else None,
+            self._exchange = (
+                self.ema_model.exchange_with(self.src_model, averages_alone=True)
+                if ours
+                else exchange_of_averages(
+                    self.ema_model.module,
+                    self.src_model,
+                    update_buffers=self.ema_model.update_buffers,
+                    shares=FrozenShares(),
+                    backend=None,
+                )
             )
-        if isinstance(self.ema_model, BaseAveragedModel):
+        if ours:
             self.ema_model.flush()
         if self._is_swapped:
             self._exchange.take_out()
@@ -433,6 +322,7 @@ class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
     """
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Sets the model's ``momentum`` for this iteration, if it is one that updates."""
         if self._is_due(runner.iter):
             model = unwrapped(runner.model, is_model_wrapper)
             self._set_momentum(model, runner.iter, runner.max_iters)
@@ -440,6 +330,7 @@ class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
+        """Takes the online network into the target network, every ``update_interval``."""
         if self._is_due(runner.iter):
             self._update(unwrapped(runner.model, is_model_wrapper))
 

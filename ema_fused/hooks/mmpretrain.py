@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from ema_fused.hooks import mmengine
-from ema_fused.hooks.frameworks import register_beside
 from ema_fused.hooks.mmengine import CosineEMA
 from ema_fused.hooks.on_mmengine import HOOKS, MODELS, MMLogger, replace_hooks, replace_models
+from ema_fused.hooks.registering import register_beside
 
 __all__ = ["CosineEMA", "EMAHook", "register"]
 
@@ -54,6 +54,7 @@ class EMAHook(mmengine.EMAHook):
         self.load_ema_from_ckpt = False
 
     def before_train(self, runner: Any) -> None:
+        """Checks the start of averaging, and gives the model an average that it was loaded with."""
         super().before_train(runner)
         if self.load_ema_from_ckpt and not runner._resume:
             MMLogger.get_current_instance().info(
@@ -62,20 +63,24 @@ class EMAHook(mmengine.EMAHook):
             self._copy_average_to_model()
 
     def before_val_epoch(self, runner: Any) -> None:
+        """Puts the averages into the model, if they are to be evaluated."""
         if self.evaluate_on_ema:
             super().before_val_epoch(runner)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Takes them out again, and evaluates the model's own weights where both are asked for."""
         super().after_val_epoch(runner, metrics)
         if self.evaluate_on_ema and self.evaluate_on_origin:
             self._evaluate_again(runner, runner.val_loop, "val")
 
     def before_test_epoch(self, runner: Any) -> None:
+        """Puts the averages into the model, if they are to be evaluated, and logs which it is."""
         _tell_what_is_tested("averaged" if self.evaluate_on_ema else "own")
         if self.evaluate_on_ema:
             super().before_test_epoch(runner)
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
+        """Takes them out again, and tests the model's own weights where both are asked for."""
         super().after_test_epoch(runner, metrics)
         if self.evaluate_on_ema and self.evaluate_on_origin:
             _tell_what_is_tested("own")
@@ -91,6 +96,7 @@ class EMAHook(mmengine.EMAHook):
             runner.message_hub.update_scalar(f"{stage}/{name}_origin", value)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Takes an average over, whether the run is resumed or not."""
         if "ema_state_dict" in checkpoint and not runner._resume:
             self._resume_average(checkpoint)
         else:

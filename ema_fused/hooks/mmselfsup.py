@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ema_fused.hooks.frameworks import register_beside, register_instead, unwrapped
 from ema_fused.hooks.momentum_update import MomentumUpdate, momentum_update
 from ema_fused.hooks.on_mmcv import HOOKS, Hook, is_module_wrapper
+from ema_fused.hooks.registering import register_beside, register_instead, unwrapped
 
 __all__ = ["BYOLHook", "MomentumUpdateHook", "momentum_update", "register"]
 
@@ -22,11 +22,13 @@ class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
     """
 
     def before_train_iter(self, runner: Any) -> None:
+        """Sets the model's ``momentum`` for this iteration, if it is one that updates."""
         if self._is_due(runner.iter):
             model = unwrapped(runner.model, is_module_wrapper)
             self._set_momentum(model, runner.iter, runner.max_iters)
 
     def after_train_iter(self, runner: Any) -> None:
+        """Takes the online network into the target network, every ``update_interval``."""
         if self._is_due(runner.iter):
             self._update(unwrapped(runner.model, is_module_wrapper))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ema_fused.hooks.frameworks import missing
+from ema_fused.frameworks import missing
 
 try:
     from mmcv.parallel import is_module_wrapper

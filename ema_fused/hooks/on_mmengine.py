@@ -6,7 +6,8 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from ema_fused.hooks.frameworks import missing, register_instead
+from ema_fused.frameworks import missing
+from ema_fused.hooks.registering import register_instead
 
 try:
     from mmengine.hooks import EMAHook, Hook

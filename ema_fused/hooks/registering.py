@@ -1,4 +1,4 @@
-"""What the modules of all frameworks share: telling what is missing, registering, unwrapping."""
+"""What the hooks of all frameworks share: registering their classes, unwrapping models."""
 
 from __future__ import annotations
 
@@ -6,14 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
-
-
-def missing(framework: str, extra: str, error: ImportError) -> ImportError:
-    """The error to raise where ``framework`` can't be imported because of ``error``."""
-    return ImportError(
-        f"{framework} can't be imported ({error}), and this module is a part of it; "
-        f"pip install 'ema_fused[{extra}]', or import the module of the framework that you use"
-    )
 
 
 def register_beside(registry: Any, classes: Mapping[str, type]) -> None:
