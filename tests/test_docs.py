@@ -74,10 +74,11 @@ def test_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(site: Pa
 INTERNAL = {
     "ema_fused.adapters.accelerating",
     "ema_fused.adapters.following",
-    "ema_fused.hooks.frameworks",
+    "ema_fused.hooks.mmengine_averages",
     "ema_fused.hooks.on_mmcv",
     "ema_fused.hooks.on_mmengine",
     "ema_fused.hooks.registered_averages",
+    "ema_fused.hooks.registering",
 }
 
 

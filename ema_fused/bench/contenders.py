@@ -298,7 +298,10 @@ def plan_of(averaged: list[Any], source: list[Tensor]) -> ema_fused.Plan:
     plan = ema_fused.Plan(averaged, source)
     wanted = (source[0].device.type,)
     if plan.backends != wanted:
-        raise RuntimeError(f"planned for the backends {plan.backends}, not {wanted}")
+        raise RuntimeError(
+            f"planned for the backends {plan.backends}, not {wanted}: nothing of ours would be "
+            "measured; python -m ema_fused info says why"
+        )
     return plan
 
 
