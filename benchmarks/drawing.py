@@ -69,6 +69,7 @@ def _style(theme: Theme) -> Iterator[None]:
     settings: Any = {
         **dict.fromkeys(colors, theme.text),
         "axes.edgecolor": theme.grid,
+        "axes.facecolor": "none",
         "axes.axisbelow": True,
         "axes.grid": True,
         "axes.spines.right": False,

@@ -184,7 +184,7 @@ def _growth(report: dict[str, Any], theme: Theme) -> Figure:
         axes.xaxis.set_minor_formatter(NullFormatter())
     by_bytes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _bytes(value)))
     figure.legend(loc="outside upper left", ncols=3)
-    figure.suptitle(_constants(report), fontsize=9.5, x=0.01, ha="left", color=theme.text)
+    figure.supxlabel(_constants(report), fontsize=9.5, color=theme.text)
     return figure
 
 
@@ -204,7 +204,7 @@ def _name_lines(axes: Axes, report: dict[str, Any], held: str, along: str, theme
             (p for p in points if getattr(p, held) == value), key=lambda p: getattr(p, along)
         )
         x = first.tensors if along == "tensors" else first.bytes_moved
-        text = f"{_count(value)} {held}"
+        text = f"{value:,} {held}".replace(",", " ")
         axes.annotate(
             text, (x, first.seconds), (0, -12), textcoords="offset points",
             color=theme.ours, fontsize=8,
