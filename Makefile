@@ -77,7 +77,9 @@ $(VENV)/.dependencies: $(VENV)/.created $(wildcard requirements/*.txt)
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 	@echo "building ema_fused"
-	@$(PIP) install --no-build-isolation --no-deps --editable .
+	@rm -f $(VENV)/build.log
+	@CMAKE_ARGS="-DEMA_FUSED_PTXAS_VERBOSE=ON $(CMAKE_ARGS)" $(PIP) --log $(VENV)/build.log \
+		install --no-build-isolation --no-deps --editable .
 	@$(BIN)/python -m ema_fused info
 	@touch $@
 
