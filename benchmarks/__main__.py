@@ -18,6 +18,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -29,7 +30,13 @@ from ema_fused.bench.measuring import Case, Report, Run
 from ema_fused.bench.progress import tracked
 from ema_fused.bench.shapes import Shapes, find, networks
 from ema_fused.bench.tables import Table, about, markdown, show, tables
-from ema_fused.bench.timing import NO_EFFORT, Clock, CpuClock, CudaClock, Effort
+from ema_fused.bench.timing import NO_EFFORT, Clock, Effort, clock_of
+
+growth: ModuleType | None
+try:
+    from benchmarks import growth
+except ImportError:  # scipy, which a GPU's image may not have
+    growth = None
 
 _LISTS = ("1000x1024", "1000x16")
 # In a smoke run: these, with no side longer than that, and so many elements and tensors.
@@ -49,14 +56,19 @@ _TORCH, _GROWTH = "torch", "growth"
 _PEERS = (_TORCH, _GROWTH, *peers.NAMES)
 
 
-def measure(chosen: argparse.Namespace, clock: Clock) -> Iterator[Run]:
-    """Measure everything; yields the run after each case, its report being worth writing."""
+def run_of(chosen: argparse.Namespace, clock: Clock) -> Run:
+    """The run that was chosen, in which nothing is measured yet."""
     effort = NO_EFFORT if chosen.smoke else Effort(case_seconds=chosen.case_seconds)
     run = Run(clock, effort, environment(clock.device) | _commit(), chosen.seconds)
     run.report["smoke"] = chosen.smoke
-    cases = list(_cases(chosen, clock, run))
+    return run
+
+
+def measure(run: Run, chosen: argparse.Namespace) -> Iterator[None]:
+    """Measure everything; after each case the report is worth writing."""
+    cases = list(_cases(chosen, run.clock, run))
     for _ in run.measure(tracked([(case.name, case) for case in cases], len(cases))):
-        yield run
+        yield
 
 
 def _cases(chosen: argparse.Namespace, clock: Clock, run: Run) -> Iterator[Case]:
@@ -67,21 +79,23 @@ def _cases(chosen: argparse.Namespace, clock: Clock, run: Run) -> Iterator[Case]
             yield from host_cases([find(key) for key in _HOST_LISTS], clock)
         for shapes in models:
             yield from torch_cases(shapes, chosen.dtypes, clock)
-    others = [peer for peer in chosen.peers if peer in peers.NAMES]
+    others = [peer for peer in chosen.peers if peer != _TORCH]
     if others and "float32" not in chosen.dtypes:
-        run.leave_out(", ".join(others), "they are measured in float32, which was not chosen")
+        run.leave_out(", ".join(others), "measured in float32 only, which was not chosen")
         others = []
     for peer in others:
+        if peer == _GROWTH:
+            continue
         try:
             for shapes in models:
                 yield from peers.peer_cases(peer, shapes, clock)
         except (ImportError, OSError) as error:
             run.leave_out(peer, f"it isn't installed: {error}")
-    if _GROWTH in chosen.peers:
-        from benchmarks.growth import growth_cases  # wants scipy, which a GPU's image may not have
-
+    if _GROWTH in others and growth is None:
+        run.leave_out(_GROWTH, "the fit needs scipy, which isn't installed")
+    elif _GROWTH in others and growth is not None:
         grid = (_FEW_TENSORS, _FEW_ELEMENTS) if chosen.smoke else ()
-        yield from growth_cases(clock, *grid)
+        yield from growth.growth_cases(clock, *grid)
 
 
 def _shapes(key: str, smoke: bool) -> Shapes:
@@ -132,7 +146,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--threads", type=int, metavar="N", help="torch's threads (default: its own)"
     )
     parser.add_argument(
-        "--case-seconds", type=float, default=3.0, help="about as long a case (default: 3)"
+        "--case-seconds", type=float, default=2.0, help="about as long a case (default: 2)"
     )
     parser.add_argument(
         "--seconds", type=float, default=float("inf"), help="start no case after these"
@@ -160,26 +174,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.device == "cuda" and reason is not None:
         sys.stderr.write(f"nothing was measured and nothing is written: {reason}\n")
         return NO_GPU
+    if chosen.pictures is not None:
+        from benchmarks.pictures import draw  # not found out after an hour that it can't be
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
-    clock: Clock = CpuClock() if chosen.device == "cpu" else CudaClock()
-    report: Report = {}
-    for run in measure(chosen, clock):
-        report = run.report
-        _write(report, chosen)  # after each case: a run that is cut short leaves what it had
-    sys.stdout.write(about(report) + "\n")
-    show(_tables(report), sys.stdout.write)
+    run = run_of(chosen, clock_of(chosen.device))
+    for _ in measure(run, chosen):
+        _write(run.report, chosen)  # after each case: a run that is cut short leaves what it had
+    _write(run.report, chosen)
+    sys.stdout.write(about(run.report) + "\n")
+    show(_tables(run.report), sys.stdout.write)
     if chosen.pictures is not None:
-        from benchmarks import pictures  # wants matplotlib
-
-        for path in pictures.draw(report, chosen.pictures):
+        for path in draw(run.report, chosen.pictures):
             sys.stdout.write(f"{path}\n")
-    return 1 if report["failed"] else 0
+    return 1 if run.report["failed"] else 0
 
 
 def _tables(report: Report) -> list[Table]:
     judged = targets.table(report) if "capability" in report["environment"] else []
-    return [*judged, *tables(report)]
+    grown = [] if growth is None else growth.table(report)
+    return [*judged, *grown, *tables(report)]
 
 
 def _write(report: Report, chosen: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """How the cost of an update grows: with the number of tensors, and with their bytes.
 
-Two constants describe it: seconds a tensor, and seconds a byte. They are fitted to the medians of
-one run by least squares of the relative error, with a third one for what a call costs at all.
+Two constants describe it, seconds a tensor and seconds a byte, and a third one what a call costs at
+all. They are fitted to the medians of one run by least squares of the relative error.
 """
 
 from __future__ import annotations
@@ -28,12 +28,15 @@ from ema_fused.bench.contenders import (
     lerp_loop,
     plan_of,
 )
-from ema_fused.bench.measuring import Case
+from ema_fused.bench.measuring import Case, limit_bytes
 from ema_fused.bench.shapes import Shapes, find
+from ema_fused.bench.tables import Table
 from ema_fused.bench.timing import Clock
 
 TENSORS = (10, 100, 1_000, 10_000, 100_000)
 ELEMENTS = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
+FEWEST_POINTS = 4  # for three constants
+_PIECE = 1 << 24  # elements that are checked at once
 CONTENDERS = (OUR_LISTS, FOREACH, "loop: lerp_")
 
 
@@ -45,8 +48,7 @@ def growth_cases(
         for count in tensors:
             if count <= total:
                 shapes = find(f"{count}x{total // count}")
-                # The average, its source, and the two flat buffers of the limit.
-                needed = 16 * shapes.elements
+                needed = 8 * shapes.elements + limit_bytes(12 * shapes.elements)
                 make = partial(_made, shapes, clock.device)
                 title = f"{total:,} elements in {count:,} tensors"
                 yield Case("growth", "torch", title, shapes, FLOAT32, needed, make)
@@ -56,13 +58,14 @@ def _made(shapes: Shapes, device: torch.device) -> Group:
     """Contenders on views of one buffer each.
 
     A hundred thousand allocations would take longer than all updates, and so would a check that
-    goes from tensor to tensor: it looks at the two buffers.
+    goes from tensor to tensor: it looks at long pieces of the two buffers.
     """
     source = torch.linspace(-1.0, 1.0, shapes.elements, device=device)
     averaged = torch.zeros_like(source)
     length = shapes.shapes[0][0]
     views = Buffers(list(averaged.split(length)), list(source.split(length)), [])
-    flat = [Buffers([averaged], [source], [WEIGHT])]
+    pieces = list(averaged.split(_PIECE)), list(source.split(_PIECE))
+    flat = [Buffers(*pieces, [WEIGHT] * len(pieces[0]))]
     plan = plan_of(views.averaged, views.source)
     calls = (partial(plan.lerp_, WEIGHT), partial(foreach, views), partial(lerp_loop, views))
     contenders = [
@@ -91,15 +94,20 @@ class Fit:
     error: float
     points: int
 
+    @property
+    def speed(self) -> str:
+        """What a byte costs, as GB/s."""
+        return f"{1e-9 / self.a_byte:.3g} GB/s" if self.a_byte else "too fast to tell"
+
 
 def fitted(report: dict[str, Any], contender: str) -> Fit:
     """The constants of a contender in a report's growth cases.
 
     Raises:
-        ValueError: where fewer than 4 points were measured.
+        ValueError: where fewer than :data:`FEWEST_POINTS` were measured.
     """
     points = growth_points(report, contender)
-    if len(points) < 4:
+    if len(points) < FEWEST_POINTS:
         raise ValueError(f"{len(points)} points of growth are too few for three constants")
     seconds = np.array([point.seconds for point in points])
     terms = np.array([[1.0, point.tensors, point.bytes_moved] for point in points])
@@ -112,6 +120,27 @@ def fitted(report: dict[str, Any], contender: str) -> Fit:
     errors = np.abs(terms @ constants / seconds - 1)
     call, tensor, byte = (float(constant) for constant in constants)
     return Fit(call, tensor, byte, float(np.median(errors)), len(points))
+
+
+def table(report: dict[str, Any]) -> list[Table]:
+    """The constants, a contender a row; nothing where too little was measured."""
+    if len(growth_points(report, OUR_LISTS)) < FEWEST_POINTS:
+        return []
+    rows = []
+    for name in CONTENDERS:
+        fit = fitted(report, name)
+        constants = f"{fit.a_call * 1e6:.2g} us", f"{fit.a_tensor * 1e9:.3g} ns", fit.speed
+        rows.append([name, *constants, f"{fit.error:.0%}"])
+    first, *_, last = (case for case in report["cases"] if case["kind"] == "growth")
+    return [
+        Table(
+            "How the cost grows",
+            ["", "a call", "a tensor", "its bytes", "typical error of the fit"],
+            rows,
+            f"Fitted to {len(growth_points(report, OUR_LISTS))} lists, from {first['title']} to "
+            f"{last['title']}.",
+        )
+    ]
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import marked, pictures, records
-from benchmarks.growth import CONTENDERS, fitted
-from ema_fused.bench.contenders import FLOAT32, FOREACH, MIXED, OURS
+from benchmarks import growth, marked, pictures, records
+from ema_fused.bench.contenders import FLOAT32, FOREACH, MIXED
 from ema_fused.bench.tables import about, markdown, tables
 
 ROOT = Path(__file__).parent.parent
@@ -79,8 +78,9 @@ def _ratio(report: dict[str, Any], kind: str, what: str, model: str, part: str) 
 
 def docs_part(report: dict[str, Any]) -> str:
     """All tables of a run, for docs/benchmarks.md."""
-    parts = [f"### The run\n\n{about(report)}", f"### How the cost grows\n\n{_growth(report)}"]
-    parts += [_titled(markdown(table)) for table in tables(report)]
+    parts = [f"### The run\n\n{about(report)}"]
+    found = [*growth.table(report), *tables(report)]
+    parts += [_titled(markdown(table)) for table in found]
     return "\n".join(parts).rstrip()
 
 
@@ -88,28 +88,6 @@ def _titled(table: str) -> str:
     """With the title as a heading."""
     title, _, rest = table.partition("\n")
     return f"### {title.strip('*')}\n{rest}"
-
-
-def _growth(report: dict[str, Any]) -> str:
-    """The fitted constants, a contender a row."""
-    lines = ["| | a call | a tensor | a byte moved | typical error of the fit |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: |")
-    for name in CONTENDERS:
-        fit = fitted(report, name)
-        lines.append(
-            f"| {name} | {fit.a_call * 1e6:.2g} us | {fit.a_tensor * 1e9:.3g} ns | "
-            f"{fit.a_byte * 1e12:.3g} ps ({1e-9 / fit.a_byte:.3g} GB/s) | {fit.error:.0%} |"
-        )
-    first, *_, last = (case for case in report["cases"] if case["kind"] == "growth")
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"Fitted to {fitted(report, CONTENDERS[0]).points} lists, from {first['title']} to "
-            f"{last['title']} ({OURS} and its peers took turns on each).",
-            "",
-        ]
-    )
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from benchmarks.drawing import WIDTH, Theme, save
-from benchmarks.growth import CONTENDERS, Point, fitted, growth_points
+from benchmarks.growth import CONTENDERS, FEWEST_POINTS, Point, fitted, growth_points
 from ema_fused.bench.contenders import FLOAT32, FOREACH, MIXED, OUR_LISTS
 
 Entry = dict[str, Any]
@@ -50,7 +50,7 @@ def draw(report: dict[str, Any], folder: Path) -> list[Path]:
     if "lists" in kinds:
         written += save(folder / "ratios", partial(_ratios, report))
         written += save(folder / "limit", partial(_limits, report))
-    if "growth" in kinds:
+    if len(growth_points(report, OUR_LISTS)) >= FEWEST_POINTS:
         written += save(folder / "growth", partial(_growth, report))
     return written
 
@@ -118,9 +118,9 @@ def _limits(report: dict[str, Any], theme: Theme) -> Figure:
     _draw_bars(axes, colors, bars, lambda c: float(c["limit_fraction"]), start=0.0)
     axes.axvline(1.0, color=theme.text, linewidth=1.0, linestyle=":")
     _name_rows(axes, [title for _, title in models])
-    axes.set_xlabel(
-        f"fraction of the speed of the same bytes in one flat buffer · {_machine(report)}"
-    )
+    on_gpu = "capability" in report["environment"]
+    limit = "a copy within the device" if on_gpu else "the same bytes in one flat buffer"
+    axes.set_xlabel(f"fraction of the speed of {limit} · {_machine(report)}")
     figure.legend(loc="outside upper left", ncols=2)
     return figure
 
@@ -216,9 +216,7 @@ def _constants(report: dict[str, Any]) -> str:
     parts = []
     for name in CONTENDERS[:2]:
         fit = fitted(report, name)
-        parts.append(
-            f"{_SHORT[name]}: {fit.a_tensor * 1e9:.3g} ns a tensor + {1e-9 / fit.a_byte:.3g} GB/s"
-        )
+        parts.append(f"{_SHORT[name]}: {fit.a_tensor * 1e9:.3g} ns a tensor + bytes at {fit.speed}")
     return f"{'; '.join(parts)} · {_machine(report)}"
 
 

@@ -26,8 +26,10 @@ Line = tuple[str, str]
 def _versions() -> Iterator[Line]:
     yield "ema_fused", ema_fused.__version__
     yield "python", f"{platform.python_version()} on {platform.platform()}"
-    cuda = torch.version.cuda or torch.version.hip
-    yield "torch", f"{torch.__version__} ({f'CUDA {cuda}' if cuda else 'no CUDA'})"
+    kind = f"CUDA {torch.version.cuda}" if torch.version.cuda else "no CUDA"
+    if torch.version.hip:
+        kind = f"ROCm {torch.version.hip}"
+    yield "torch", f"{torch.__version__} ({kind})"
 
 
 def _compiled() -> Iterator[Line]:
@@ -160,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         return _run(given)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
 
@@ -168,8 +170,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(given: argparse.Namespace) -> int:
     if given.command == "bench":
         return bench(given.device, given.model, given.json)
-    done = info()
     if given.command == "reconstruct":
         done = reconstruct(given.run_dir, given.sigma_rel, given.output, given.step, given.picture)
+    else:
+        done = info()
     sys.stdout.write(done + "\n")
     return 0

@@ -34,6 +34,12 @@ number = 3
 def nothing():
     return None
 
+def mixed():
+    model = nn.Linear(2, 2)
+    model.whole = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    model.waves = nn.Parameter(torch.ones(3, dtype=torch.complex64), requires_grad=False)
+    return model
+
 def empty():
     return nn.Sequential()
 
@@ -91,6 +97,24 @@ def test_a_model_of_ones_own_is_measured_dtype_by_dtype(
         ("models", "bfloat16 and float32", 20),
     ]
     assert f"| {own}:build | " in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")  # of complex parameters
+def test_parameters_that_are_not_averaged_do_no_harm(own: str, tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    arguments = ["bench", "--model", f"{own}:mixed", "--device", "cpu", "--json", str(file)]
+    assert cli.main(arguments) == 0
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert [case["elements"] for case in report["cases"]] == [6, 6]
+
+
+def test_what_runs_on_foreach_is_not_measured_as_ours(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EMA_FUSED_BACKEND", "foreach")
+    assert cli.main(["bench", "--device", "cpu"]) == 1
+    wanted = "nothing of ours would be measured on cpu, because EMA_FUSED_BACKEND pins foreach"
+    assert wanted in capsys.readouterr().err
 
 
 def test_a_model_that_is_there_already_is_not_changed(own: str) -> None:

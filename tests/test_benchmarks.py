@@ -20,7 +20,8 @@ from ema_fused.bench.timing import CpuClock
 
 PEERS = {
     "mmengine": 4,
-    "mmdet": 4,
+    "mmdet": 2,
+    "mmdet_2": 2,
     "mmpretrain": 1,
     "mmcv": 1,
     "mmselfsup": 1,
@@ -45,10 +46,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 def measured(*arguments: str) -> dict[str, Any]:
     """The report of a smoke run in this process."""
     chosen = program.options(["--smoke", *arguments])
-    report: dict[str, Any] = {}
-    for done in program.measure(chosen, CpuClock()):
-        report = done.report
-    return report
+    run = program.run_of(chosen, CpuClock())
+    for _ in program.measure(run, chosen):
+        pass
+    return run.report
 
 
 # ---- The whole way -------------------------------------------------------------------------------
@@ -167,6 +168,17 @@ def test_peers_without_their_dtype_are_left_out_by_name() -> None:
     report = measured("--models", "3x2", "--peers", "timm", "torch", "--dtypes", "bfloat16")
     (left,) = report["left_out"]
     assert left["case"] == "timm" and "measured in float32" in left["reason"]
+
+
+def test_a_run_that_measures_nothing_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(program, "growth", None)
+    file = tmp_path / "run.json"
+    assert program.main(["--smoke", "--peers", "growth", "--json", str(file)]) == 0
+    (left,) = json.loads(file.read_text(encoding="utf-8"))["left_out"]
+    assert left["case"] == "growth" and "scipy" in left["reason"]
+    assert "| growth | the fit needs scipy" in capsys.readouterr().out
 
 
 def test_a_failed_case_is_written_and_the_others_measured(

@@ -24,6 +24,7 @@ ORIGINAL = "original"
 _MODULES = {
     "mmengine": "openmmlab",
     "mmdet": "openmmlab",
+    "mmdet_2": "openmmlab",
     "mmpretrain": "openmmlab",
     "mmcv": "openmmlab",
     "mmselfsup": "openmmlab",
@@ -34,7 +35,7 @@ _MODULES = {
     "torch_ema": "wrappers",
 }
 NAMES = tuple(_MODULES)
-_UPDATES_TO_CHECK = 3
+_UPDATES_TO_CHECK = 2
 # A model and its average, twice, and what an original allocates on its way.
 _COPIES = 6
 

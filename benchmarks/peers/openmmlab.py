@@ -120,16 +120,19 @@ def _mmdet_matches() -> list[Match]:
     _tell_max_iters()
     average = _original("mmdet==3.3.0", "mmdet.models.layers.ema").ExpMomentumEMA
     teaching = _original("mmdet==3.3.0", "mmdet.engine.hooks.mean_teacher_hook")
-    _import_mmcv()
-    registered = _original("mmdet==2.28.2", "mmdet.core.hook.ema")
-    on_mmcv = _load("ema_fused.hooks.mmcv")
     return [
         _hook_match("3.x EMAHook, ExpMomentumEMA", _averaging, average),
         match("3.x MeanTeacherHook", _teaching, _load("ema_fused.hooks.mmdet"), teaching),
-        *(
-            match(f"2.x {name}", partial(_registered, name), on_mmcv, registered)
-            for name in ("ExpMomentumEMAHook", "LinearMomentumEMAHook")
-        ),
+    ]
+
+
+def _mmdet_2_matches() -> list[Match]:
+    _import_mmcv()
+    original = _original("mmdet==2.28.2", "mmdet.core.hook.ema")
+    ours = _load("ema_fused.hooks.mmcv")
+    return [
+        match(f"2.x {name}", partial(_registered, name), ours, original)
+        for name in ("ExpMomentumEMAHook", "LinearMomentumEMAHook")
     ]
 
 
@@ -201,6 +204,7 @@ class _Backbone(nn.Module):
 MATCHES = {
     "mmengine": _mmengine_matches,
     "mmdet": _mmdet_matches,
+    "mmdet_2": _mmdet_2_matches,
     "mmpretrain": _mmpretrain_matches,
     "mmcv": _mmcv_matches,
     "mmselfsup": _mmselfsup_matches,

@@ -64,6 +64,6 @@ def network(values: list[Tensor]) -> nn.Module:
 
 
 def tests_importable() -> None:
-    """Lets the helpers of the tests be imported."""
+    """Lets modules of the tests be imported."""
     if str(TESTS) not in sys.path:
         sys.path.append(str(TESTS))

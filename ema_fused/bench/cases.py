@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.bench.contenders import (
+    AVERAGED_DTYPES,
     DTYPES,
     FLOAT32,
     FOREACH,
@@ -24,7 +26,7 @@ from ema_fused.bench.contenders import (
     sets_needed,
     several_group,
 )
-from ema_fused.bench.measuring import Case
+from ema_fused.bench.measuring import Case, limit_bytes
 from ema_fused.bench.shapes import Shapes
 from ema_fused.bench.timing import Clock
 
@@ -32,15 +34,19 @@ _SEVERAL = 4
 
 
 def torch_cases(shapes: Shapes, dtypes: Sequence[str], clock: Clock) -> Iterator[Case]:
-    """Ours beside what torch alone offers, on tensors of these shapes and dtypes."""
+    """Ours beside what torch alone offers, on tensors of these shapes and dtypes.
+
+    Several averages are measured in float32; whole models not in mixed dtypes, which torch's
+    ``AveragedModel`` doesn't take.
+    """
     chosen = [DTYPES[name] for name in dtypes]
     for pair in chosen:
-        yield _case("lists", "prepared lists", shapes, pair, clock, 1)
+        yield _case("lists", "prepared lists", shapes, pair, clock)
     if FLOAT32 in chosen:
         yield _case("several", f"{_SEVERAL} averages", shapes, FLOAT32, clock, _SEVERAL)
     for pair in chosen:
-        if pair is not MIXED:  # torch's AveragedModel takes no mixed dtypes
-            yield _case("models", "update_parameters", shapes, pair, clock, 2)
+        if pair is not MIXED:
+            yield _case("models", "update_parameters", shapes, pair, clock)
 
 
 def host_cases(lists: Sequence[Shapes], clock: Clock) -> Iterator[Case]:
@@ -58,54 +64,84 @@ def _ours_and_foreach(shapes: Shapes, device: torch.device) -> Group:
 
 
 def _case(
-    kind: str, title: str, shapes: Shapes, dtypes: Dtypes, clock: Clock, averages: int
+    kind: str, title: str, shapes: Shapes, dtypes: Dtypes, clock: Clock, averages: int = 1
 ) -> Case:
-    held = shapes.elements * (dtypes.averaged.itemsize * averages + dtypes.source.itemsize)
-    sets = sets_needed(held, clock.cache_bytes)
-    # Also for the flat buffers of the limit, and a cast copy that is kept and one that isn't.
-    temporary = shapes.elements * (dtypes.bytes_moved(averages) + 8)
-    make: Callable[[], Group] = partial(_made, kind, shapes, dtypes, clock.device, sets)
-    return Case(kind, "torch", title, shapes, dtypes, held * sets + temporary, make)
+    sets, needed = _memory(kind, shapes.elements, dtypes, clock, averages)
 
-
-def _made(kind: str, shapes: Shapes, dtypes: Dtypes, device: torch.device, sets: int) -> Group:
-    sources = [random_tensors(shapes.shapes, dtypes.source, device, seed) for seed in range(sets)]
-    if kind == "lists":
+    def make() -> Group:
+        sources = [
+            random_tensors(shapes.shapes, dtypes.source, clock.device, seed) for seed in range(sets)
+        ]
+        if kind == "several":
+            return several_group(sources, averages)
+        if kind == "models":
+            return model_group([module_of(source) for source in sources])
         return list_group(sources, dtypes)
-    if kind == "several":
-        return several_group(sources, _SEVERAL)
-    return model_group([module_of(source) for source in sources])
+
+    return Case(kind, "torch", title, shapes, dtypes, needed, make)
+
+
+def _memory(
+    kind: str, elements: int, dtypes: Dtypes, clock: Clock, averages: int = 1
+) -> tuple[int, int]:
+    """How many buffer sets take turns, and the bytes that a case takes at the most."""
+    copies = 2 if kind == "models" else averages  # ours, and that of torch's AveragedModel
+    sets = sets_needed(elements * dtypes.bytes_held(copies), clock.cache_bytes)
+    needed = elements * dtypes.bytes_held(copies) * sets
+    if kind == "lists" and dtypes.averaged != dtypes.source:
+        needed += elements * dtypes.averaged.itemsize * (sets + 1)  # casts that are kept, and one
+    if clock.device.type == "cpu":
+        needed += limit_bytes(elements * dtypes.bytes_moved(averages))
+    return sets, needed
+
+
+# ---- A model of one's own ------------------------------------------------------------------------
 
 
 def own_model_cases(model: nn.Module, name: str, clock: Clock) -> Iterator[Case]:
-    """Ours beside torch's on a model as it is: its floating-point parameters, one case a dtype.
+    """Ours beside torch's on a model as it is: a case for each dtype, and one for the whole.
 
     Raises:
-        ValueError: where no parameter is floating-point, or one lies on another device.
+        ValueError: where no parameter has a dtype that torch's lerp takes, or one lies on another
+            device.
     """
-    parameters = [p for p in model.parameters() if p.is_floating_point()]
-    if not parameters:
+    averaged = [p for p in model.parameters() if p.dtype in AVERAGED_DTYPES]
+    if not averaged:
         raise ValueError(f"{name} has no floating-point parameter to average")
     for key, parameter in model.named_parameters():
-        if parameter.device.type != clock.device.type:
+        if parameter.device != clock.device:
             raise ValueError(
                 f"{name}: {key} is on {parameter.device} and the benchmark runs on "
                 f"{clock.device}: let the function move the model, or name the device with --device"
             )
-    for dtype in dict.fromkeys(p.dtype for p in parameters):
-        tensors = [p.detach() for p in parameters if p.dtype is dtype]
+    for dtype in dict.fromkeys(p.dtype for p in averaged):
+        tensors = [p.detach() for p in averaged if p.dtype is dtype]
         shapes = Shapes(name, name, [tuple(t.shape) for t in tensors], "the model itself")
-        dtypes = Dtypes(str(dtype).removeprefix("torch."), dtype, dtype)
-        yield Case("lists", "torch", "prepared lists", shapes, dtypes, 0, _lists(tensors, dtypes))
+        dtypes = Dtypes(_name(dtype), dtype, dtype)
+        yield _own_lists(tensors, shapes, dtypes, clock)
         if dtype.itemsize == 2:
             wide = Dtypes(f"{dtypes.name} into float32", torch.float32, dtype)
-            yield Case("lists", "torch", "prepared lists", shapes, wide, 0, _lists(tensors, wide))
-    every = Shapes(name, name, [tuple(p.shape) for p in parameters], "the model itself")
-    names = " and ".join(dict.fromkeys(str(p.dtype).removeprefix("torch.") for p in parameters))
-    dtypes = Dtypes(names, parameters[0].dtype, parameters[0].dtype)
-    make = partial(model_group, [model])
-    yield Case("models", "torch", "update_parameters", every, dtypes, 0, make)
+            yield _own_lists(tensors, shapes, wide, clock)
+    every = Shapes(name, name, [tuple(p.shape) for p in averaged], "the model itself")
+    names = " and ".join(dict.fromkeys(_name(p.dtype) for p in averaged))
+    widest = max((p.dtype for p in averaged), key=lambda dtype: dtype.itemsize)
+    dtypes = Dtypes(names, widest, widest)
+    sets, needed = _memory("models", every.elements, dtypes, clock)
+    yield Case(
+        *("models", "torch", "update_parameters", every, dtypes, needed),
+        lambda: model_group([model, *(copy.deepcopy(model) for _ in range(sets - 1))]),
+    )
 
 
-def _lists(tensors: list[Tensor], dtypes: Dtypes) -> Callable[[], Group]:
-    return lambda: list_group([tensors], dtypes)
+def _own_lists(tensors: list[Tensor], shapes: Shapes, dtypes: Dtypes, clock: Clock) -> Case:
+    sets, needed = _memory("lists", shapes.elements, dtypes, clock)
+
+    def make() -> Group:
+        copies = [[tensor.clone() for tensor in tensors] for _ in range(sets - 1)]
+        return list_group([tensors, *copies], dtypes)
+
+    return Case("lists", "torch", "prepared lists", shapes, dtypes, needed, make)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -34,6 +34,7 @@ _TOLERANCE = {
     torch.float16: 2e-3,
     torch.bfloat16: 2e-2,
 }
+AVERAGED_DTYPES = tuple(_TOLERANCE)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _BLOCK = 1_000_003  # random values, a prime number of them
 
@@ -45,6 +46,10 @@ class Dtypes:
     name: str
     averaged: torch.dtype
     source: torch.dtype
+
+    def bytes_held(self, averages: int = 1) -> int:
+        """What a parameter's average(s) and source take of memory."""
+        return self.averaged.itemsize * averages + self.source.itemsize
 
     def bytes_moved(self, averages: int = 1) -> int:
         """A parameter's floor: each average read and written, the source read once."""
@@ -137,7 +142,7 @@ def list_group(sources: list[list[Tensor]], dtypes: Dtypes) -> Group:
     contenders = [
         Contender(OUR_LISTS, [partial(plan.lerp_, WEIGHT) for plan in plans], buffers),
         Contender(
-            f"{OURS}.lerp_, nothing prepared",
+            f"{OURS}.lerp_, its plan found again",
             [partial(ema_fused.lerp_, b.averaged, b.source, WEIGHT) for b in buffers],
             buffers,
         ),
@@ -171,7 +176,7 @@ def _with_casts(buffers: list[Buffers]) -> list[Contender]:
         ),
         Contender(
             "loop: lerp_ of float()",
-            [partial(lerp_loop, b) for b in buffers],
+            [partial(_cast_loop, b) for b in buffers],
             buffers,
             exact=False,
         ),
@@ -195,7 +200,12 @@ def _kept_cast(b: Buffers, cast: list[Tensor]) -> None:
 def lerp_loop(b: Buffers) -> None:
     """A call for each tensor."""
     for averaged, source in zip(b.averaged, b.source, strict=True):
-        averaged.lerp_(source.to(averaged.dtype), WEIGHT)  # to() is nothing on equal dtypes
+        averaged.lerp_(source, WEIGHT)
+
+
+def _cast_loop(b: Buffers) -> None:
+    for averaged, source in zip(b.averaged, b.source, strict=True):
+        averaged.lerp_(source.float(), WEIGHT)
 
 
 def multiply_add_loop(b: Buffers) -> None:
@@ -272,10 +282,15 @@ def _model_contender(
         wrapper = wrap(model)
         wrapper.update_parameters(model)  # the first call copies; from here on it averages
         calls.append(partial(wrapper.update_parameters, model))
-        averaged = [parameter.detach() for parameter in wrapper.module.parameters()]
-        source = [parameter.detach() for parameter in model.parameters()]
+        averaged = _averaged_parameters(wrapper.module)
+        source = _averaged_parameters(model)
         buffers.append(Buffers(averaged, source, [WEIGHT] * len(source)))
     return Contender(name, calls, buffers)
+
+
+def _averaged_parameters(model: nn.Module) -> list[Tensor]:
+    """Those whose average is checked: of dtypes that torch's lerp takes."""
+    return [p.detach() for p in model.parameters() if p.dtype in AVERAGED_DTYPES]
 
 
 def module_of(tensors: list[Tensor]) -> nn.Module:
@@ -300,7 +315,7 @@ def plan_of(averaged: list[Any], source: list[Tensor]) -> ema_fused.Plan:
     if plan.backends != wanted:
         raise RuntimeError(
             f"planned for the backends {plan.backends}, not {wanted}: nothing of ours would be "
-            "measured; python -m ema_fused info says why"
+            "measured; a SlowPathWarning or python -m ema_fused info says why"
         )
     return plan
 
@@ -371,4 +386,4 @@ def _agree(found: Tensor, expected: Tensor, exact: bool) -> bool:
         bits = _BITS[found.element_size()]
         return torch.equal(found.view(bits), expected.view(bits))
     tolerance = _TOLERANCE[found.dtype]
-    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
+    return torch.allclose(found, expected, rtol=tolerance, atol=tolerance, equal_nan=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ema_fused import backends
 from ema_fused.bench.contenders import FLOAT32, WEIGHT, Dtypes, Group, rotating
 from ema_fused.bench.environment import Environment
 from ema_fused.bench.shapes import Shapes
@@ -35,7 +36,7 @@ LIMIT = "limit"
 MEMORY_SHARE = 0.9
 # How many calls' launches still fit the launch queue of about 1,000.
 _HOST_CALLS = 8
-_COPY_BYTES, _LEAST_COPY_BYTES = 4 << 30, 1 << 30
+_COPY_BYTES, _LEAST_COPY_BYTES = 4 << 30, 1 << 20
 
 Report = dict[str, Any]
 
@@ -74,12 +75,21 @@ class Run:
 
     Attributes:
         report: all that was measured, ready for JSON.
+
+    Raises:
+        RuntimeError: no native kernel of ours serves the device.
     """
 
     def __init__(
         self, clock: Clock, effort: Effort, environment: Environment, seconds: float = math.inf
     ) -> None:
         self.clock, self.effort = clock, effort
+        reason = _why_not_ours(clock.device)
+        if reason is not None:
+            raise RuntimeError(
+                f"nothing of ours would be measured on {clock.device}, because {reason}; "
+                "python -m ema_fused info says more"
+            )
         self._end = time.monotonic() + seconds
         self._copies: list[tuple[int, Timing]] = []
         self.report: Report = {
@@ -173,11 +183,9 @@ class Run:
 
     def _copy(self) -> tuple[int, Timing]:
         """The time of a copy within the device, and its bytes."""
-        size = _COPY_BYTES
-        if self.clock.free_bytes() * MEMORY_SHARE < 2 * size:
-            size = _LEAST_COPY_BYTES
-        if self.effort.rounds <= FEWEST_ROUNDS:
-            size = 1 << 20
+        size = _COPY_BYTES if self.effort.rounds > FEWEST_ROUNDS else _LEAST_COPY_BYTES
+        while size > _LEAST_COPY_BYTES and self.clock.free_bytes() * MEMORY_SHARE < 2 * size:
+            size //= 2
         source = torch.full((size // 4,), WEIGHT, device=self.clock.device)
         target = torch.empty_like(source)
         copy = {LIMIT: partial(target.copy_, source)}
@@ -192,7 +200,7 @@ class Run:
             return
         rates = [2 * size / timing.median for size, timing in self._copies]
         self.report["copy"] = {
-            "buffer_bytes": self._copies[0][0],
+            "buffer_bytes": [size for size, _ in self._copies],
             "bytes_per_second": rates,
             "timings": [asdict(timing) for _, timing in self._copies],
         }
@@ -202,6 +210,19 @@ class Run:
             seconds = case["bytes_moved"] / max(rates)
             for contender in case["contenders"]:
                 contender["limit_fraction"] = seconds / contender["timing"]["median"]
+
+
+def _why_not_ours(device: torch.device) -> str | None:
+    """Why no kernel of ours would run there."""
+    pinned = backends.pinned(None)
+    if pinned not in (None, device.type):
+        return f"EMA_FUSED_BACKEND pins {pinned}"
+    return backends.why_not_on(device)
+
+
+def limit_bytes(bytes_moved: int) -> int:
+    """What the flat buffers of :func:`flat_traffic` take of memory."""
+    return 8 * (bytes_moved // FLOAT32.bytes_moved() + 1)
 
 
 def flat_traffic(bytes_moved: int) -> Call:

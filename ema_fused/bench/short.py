@@ -1,4 +1,4 @@
-"""The short benchmark: half a minute on the user's own machine, or on the user's own model."""
+"""The short benchmark: about a minute on the user's own machine, or on the user's own model."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def bench(
 
     Raises:
         ImportError: where the module of ``model`` can't be imported.
+        RuntimeError: no native kernel of ours serves the device.
         ValueError: where ``model`` isn't of that form, names nothing, or gives no model; where
             ``device`` is ``"cuda"`` and torch sees none.
     """

@@ -97,11 +97,14 @@ def _limits(cases: Sequence[Entry]) -> Table:
     chosen = [case for case in cases if case["kind"] == "lists"]
     dtypes = list(dict.fromkeys(case["dtypes"] for case in chosen))
     rows = []
-    for title in dict.fromkeys(case["model_title"] for case in chosen):
-        of_model = {case["dtypes"]: case for case in chosen if case["model_title"] == title}
-        first = next(iter(of_model.values()))
+    # A model of several dtypes has a row for the tensors of each.
+    for key in dict.fromkeys((c["model_title"], c["tensors"], c["elements"]) for c in chosen):
+        title, tensors, elements = key
+        of_model = {
+            c["dtypes"]: c for c in chosen if (c["model_title"], c["tensors"], c["elements"]) == key
+        }
         fractions = [_fraction(of_model.get(name)) for name in dtypes]
-        rows.append([title, f"{first['tensors']:,}", f"{first['elements'] / 1e6:,.4g}", *fractions])
+        rows.append([title, f"{tensors:,}", f"{elements / 1e6:,.4g}", *fractions])
     return Table(
         f"Fraction of the limit that `{OURS} Plan.lerp_` reaches",
         ["", "tensors", "million elements", *dtypes],
