@@ -45,7 +45,7 @@ EXEMPT = {
         "the model itself",
         "bfloat16 into float32",
         "torch AveragedModel, foreach",
-        "....lerp_, nothing prepared",
+        "....lerp_, its plan found again",
         "loop: mul_().add_()",
         "torch._foreach_copy_ to a kept copy, ...",
         "loop: lerp_ of float()",
