@@ -1,7 +1,8 @@
 """How the cost of an update grows: with the number of tensors, and with their bytes.
 
-Two constants describe it, seconds a tensor and seconds a byte, and a third one what a call costs at
-all. They are fitted to the medians of one run by least squares of the relative error.
+Two constants describe it: seconds a tensor, and seconds a byte that comes from memory. They are
+fitted to the medians of one run by least squares of the relative error, with two more that leave
+them undisturbed: for what a call costs at all, and for a byte that comes from a cache.
 """
 
 from __future__ import annotations
@@ -28,14 +29,16 @@ from ema_fused.bench.contenders import (
     lerp_loop,
     plan_of,
 )
-from ema_fused.bench.measuring import Case, limit_bytes
+from ema_fused.bench.measuring import Case
 from ema_fused.bench.shapes import Shapes, find
 from ema_fused.bench.tables import Table
 from ema_fused.bench.timing import Clock
 
 TENSORS = (10, 100, 1_000, 10_000, 100_000)
 ELEMENTS = (10**3, 10**4, 10**5, 10**6, 10**7, 10**8, 10**9)
-FEWEST_POINTS = 4  # for three constants
+FEWEST_POINTS = 5  # for four constants
+# Tensors that hold no more are taken to lie in a cache: that of a CPU's cores, or a GPU's L2.
+_CACHE_BYTES = 32 << 20
 _PIECE = 1 << 24  # elements that are checked at once
 CONTENDERS = (OUR_LISTS, FOREACH, "loop: lerp_")
 
@@ -48,7 +51,7 @@ def growth_cases(
         for count in tensors:
             if count <= total:
                 shapes = find(f"{count}x{total // count}")
-                needed = 8 * shapes.elements + limit_bytes(12 * shapes.elements)
+                needed = FLOAT32.bytes_held() * shapes.elements
                 make = partial(_made, shapes, clock.device)
                 title = f"{total:,} elements in {count:,} tensors"
                 yield Case("growth", "torch", title, shapes, FLOAT32, needed, make)
@@ -73,7 +76,8 @@ def _made(shapes: Shapes, device: torch.device) -> Group:
         for name, call in zip(CONTENDERS, calls, strict=True)
     ]
     bytes_moved = shapes.elements * FLOAT32.bytes_moved()
-    return Group(contenders, bytes_moved, partial(check, contenders), [plan.launches])
+    limit = partial(averaged.lerp_, source, WEIGHT)
+    return Group(contenders, bytes_moved, partial(check, contenders), [plan.launches], limit)
 
 
 # ---- The fit -------------------------------------------------------------------------------------
@@ -83,6 +87,8 @@ def _made(shapes: Shapes, device: torch.device) -> Group:
 class Fit:
     """``seconds = a_call + a_tensor * tensors + a_byte * bytes``, all in seconds.
 
+    ``a_cached_byte`` stands for ``a_byte`` where all tensors together fit a cache.
+
     Attributes:
         error: the median over the points of how far the fit is off, relatively.
         points: how many were fitted.
@@ -91,13 +97,18 @@ class Fit:
     a_call: float
     a_tensor: float
     a_byte: float
+    a_cached_byte: float
     error: float
     points: int
 
     @property
     def speed(self) -> str:
-        """What a byte costs, as GB/s."""
-        return f"{1e-9 / self.a_byte:.3g} GB/s" if self.a_byte else "too fast to tell"
+        """What a byte from memory costs, as GB/s."""
+        return _speed(self.a_byte)
+
+
+def _speed(a_byte: float) -> str:
+    return f"{1e-9 / a_byte:.3g} GB/s" if a_byte else "too few to tell"
 
 
 def fitted(report: dict[str, Any], contender: str) -> Fit:
@@ -108,18 +119,24 @@ def fitted(report: dict[str, Any], contender: str) -> Fit:
     """
     points = growth_points(report, contender)
     if len(points) < FEWEST_POINTS:
-        raise ValueError(f"{len(points)} points of growth are too few for three constants")
+        raise ValueError(f"{len(points)} points of growth are too few for four constants")
     seconds = np.array([point.seconds for point in points])
-    terms = np.array([[1.0, point.tensors, point.bytes_moved] for point in points])
+    terms = np.array([_terms(point) for point in points])
     # Each equation is divided by its measured time, so that all points count alike; columns are
     # scaled to their largest entry, so that the solver's tolerances suit them.
     weighted = terms / seconds[:, None]
-    scale = weighted.max(axis=0)
+    scale = np.maximum(weighted.max(axis=0), 1e-300)
     solution, _ = nnls(weighted / scale, np.ones(len(points)))
     constants = solution / scale
     errors = np.abs(terms @ constants / seconds - 1)
-    call, tensor, byte = (float(constant) for constant in constants)
-    return Fit(call, tensor, byte, float(np.median(errors)), len(points))
+    call, tensor, byte, cached = (float(constant) for constant in constants)
+    return Fit(call, tensor, byte, cached, float(np.median(errors)), len(points))
+
+
+def _terms(point: Point) -> list[float]:
+    moved, held = point.bytes_moved, FLOAT32.bytes_held() * point.elements
+    in_memory, in_cache = (0, moved) if held <= _CACHE_BYTES else (moved, 0)
+    return [1.0, point.tensors, in_memory, in_cache]
 
 
 def table(report: dict[str, Any]) -> list[Table]:
@@ -129,13 +146,21 @@ def table(report: dict[str, Any]) -> list[Table]:
     rows = []
     for name in CONTENDERS:
         fit = fitted(report, name)
-        constants = f"{fit.a_call * 1e6:.2g} us", f"{fit.a_tensor * 1e9:.3g} ns", fit.speed
-        rows.append([name, *constants, f"{fit.error:.0%}"])
+        speeds = _speed(fit.a_byte), _speed(fit.a_cached_byte)
+        call = f"{fit.a_call * 1e6:.2g} us"
+        rows.append([name, f"{fit.a_tensor * 1e9:.3g} ns", *speeds, call, f"{fit.error:.0%}"])
     first, *_, last = (case for case in report["cases"] if case["kind"] == "growth")
     return [
         Table(
             "How the cost grows",
-            ["", "a call", "a tensor", "its bytes", "typical error of the fit"],
+            [
+                "",
+                "a tensor",
+                "bytes from memory",
+                "bytes from a cache",
+                "a call",
+                "typical error of the fit",
+            ],
             rows,
             f"Fitted to {len(growth_points(report, OUR_LISTS))} lists, from {first['title']} to "
             f"{last['title']}.",

@@ -2,7 +2,11 @@
 
     python -m benchmarks.pages
 
-reads results/cpu.json, which `make bench BENCH="--json benchmarks/results/cpu.json"` writes anew.
+reads results/cpu.json, and results/growth_cpu.json for how the cost grows: a gigabyte of elements
+wants a process of its own on a small machine. They are written anew by
+
+    make bench BENCH="--json benchmarks/results/cpu.json"
+    make bench BENCH="--peers growth --json benchmarks/results/growth_cpu.json"
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from ema_fused.bench.contenders import FLOAT32, FOREACH, MIXED
 from ema_fused.bench.tables import about, markdown, tables
 
 ROOT = Path(__file__).parent.parent
-MEASURED = records.RESULTS / "cpu.json"
+MEASURED, GROWN = records.RESULTS / "cpu.json", records.RESULTS / "growth_cpu.json"
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 IMAGES = records.IMAGES / "benchmarks"
 PROGRAM = "benchmarks"  # in the markers of both pages
@@ -76,11 +80,11 @@ def _ratio(report: dict[str, Any], kind: str, what: str, model: str, part: str) 
     return f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.1f}"
 
 
-def docs_part(report: dict[str, Any]) -> str:
-    """All tables of a run, for docs/benchmarks.md."""
-    parts = [f"### The run\n\n{about(report)}"]
-    found = [*growth.table(report), *tables(report)]
-    parts += [_titled(markdown(table)) for table in found]
+def docs_part(report: dict[str, Any], grown: dict[str, Any]) -> str:
+    """All tables of both runs, for docs/benchmarks.md."""
+    parts = [_titled(markdown(table)) + "\n" + about(grown) for table in growth.table(grown)]
+    parts += [f"### The other tables\n\n{about(report)}"]
+    parts += [_titled(markdown(table)) for table in tables(report)]
     return "\n".join(parts).rstrip()
 
 
@@ -90,12 +94,18 @@ def _titled(table: str) -> str:
     return f"### {title.strip('*')}\n{rest}"
 
 
+def draw(report: dict[str, Any], grown: dict[str, Any], folder: Path) -> list[Path]:
+    """The pictures of both runs."""
+    without = {**report, "cases": [c for c in report["cases"] if c["kind"] != "growth"]}
+    return pictures.draw(without, folder) + pictures.draw(grown, folder)
+
+
 def main() -> None:
     """Write both pages and draw the pictures."""
-    report = records.read(MEASURED)
+    report, grown = records.read(MEASURED), records.read(GROWN)
     marked.write(README, PROGRAM, readme_part(report))
-    marked.write(PAGE, PROGRAM, docs_part(report))
-    for path in pictures.draw(report, IMAGES):
+    marked.write(PAGE, PROGRAM, docs_part(report, grown))
+    for path in draw(report, grown, IMAGES):
         sys.stdout.write(f"{path}\n")
 
 

@@ -90,12 +90,14 @@ class Group:
         bytes_moved: by one call, at the least.
         check: raises AssertionError unless every contender's result is right.
         launches: of one call of ours, for each buffer set.
+        limit: on the CPU, the same traffic over one flat buffer, if it is there already.
     """
 
     contenders: list[Contender]
     bytes_moved: int
     check: Callable[[], None]
     launches: list[int] = field(default_factory=list)
+    limit: Call | None = None
 
 
 def sets_needed(bytes_a_set: int, cache_bytes: int) -> int:

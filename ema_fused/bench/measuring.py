@@ -178,7 +178,7 @@ class Run:
     def _calls(self, group: Group) -> dict[str, Call]:
         calls = rotating(group.contenders)
         if self.clock.device.type == "cpu":
-            calls[LIMIT] = flat_traffic(group.bytes_moved)
+            calls[LIMIT] = group.limit or flat_traffic(group.bytes_moved)
         return calls
 
     def _copy(self) -> tuple[int, Timing]:
