@@ -205,8 +205,9 @@ def _name_lines(axes: Axes, report: dict[str, Any], held: str, along: str, theme
         )
         x = first.tensors if along == "tensors" else first.bytes_moved
         text = f"{value:,} {held}".replace(",", " ")
+        shift = -12 if held == "elements" else 5  # points, to where no other line is
         axes.annotate(
-            text, (x, first.seconds), (0, -12), textcoords="offset points",
+            text, (x, first.seconds), (0, shift), textcoords="offset points",
             color=theme.ours, fontsize=8,
         )  # fmt: skip
 
@@ -217,7 +218,7 @@ def _constants(report: dict[str, Any]) -> str:
     for name in CONTENDERS[:2]:
         fit = fitted(report, name)
         parts.append(f"{_SHORT[name]}: {fit.a_tensor * 1e9:.3g} ns a tensor + bytes at {fit.speed}")
-    return f"{'; '.join(parts)} · {_machine(report)}"
+    return f"{'; '.join(parts)}\n{_machine(report)}"
 
 
 def _seconds(value: float) -> str:

@@ -193,7 +193,7 @@ _COVERED = (
     Covered(r"python examples/digits", "tests/test_examples.py", _runs_script),
     Covered(r"python -m benchmarks\.large_models", "tests/test_large_models.py", _runs_module),
     Covered(r"python -m benchmarks\.(numerics|past)", "tests/test_docs_pictures.py", _runs_module),
-    Covered(r"python -m (benchmarks|ema_fused bench)\b", "make bench", _runs_module),
+    Covered(r"\S*python -m (benchmarks|ema_fused bench)\b", "make bench", _runs_module),
     Covered(r"benchmarks/gpu_check\.sh", "tests/test_gpu_check.py", _runs_script),
     Covered(r"cmake\b", "make host-test", _configures),
     Covered(r"ctest\b", "make host-test", _anything),
