@@ -41,7 +41,7 @@ except ImportError:  # scipy, which a GPU's image may not have
 _LISTS = ("1000x1024", "1000x16")
 # In a smoke run: these, with no side longer than that, and so many elements and tensors.
 _SMOKE_MODELS, _LONGEST = ("resnet50", "20x16"), 4
-_FEW_TENSORS, _FEW_ELEMENTS = (10, 100), (10**3, 10**4)
+_FEW_TENSORS, _FEW_ELEMENTS = (10, 100), (10**3, 10**4, 10**5)
 # On a GPU a list has to be far larger than its cache before it shows the memory's speed.
 _GPU_MODELS = (
     "16x16777216",

@@ -70,6 +70,7 @@ def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attach
         An :class:`Attachment`: ``detach()`` ends it; so does the end of a ``with`` block.
 
     Raises:
+        RuntimeError: ``averaged`` is attached to ``optimizer`` already.
         TypeError: an argument is of another kind.
         ValueError: the optimizer has no parameter of the model. Those it is given later
             (``add_param_group``) don't matter.
@@ -86,6 +87,11 @@ def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attach
         raise TypeError(
             f"the average is a {type(averaged).__name__}, which has no update_parameters(model); "
             f"pass an averaged model, ema_fused's or torch's"
+        )
+    if averaged in _attached.get(optimizer, ()):
+        raise RuntimeError(
+            "the average is attached to this optimizer already, and every step would update it "
+            "twice; attach it once, or call detach() on what the first attach returned"
         )
     drop_gathered(model)
     if not _trains(optimizer, model):
@@ -104,14 +110,34 @@ def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attach
             elif found_inf is None or not bool(found_inf):
                 averaged.update_parameters(model)
 
+    known = _Known(optimizer, averaged)
     if not isinstance(averaged, BaseAveragedModel) or not averaged.runs_beside:
-        return Attachment(hooked(update))
+        return Attachment(known, hooked(update))
     wait = _waits_for(averaged, model)
     before_steps = register_optimizer_step_pre_hook(wait)
     # All optimizers have this hook, for as long as the process lives.
     weakref.finalize(averaged, before_steps.remove)
     before_loading = model.register_load_state_dict_pre_hook(wait)
-    return Attachment(hooked(update), before_steps, before_loading)
+    return Attachment(known, hooked(update), before_steps, before_loading)
+
+
+# The averages that each optimizer's steps update.
+_attached: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+
+
+class _Known:
+    """Remembers that an average is attached to an optimizer; keeps neither alive."""
+
+    def __init__(self, optimizer: Optimizer, averaged: Averaged) -> None:
+        self._averages = _attached.setdefault(optimizer, weakref.WeakSet())
+        self._averages.add(averaged)
+        self._averaged = weakref.ref(averaged)
+
+    def remove(self) -> None:
+        """Forgets it."""
+        averaged = self._averaged()
+        if averaged is not None:
+            self._averages.discard(averaged)
 
 
 def _trains(optimizer: Optimizer, model: nn.Module) -> bool:

@@ -135,8 +135,8 @@ def _agree_on(tensors: dict[str, Tensor], dtype: Any, max_shard_bytes: int) -> N
 def _check(tensors: dict[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int) -> None:
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; at least 1 is expected")
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"dtype is {dtype}; a floating-point dtype is expected")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; a floating-point dtype is expected")
     # The others may hold nothing, as of a state that was gathered in the first process.
     if not tensors and _is_first():
         raise ValueError("weights is empty; pass averaged.weights")

@@ -62,8 +62,8 @@ def check_options(interval: int, options: Options) -> None:
     check_integer("begin_step", options["begin_step"], least=0)
     check_integer("every", options["every"], least=1)
     dtype = options["averaged_dtype"]
-    if dtype is not None and not dtype.is_floating_point:
-        raise ValueError(f"averaged_dtype is {dtype}; a floating-point dtype is expected")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"averaged_dtype is {dtype!r}; a floating-point dtype is expected")
     if options["backend"] is not None:
         backends.pinned(options["backend"])
     check_rounding(options["rounding"])

@@ -52,7 +52,7 @@ def safetensors() -> Any:
     except ImportError as error:
         raise ImportError(
             "snapshots and exports are safetensors files, and safetensors can't be imported "
-            f"({error}): pip install 'ema_fused[posthoc]'"
+            f"({error}): pip install 'ema_fused[export]'"
         ) from error
     return safetensors
 

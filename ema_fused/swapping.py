@@ -26,7 +26,8 @@ def refuse_while_swapped(action: str, *modules: nn.Module) -> None:
         raise RuntimeError(
             f"{action} while averaged weights are swapped in: the model holds the averages now, "
             f"and the average the model's own weights. Do it outside the block; to keep averaged "
-            f"weights, save averaged.module.state_dict() there, or averaged.copy_to(another_model)"
+            f"weights, save averaged.module.state_dict() outside it, or "
+            f"averaged.copy_to(another_model)"
         )
 
 

@@ -199,6 +199,22 @@ def test_what_cannot_be_attached_is_refused() -> None:
         ema_fused.attach(optimizer, conv_net(), averaged)
 
 
+def test_attached_twice_to_one_optimizer_is_refused() -> None:
+    model = conv_net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    averaged = ExponentialMovingAverage(model, 0.1)
+    attachment = ema_fused.attach(optimizer, model, averaged)
+    with pytest.raises(RuntimeError, match=r"attached to this optimizer already.*detach\(\)"):
+        ema_fused.attach(optimizer, model, averaged)
+    ema_fused.attach(optimizer, model, ExponentialMovingAverage(model, 0.1))
+    step(model, optimizer, 0)
+    assert averaged.steps == 1
+    attachment.detach()
+    with ema_fused.attach(optimizer, model, averaged):
+        step(model, optimizer, 1)
+    assert averaged.steps == 2
+
+
 def test_a_training_killed_in_the_middle_goes_on_to_the_bit(tmp_path: Path) -> None:
     """On real data, with steps that the GradScaler skips because their gradients overflow."""
     script = Path(__file__).parent / "attach_run.py"

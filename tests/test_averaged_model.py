@@ -237,6 +237,14 @@ def test_a_float32_average_of_a_bfloat16_model_is_that_of_its_exact_values(
     assert differences(snapshot(averaged), snapshot(expected)) == []
 
 
+@pytest.mark.parametrize("dtype", ["float32", torch.int32])
+def test_an_averaged_dtype_that_is_none_is_refused(dtype: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"averaged_dtype is .*; a floating-point dtype is expected"
+    ):
+        ExponentialMovingAverage(nn.Linear(2, 2), averaged_dtype=dtype)
+
+
 def test_averaged_dtype_converts_floating_buffers_and_nothing_else() -> None:
     model = conv_net(dtype=torch.bfloat16)
     model.register_buffer("mask", torch.ones(2, dtype=torch.bool))

@@ -34,6 +34,9 @@ number = 3
 def nothing():
     return None
 
+def failing():
+    raise OSError("no weights found")
+
 def mixed():
     model = nn.Linear(2, 2)
     model.whole = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
@@ -135,6 +138,8 @@ def test_a_model_that_is_there_already_is_not_changed(own: str) -> None:
         ("{own}:absent", "has no absent"),
         ("{own}:number", "gave int and not a torch.nn.Module"),
         ("{own}:nothing", "gave NoneType and not a torch.nn.Module"),
+        ("{own}:failing", "calling it without arguments failed: OSError: no weights found"),
+        ("{own}:Norm.forward", "has no Norm.forward"),
         ("{own}:empty", "has no floating-point parameter"),
         ("{own}:elsewhere", "weight is on meta and the benchmark runs on cpu"),
         ("no_such_module:build", "No module named 'no_such_module'"),
@@ -167,6 +172,18 @@ def test_a_wrong_result_is_a_failure(
     monkeypatch.setattr("ema_fused.bench.contenders.foreach", wrong)
     assert cli.main(["bench", "--device", "cpu"]) == 1
     assert "torch._foreach_lerp_ differs from torch at tensor 0" in capsys.readouterr().out
+
+
+def test_a_busy_machine_is_said() -> None:
+    environment = {"device": "a CPU", "cores": 2, "command": "python", "load": 1.1}
+    assert "load 1.1 on 2 cores" in tables.about({"environment": environment})
+    for load in ({"load": 0.9}, {"load": 1.0}):
+        assert "busy" not in tables.about({"environment": {**environment, **load}})
+
+
+def test_small_ratios_and_long_times_keep_two_digits() -> None:
+    timing = {"median": 1.234, "lower_quartile": 1.2, "upper_quartile": 1.3}
+    assert tables.cell({"ratio": 0.00164, "timing": timing}) == "0.0016 (1.23 s ±4%)"
 
 
 def test_a_terminal_gets_the_same_cells_from_rich(

@@ -86,7 +86,7 @@ def test_every_case_is_there(whole: SimpleNamespace) -> None:
         *((k, model, d) for model in ("resnet50", "20x16") for k, d in (*lists, *others)),
         *(
             ("growth", f"{count}x{total // count}", "float32")
-            for total in (1_000, 10_000)
+            for total in (1_000, 10_000, 100_000)
             for count in (10, 100)
         ),
     ]
@@ -144,7 +144,7 @@ def test_tables_pictures_and_progress_are_of_that_run(whole: SimpleNamespace) ->
         f"{name}-{theme}.svg" for name in names for theme in ("dark", "light")
     ]
     total = len(whole.report["cases"])
-    assert f"[{total}/{total}] 100 x 100, float32" in whole.stderr
+    assert f"[{total}/{total}] 100 x 1 000, float32" in whole.stderr
 
 
 # ---- What is left out, and what goes wrong -------------------------------------------------------

@@ -133,4 +133,5 @@ def test_reconstruct_tells_what_to_install(
     assert cli.main(["reconstruct", str(tmp_path), *arguments]) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: ") and missing in told
-    assert "pip install 'ema_fused[posthoc]'" in told
+    extra = "export" if missing == "safetensors" else "posthoc"
+    assert f"pip install 'ema_fused[{extra}]'" in told

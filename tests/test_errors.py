@@ -150,7 +150,7 @@ def test_bad_weights_are_refused(weight: Any, error: type[Exception], message: s
 
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(
-        ValueError, match="arithmetic 'ema' is none of lerp, axpby, delta, products"
+        ValueError, match=r"arithmetic 'ema' is none of lerp, axpby, delta, products$"
     ):
         Plan([], [], arithmetic="ema")
     with pytest.raises(ValueError, match="backend 'gpu' is none of cuda, cpu, foreach"):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import ema_fused
 from ema_fused import Plan, reference
+from ema_fused.plan import ARITHMETICS
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 15, 16, 17, 127, 128, 129, 4095, 4096, 4097, 8191, 8192, 8193]
@@ -159,19 +160,22 @@ def test_every_pair_of_dtypes_is_within_rounding_of_float64(
         assert (difference <= bound).all()
 
 
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
 @pytest.mark.parametrize("source_dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("averaged_dtype", FLOATS, ids=str)
 def test_backends_agree_to_the_bit_on_mixed_dtypes(
-    averaged_dtype: torch.dtype, source_dtype: torch.dtype
+    averaged_dtype: torch.dtype, source_dtype: torch.dtype, arithmetic: str
 ) -> None:
     if ema_fused.backends.native() is None:
         pytest.skip("the extension is not built")
+    if averaged_dtype is source_dtype:
+        pytest.skip("equal dtypes have torch's bits, which other tests look at")
     source = values((5003,), source_dtype, 6, True)
     start = values((5003,), averaged_dtype, 5, True)
     for weight in (0.003, 0.8):
         native, foreach = start.clone(), start.clone()
-        Plan([native], [source], backend="cpu").lerp_(weight)
-        Plan([foreach], [source], backend="foreach").lerp_(weight)
+        Plan([native], [source], backend="cpu", arithmetic=arithmetic).lerp_(weight)
+        Plan([foreach], [source], backend="foreach", arithmetic=arithmetic).lerp_(weight)
         assert_same_bits(native, foreach)
 
 

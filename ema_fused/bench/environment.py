@@ -15,7 +15,7 @@ import torch
 
 import ema_fused
 
-Environment = dict[str, str | int]
+Environment = dict[str, str | int | float]
 
 
 def why_no_gpu() -> str | None:
@@ -45,6 +45,7 @@ def environment(device: torch.device) -> Environment:
         about = {"device": _cpu_model()}
     return about | {
         "cores": os.cpu_count() or 0,
+        "load": round(os.getloadavg()[0], 1),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

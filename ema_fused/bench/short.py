@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -85,9 +86,19 @@ def own_model(name: str, device: torch.device) -> nn.Module:
         raise ValueError(f"--model is {name!r}, and {module_name} has no {attribute}")
     found = getattr(module, attribute)
     if not isinstance(found, nn.Module):
-        found = found() if callable(found) else found
+        found = _called(found, name) if callable(found) else found
     if not isinstance(found, nn.Module):
         raise ValueError(
             f"--model is {name!r}, which gave {type(found).__name__} and not a torch.nn.Module"
         )
     return found.to(device) if all(p.device.type == "cpu" for p in found.parameters()) else found
+
+
+def _called(build: Callable[[], object], name: str) -> object:
+    try:
+        return build()
+    except Exception as error:
+        raise ValueError(
+            f"--model is {name!r}, and calling it without arguments failed: "
+            f"{type(error).__name__}: {error}"
+        ) from error

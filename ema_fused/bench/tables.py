@@ -11,6 +11,8 @@ from ema_fused.bench.measuring import Report
 
 Entry = dict[str, Any]
 
+_BUSY = 0.5  # of the cores, before anything of ours runs
+
 _TITLES = {
     "lists": "Times as long as `Plan.lerp_` takes: prepared lists",
     "several": "Times as long as one pass takes: several averages of one source",
@@ -89,7 +91,7 @@ def original_cell(case: Entry | None) -> str:
     if case is None:
         return ""
     ours, original = case["contenders"]
-    return f"{original['ratio']:.2f} ({duration(original)}, {duration(ours)})"
+    return f"{ratio(original)} ({duration(original)}, {duration(ours)})"
 
 
 def _limits(cases: Sequence[Entry]) -> Table:
@@ -122,12 +124,20 @@ def cell(contender: Entry) -> str:
     """A contender's ratio, its median and its spread."""
     timing = contender["timing"]
     spread = (timing["upper_quartile"] - timing["lower_quartile"]) / 2 / timing["median"]
-    return f"{contender['ratio']:.2f} ({duration(contender)} ±{spread:.0%})"
+    return f"{ratio(contender)} ({duration(contender)} ±{spread:.0%})"
+
+
+def ratio(contender: Entry) -> str:
+    """Two digits behind the point, or two that count where it is small."""
+    found: float = contender["ratio"]
+    return f"{found:.2f}" if found >= 0.1 else f"{found:.2g}"
 
 
 def duration(contender: Entry) -> str:
     """A median with its unit."""
     seconds: float = contender["timing"]["median"]
+    if seconds >= 1:
+        return f"{seconds:.3g} s"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} us"
 
 
@@ -146,7 +156,15 @@ def about(report: Report) -> str:
     """The machine, the versions and the command of a report."""
     environment = dict(report["environment"])
     command = environment.pop("command")
-    return ", ".join(f"{key} {value}" for key, value in environment.items()) + f"\n\n`{command}`\n"
+    text = ", ".join(f"{key} {value}" for key, value in environment.items())
+    text += f"\n\n`{command}`\n"
+    load, cores = float(environment.get("load", 0)), int(environment["cores"])
+    if load > _BUSY * cores:
+        text += (
+            f"\n**Other programs kept the machine busy (load {load:g} on {cores} cores when it "
+            "began): these ratios mean little.**\n"
+        )
+    return text
 
 
 def show(found: Sequence[Table], write: Callable[[str], object]) -> None:
