@@ -401,5 +401,5 @@ def test_without_safetensors_it_is_told_what_to_install(
     ema, _ = trained(Weight(), tmp_path)
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     for action in (lambda: reconstruct(tmp_path, 0.07), lambda: ema.save_snapshot(tmp_path)):
-        with pytest.raises(ImportError, match=r"pip install 'ema_fused\[posthoc\]'"):
+        with pytest.raises(ImportError, match=r"pip install 'ema_fused\[export\]'"):
             action()
