@@ -67,7 +67,7 @@ def run_of(chosen: argparse.Namespace, clock: Clock) -> Run:
 def measure(run: Run, chosen: argparse.Namespace) -> Iterator[None]:
     """Measure everything; after each case the report is worth writing."""
     cases = list(_cases(chosen, run.clock, run))
-    for _ in run.measure(tracked([(case.name, case) for case in cases], len(cases))):
+    for _ in run.measure(tracked(cases)):
         yield
 
 
@@ -83,17 +83,16 @@ def _cases(chosen: argparse.Namespace, clock: Clock, run: Run) -> Iterator[Case]
     if others and "float32" not in chosen.dtypes:
         run.leave_out(", ".join(others), "measured in float32 only, which was not chosen")
         others = []
-    for peer in others:
-        if peer == _GROWTH:
-            continue
+    for peer in (peer for peer in others if peer != _GROWTH):
         try:
-            for shapes in models:
-                yield from peers.peer_cases(peer, shapes, clock)
+            yield from peers.peer_cases(peer, models, clock)
         except (ImportError, OSError) as error:
             run.leave_out(peer, f"it isn't installed: {error}")
-    if _GROWTH in others and growth is None:
+    if _GROWTH not in others:
+        return
+    if growth is None:
         run.leave_out(_GROWTH, "the fit needs scipy, which isn't installed")
-    elif _GROWTH in others and growth is not None:
+    else:
         grid = (_FEW_TENSORS, _FEW_ELEMENTS) if chosen.smoke else ()
         yield from growth.growth_cases(clock, *grid)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -88,7 +89,7 @@ def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attach
             f"the average is a {type(averaged).__name__}, which has no update_parameters(model); "
             f"pass an averaged model, ema_fused's or torch's"
         )
-    if averaged in _attached.get(optimizer, ()):
+    if _is_attached(optimizer, averaged):
         raise RuntimeError(
             "the average is attached to this optimizer already, and every step would update it "
             "twice; attach it once, or call detach() on what the first attach returned"
@@ -101,43 +102,33 @@ def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attach
             "or wrapped"
         )
 
-    def update(optimizer: Optimizer, _: Any, __: Any) -> None:
-        # Set while a GradScaler lets a fused optimizer decide about its step.
-        found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
-        with torch.no_grad():
-            if isinstance(averaged, BaseAveragedModel):
-                averaged.update_parameters(model, found_inf=found_inf, asynchronous=True)
-            elif found_inf is None or not bool(found_inf):
-                averaged.update_parameters(model)
-
-    known = _Known(optimizer, averaged)
+    update = partial(_update, averaged, model)
     if not isinstance(averaged, BaseAveragedModel) or not averaged.runs_beside:
-        return Attachment(known, hooked(update))
+        return Attachment(hooked(update))
     wait = _waits_for(averaged, model)
     before_steps = register_optimizer_step_pre_hook(wait)
     # All optimizers have this hook, for as long as the process lives.
     weakref.finalize(averaged, before_steps.remove)
     before_loading = model.register_load_state_dict_pre_hook(wait)
-    return Attachment(known, hooked(update), before_steps, before_loading)
+    return Attachment(hooked(update), before_steps, before_loading)
 
 
-# The averages that each optimizer's steps update.
-_attached: weakref.WeakKeyDictionary[Any, weakref.WeakSet[Any]] = weakref.WeakKeyDictionary()
+def _update(averaged: Averaged, model: nn.Module, optimizer: Optimizer, _: Any, __: Any) -> None:
+    """What is hooked behind the steps."""
+    # Set while a GradScaler lets a fused optimizer decide about its step.
+    found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
+    with torch.no_grad():
+        if isinstance(averaged, BaseAveragedModel):
+            averaged.update_parameters(model, found_inf=found_inf, asynchronous=True)
+        elif found_inf is None or not bool(found_inf):
+            averaged.update_parameters(model)
 
 
-class _Known:
-    """Remembers that an average is attached to an optimizer; keeps neither alive."""
-
-    def __init__(self, optimizer: Optimizer, averaged: Averaged) -> None:
-        self._averages = _attached.setdefault(optimizer, weakref.WeakSet())
-        self._averages.add(averaged)
-        self._averaged = weakref.ref(averaged)
-
-    def remove(self) -> None:
-        """Forgets it."""
-        averaged = self._averaged()
-        if averaged is not None:
-            self._averages.discard(averaged)
+def _is_attached(optimizer: Any, averaged: Averaged) -> bool:
+    """Told by the optimizer's own hooks, which are gone when they are removed."""
+    hooks = getattr(optimizer, "_optimizer_step_post_hooks", {}).values()
+    ours = (hook for hook in hooks if isinstance(hook, partial) and hook.func is _update)
+    return any(hook.args[0] is averaged for hook in ours)
 
 
 def _trains(optimizer: Optimizer, model: nn.Module) -> bool:

@@ -215,6 +215,24 @@ def test_attached_twice_to_one_optimizer_is_refused() -> None:
     assert averaged.steps == 2
 
 
+def test_an_average_needs_no_more_than_its_method() -> None:
+    class Counting:
+        __slots__ = ("updates",)  # no weak reference
+        __hash__ = None  # type: ignore[assignment]
+
+        def __init__(self) -> None:
+            self.updates = 0
+
+        def update_parameters(self, model: nn.Module) -> None:
+            self.updates += 1
+
+    model, averaged = conv_net(), Counting()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema_fused.attach(optimizer, model, averaged)
+    step(model, optimizer, 0)
+    assert averaged.updates == 1
+
+
 def test_a_training_killed_in_the_middle_goes_on_to_the_bit(tmp_path: Path) -> None:
     """On real data, with steps that the GradScaler skips because their gradients overflow."""
     script = Path(__file__).parent / "attach_run.py"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.peers.side import Match, Side
 from ema_fused.bench.contenders import FLOAT32, OURS, Contender, Group, random_tensors
-from ema_fused.bench.measuring import Case
+from ema_fused.bench.measuring import Case, limit_bytes
 from ema_fused.bench.shapes import Shapes
 from ema_fused.bench.timing import Clock
 
@@ -36,8 +36,8 @@ _MODULES = {
 }
 NAMES = tuple(_MODULES)
 _UPDATES_TO_CHECK = 2
-# A model and its average, twice, and what an original allocates on its way.
-_COPIES = 6
+# The values, a model and its average twice, and what an original allocates on its way.
+_COPIES = 7
 
 
 def matches(peer: str) -> list[Match]:
@@ -51,12 +51,16 @@ def matches(peer: str) -> list[Match]:
     return found
 
 
-def peer_cases(peer: str, shapes: Shapes, clock: Clock) -> Iterator[Case]:
-    """All matches of a peer on a network of these shapes, float32."""
-    needed = shapes.elements * 4 * (_COPIES + 3)
-    for match in matches(peer):
-        make = partial(_made, match, shapes, clock.device)
-        yield Case("peer", peer, match.title, shapes, FLOAT32, needed, make)
+def peer_cases(peer: str, models: Sequence[Shapes], clock: Clock) -> Iterator[Case]:
+    """All matches of a peer on networks of these shapes, float32."""
+    found = matches(peer)
+    for shapes in models:
+        for match in found:
+            needed = shapes.elements * 4 * _COPIES + limit_bytes(
+                shapes.elements * match.bytes_moved
+            )
+            make = partial(_made, match, shapes, clock.device)
+            yield Case("peer", peer, match.title, shapes, FLOAT32, needed, make)
 
 
 def _made(match: Match, shapes: Shapes, device: torch.device) -> Group:

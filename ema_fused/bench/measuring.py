@@ -77,7 +77,7 @@ class Run:
         report: all that was measured, ready for JSON.
 
     Raises:
-        RuntimeError: no native kernel of ours serves the device.
+        ValueError: no native kernel of ours serves the device.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Run:
         self.clock, self.effort = clock, effort
         reason = _why_not_ours(clock.device)
         if reason is not None:
-            raise RuntimeError(
+            raise ValueError(
                 f"nothing of ours would be measured on {clock.device}, because {reason}; "
                 "python -m ema_fused info says more"
             )

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
 
-Item = TypeVar("Item")
+from ema_fused.bench.measuring import Case
+from ema_fused.bench.terminal import console
 
 
-def tracked(items: Iterable[tuple[str, Item]], total: int) -> Iterator[Item]:
-    """Yields the items, telling the name of the one that is worked on."""
-    try:
-        from rich.console import Console
-        from rich.progress import Progress, TimeElapsedColumn
-    except ImportError:
-        yield from _lines(items, total)
+def tracked(cases: Sequence[Case]) -> Iterator[Case]:
+    """Yields the cases, telling the name of the one that is worked on."""
+    terminal = console(stderr=True)
+    if terminal is None:
+        for place, case in enumerate(cases, 1):
+            sys.stderr.write(f"[{place}/{len(cases)}] {case.name}\n")
+            sys.stderr.flush()
+            yield case
         return
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield from _lines(items, total)
-        return
+    from rich.progress import Progress, TimeElapsedColumn
+
     columns = (*Progress.get_default_columns()[:-1], TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        for name, item in items:
-            bar.update(task, description=name)
-            yield item
+    with Progress(*columns, console=terminal, transient=True) as bar:
+        task = bar.add_task("", total=len(cases))
+        for case in cases:
+            bar.update(task, description=case.name)
+            yield case
             bar.advance(task)
-
-
-def _lines(items: Iterable[tuple[str, Item]], total: int) -> Iterator[Item]:
-    for done, (name, item) in enumerate(items):
-        sys.stderr.write(f"[{done + 1}/{total}] {name}\n")
-        sys.stderr.flush()
-        yield item

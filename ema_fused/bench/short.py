@@ -41,9 +41,8 @@ def bench(
 
     Raises:
         ImportError: where the module of ``model`` can't be imported.
-        RuntimeError: no native kernel of ours serves the device.
         ValueError: where ``model`` isn't of that form, names nothing, or gives no model; where
-            ``device`` is ``"cuda"`` and torch sees none.
+            ``device`` is ``"cuda"`` and torch sees none, or no native kernel of ours serves it.
     """
     reason = why_no_gpu()
     if device == "cuda" and reason is not None:
@@ -51,7 +50,7 @@ def bench(
     clock = clock_of(device or ("cpu" if reason else "cuda"))
     cases = _cases(model, clock)
     run = Run(clock, effort, environment(clock.device))
-    for _ in run.measure(tracked([(case.name, case) for case in cases], len(cases))):
+    for _ in run.measure(tracked(cases)):
         pass
     sys.stdout.write(about(run.report) + "\n")
     show(tables(run.report), sys.stdout.write)

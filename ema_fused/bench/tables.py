@@ -8,6 +8,7 @@ from typing import Any
 
 from ema_fused.bench.contenders import OURS
 from ema_fused.bench.measuring import Report
+from ema_fused.bench.terminal import console
 
 Entry = dict[str, Any]
 
@@ -169,22 +170,17 @@ def about(report: Report) -> str:
 
 def show(found: Sequence[Table], write: Callable[[str], object]) -> None:
     """Prints tables: through rich on a terminal that has it, else as Markdown to ``write``."""
-    try:
-        from rich.console import Console
-        from rich.table import Table as RichTable
-    except ImportError:
+    terminal = console()
+    if terminal is None:
         for table in found:
             write(markdown(table) + "\n")
         return
-    console = Console()
-    if not console.is_terminal:
-        for table in found:
-            write(markdown(table) + "\n")
-        return
+    from rich.table import Table as RichTable
+
     for table in found:
         drawn = RichTable(title=table.title, caption=table.note, title_justify="left")
         for index, head in enumerate(table.heads):
             drawn.add_column(head, justify="right" if index else "left")
         for row in table.rows:
             drawn.add_row(*row)
-        console.print(drawn)
+        terminal.print(drawn)
