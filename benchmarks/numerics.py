@@ -29,8 +29,9 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from benchmarks import drawing, marked, records
-from ema_fused import ExponentialMovingAverage, reference
+from ema_fused import ExponentialMovingAverage
 from ema_fused.bench.environment import environment
+from ema_fused.engine import reference
 from examples import digits
 
 NAME = "numerics_cpu.json"

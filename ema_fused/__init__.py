@@ -1,21 +1,37 @@
-"""Averaged copies of a model (EMA, SWA, mean teacher) at the speed of memory."""
+"""Averaged copies of a model (EMA, SWA, mean teacher) at the speed of memory.
+
+The folders are layers; each imports only those above it in this list:
+
+* :mod:`ema_fused.engine`: lists of tensors
+* :mod:`ema_fused.offloading`: averages in host memory, updated beside the training
+* :mod:`ema_fused.modules`: a model beside the module that holds its averages
+* :mod:`ema_fused.saving`: files
+* :mod:`ema_fused.posthoc`: averages chosen after the training
+* :mod:`ema_fused.averages`: what a user makes and holds, and momentum schedules
+* :mod:`ema_fused.adapters`, :mod:`ema_fused.hooks`, :mod:`ema_fused.callbacks`: in the wrappers,
+  frameworks and trainers of others
+* :mod:`ema_fused.bench` and :mod:`ema_fused.cli`: the commands
+"""
 
 from __future__ import annotations
 
-from ema_fused.attaching import Attachment, attach
-from ema_fused.averaged_model import BaseAveragedModel
-from ema_fused.averaged_weights import AveragedWeights
+from ema_fused import public_modules
 from ema_fused.averages import (
+    Attachment,
+    AveragedWeights,
+    BaseAveragedModel,
     CosineEMA,
     ExpMomentumEMA,
     ExponentialMovingAverage,
     MomentumAnnealingEMA,
     StochasticWeightAverage,
+    attach,
+    schedules,
 )
-from ema_fused.backends import SlowPathWarning
-from ema_fused.ops import copy_, lerp_, swap_
-from ema_fused.plan import Plan
-from ema_fused.power_function import PowerFunctionEMA
+from ema_fused.engine import Plan, SlowPathWarning, copy_, lerp_, swap_
+from ema_fused.posthoc import PowerFunctionEMA
+
+public_modules.install()
 
 __version__ = "0.1.0"
 
@@ -34,5 +50,6 @@ __all__ = [
     "attach",
     "copy_",
     "lerp_",
+    "schedules",
     "swap_",
 ]

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 import ema_fused
-from ema_fused import backends
-from ema_fused.reconstruction import Reconstruction
+from ema_fused.engine import backends
+from ema_fused.posthoc.reconstruction import Reconstruction
 
 Line = tuple[str, str]
 

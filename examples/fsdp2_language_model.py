@@ -33,7 +33,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
 from tqdm import tqdm
 
-from ema_fused import AveragedWeights, attach, checkpoints
+from ema_fused import AveragedWeights, attach
+from ema_fused.saving import checkpoints
 
 VOCABULARY = 256  # bytes
 HELD_OUT = 8 * 1024  # bytes at the end of the text, which are never trained on

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from ema_fused import ExponentialMovingAverage
-from ema_fused.averaged_model import BaseAveragedModel
+from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.callbacks.accelerate import update_average
 
 EPOCHS = 3

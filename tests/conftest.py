@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from ranks import Ranks
 
-from ema_fused import backends
+from ema_fused.engine import backends
 
 # The same examples in every run, and as much time for each as a busy machine takes.
 settings.register_profile(

@@ -11,7 +11,7 @@ from mmengine.hooks import EMAHook
 from mmengine_runs import Run, differences, side_by_side
 from originals import original
 
-from ema_fused.averaged_model import BaseAveragedModel
+from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.hooks import mmengine as ours
 
 THEIRS = "EMAHook"

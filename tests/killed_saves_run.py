@@ -30,7 +30,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ema_fused import AveragedWeights
-from ema_fused.checkpoints import averaged_state_dict, load, load_averaged_state_dict, save
+from ema_fused.saving.checkpoints import averaged_state_dict, load, load_averaged_state_dict, save
 
 
 def die() -> None:

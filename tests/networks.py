@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema_fused import backends
-from ema_fused.averaged_model import BaseAveragedModel
+from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.engine import backends
 
 # Backends that serve CPU tensors here. None takes the best for each tensor, as users do.
 CPU_BACKENDS = [None] + [name for name in ("foreach",) if backends.pinned(None) != name]

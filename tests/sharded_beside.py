@@ -9,7 +9,7 @@ from sharded_models import perceptron, spread, train, trainer, whole, whole_weig
 from torch import Tensor, nn
 
 from ema_fused import AveragedWeights
-from ema_fused.checkpoints import averaged_state_dict
+from ema_fused.saving.checkpoints import averaged_state_dict
 
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:

@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from ema_fused.sharding import local, placed_as
+from ema_fused.engine.dtensors import local, placed_as
 
 WAYS = ("fsdp2", "fsdp2_kept", "tensor_parallel", "fsdp1", "ddp")
 

@@ -14,7 +14,7 @@ from adapter_cases import DTYPES, SLOW, assert_within_2_ulp, no_value_asked_of
 from networks import conv_net, generator, train
 from torch import Tensor, nn
 
-from ema_fused import backends
+from ema_fused.engine import backends
 
 theirs = pytest.importorskip("diffusers.training_utils", reason="diffusers is not installed")
 

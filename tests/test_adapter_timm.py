@@ -22,7 +22,7 @@ from adapter_cases import (
 from networks import Cached, Tied, conv_net, differences, generator, snapshot, train
 from torch import nn
 
-from ema_fused import backends
+from ema_fused.engine import backends
 
 try:
     theirs = timm_originals()

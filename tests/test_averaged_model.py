@@ -25,8 +25,8 @@ from networks import (
 from torch import nn
 
 from ema_fused import Plan
-from ema_fused.averaged_model import BaseAveragedModel
-from ema_fused.averages import (
+from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.averages.kinds import (
     CosineEMA,
     ExpMomentumEMA,
     ExponentialMovingAverage,

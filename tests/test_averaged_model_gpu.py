@@ -10,8 +10,8 @@ import torch
 from networks import Tied, conv_net, differences, run, snapshot, train
 from torch import nn
 
-from ema_fused import averages as ours
-from ema_fused.averages import ExponentialMovingAverage
+from ema_fused.averages import kinds as ours
+from ema_fused.averages.kinds import ExponentialMovingAverage
 
 DEVICE = "cuda"
 

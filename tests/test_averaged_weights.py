@@ -30,8 +30,8 @@ from ema_fused import (
     BaseAveragedModel,
     ExponentialMovingAverage,
     StochasticWeightAverage,
-    schedules,
 )
+from ema_fused.averages import schedules
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},

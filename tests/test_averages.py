@@ -12,9 +12,9 @@ import torch
 from networks import Tied, Weight, conv_net, differences, run, snapshot, values_of
 from torch import Tensor
 
-from ema_fused import schedules
-from ema_fused.averaged_model import BaseAveragedModel
-from ema_fused.averages import (
+from ema_fused.averages import schedules
+from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.averages.kinds import (
     CosineEMA,
     ExpMomentumEMA,
     ExponentialMovingAverage,

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_pre_hooks
 
 from ema_fused import AveragedWeights, ExponentialMovingAverage, attach
-from ema_fused.staging import Piece
+from ema_fused.offloading.staging import Piece
 
 
 class Held:

@@ -32,7 +32,7 @@ WARNED = re.compile(r".*(?:warning #\d|warning:.*\[-W|ptxas warning).*")
 USE = """
 import warnings
 import torch, ema_fused
-from ema_fused import backends
+from ema_fused.engine import backends
 warnings.simplefilter("ignore")
 averaged = [torch.randn(n) for n in (1, 1000, 40_000)]
 source = [torch.randn_like(tensor) for tensor in averaged]

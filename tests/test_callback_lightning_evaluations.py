@@ -30,7 +30,7 @@ from networks import differences, snapshot
 from torch import Tensor
 
 from ema_fused.callbacks import lightning as ours
-from ema_fused.swapping import Exchange
+from ema_fused.modules.swapping import Exchange
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # Lightning's advice on loaders and intervals

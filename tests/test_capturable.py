@@ -22,8 +22,8 @@ from ema_fused import (
     MomentumAnnealingEMA,
     StochasticWeightAverage,
     attach,
-    schedules,
 )
+from ema_fused.averages import schedules
 
 KINDS: dict[str, Any] = {
     "constant": partial(ExponentialMovingAverage, momentum=0.1),

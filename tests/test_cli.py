@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import ema_fused
-from ema_fused import backends, cli
+from ema_fused import cli
+from ema_fused.engine import backends
 
 
 def test_info_tells_versions_build_devices_and_backends() -> None:

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ema_fused import Plan, backends, moved, reference
-from ema_fused.moved import MovedPart
-from ema_fused.parts import Task, Update
-from ema_fused.routing import split
+from ema_fused import Plan
+from ema_fused.engine import across_devices, backends, reference
+from ema_fused.engine.across_devices import MovedPart
+from ema_fused.engine.parts import Task, Update
+from ema_fused.engine.routing import split
 
 AVERAGED = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SOURCES = [*AVERAGED, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -242,7 +243,7 @@ def test_pairs_of_two_devices_are_measured(
     group_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With CPU tensors on both sides."""
-    monkeypatch.setattr(moved, "_GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(across_devices, "_GROUP_BYTES", group_bytes)
     sizes = [100, 2, 0, 9000]
     tasks = [
         Task(i, values(n, torch.float32, i), values(n, torch.bfloat16, -i), i == 1, i % 2, i)

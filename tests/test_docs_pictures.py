@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import drawing, marked, numerics, past_weights, records
-from ema_fused.power_profiles import gamma_of
+from ema_fused.posthoc.power_profiles import gamma_of
 from examples import digits
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -15,9 +15,10 @@ from ranks import Ranks
 from sharded_models import Perceptron, perceptron, spread, train, trainer, whole_weights
 from torch import Tensor, nn
 
-from ema_fused import AveragedWeights, ExponentialMovingAverage, export
-from ema_fused.checkpoints import averaged_state_dict
-from ema_fused.export import export_safetensors
+from ema_fused import AveragedWeights, ExponentialMovingAverage
+from ema_fused.saving import export
+from ema_fused.saving.checkpoints import averaged_state_dict
+from ema_fused.saving.export import export_safetensors
 
 safetensors_torch = pytest.importorskip("safetensors.torch", reason="what is exported")
 

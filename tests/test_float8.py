@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_fused import Plan, SlowPathWarning, backends
+from ema_fused import Plan, SlowPathWarning
+from ema_fused.engine import backends
 
 READ = [torch.float8_e4m3fn, torch.float8_e5m2]
 AVERAGED = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

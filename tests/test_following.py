@@ -25,9 +25,10 @@ from networks import (
 )
 from torch import Tensor, nn
 
-from ema_fused import SlowPathWarning, pairing
-from ema_fused.averaged_model import BaseAveragedModel
-from ema_fused.averages import ExponentialMovingAverage
+from ema_fused import SlowPathWarning
+from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.averages.kinds import ExponentialMovingAverage
+from ema_fused.modules import pairing
 
 
 class Halves(BaseAveragedModel):

@@ -10,13 +10,8 @@ import torch
 from networks import conv_net, differences
 from torch import nn
 
-from ema_fused import (
-    AveragedWeights,
-    ExponentialMovingAverage,
-    MomentumAnnealingEMA,
-    attach,
-    schedules,
-)
+from ema_fused import AveragedWeights, ExponentialMovingAverage, MomentumAnnealingEMA, attach
+from ema_fused.averages import schedules
 
 DEVICE = "cuda"
 

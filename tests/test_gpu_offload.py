@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused import Plan
-from ema_fused.offload import OffloadedPlan, host_memory
+from ema_fused.offloading.offloaded_plan import OffloadedPlan, host_memory
 
 pytestmark = pytest.mark.gpu
 

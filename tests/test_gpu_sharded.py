@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from ema_fused import AveragedWeights, attach, checkpoints
-from ema_fused.sharding import is_sharded, local
+from ema_fused import AveragedWeights, attach
+from ema_fused.engine.dtensors import is_sharded, local
+from ema_fused.saving import checkpoints
 
 pytestmark = [
     pytest.mark.gpu,

@@ -28,7 +28,7 @@ from networks import (
 from originals import original
 from torch import Tensor, nn
 
-from ema_fused.averaged_model import BaseAveragedModel
+from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.hooks.mmengine import CosineEMA, EMAHook, ExpMomentumEMA, InvertedCosineEMA
 
 # A momentum above 0.5 in either convention is what some of these are about.

@@ -27,7 +27,7 @@ from mmcv_runs import (
 from networks import differences, snapshot
 from torch import Tensor, nn
 
-from ema_fused import backends
+from ema_fused.engine import backends
 from ema_fused.hooks import registered_averages
 from ema_fused.hooks.registered_averages import RegisteredAverages
 

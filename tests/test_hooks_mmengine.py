@@ -14,7 +14,7 @@ from mmengine_runs import BATCHES, Run, build, differences, trained
 from networks import snapshot
 from torch import nn
 
-from ema_fused import swapping
+from ema_fused.modules import swapping
 
 pytestmark = QUIET
 

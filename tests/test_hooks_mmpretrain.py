@@ -14,7 +14,7 @@ from networks import snapshot
 from originals import original
 from torch import Tensor, nn
 
-from ema_fused.averaged_model import BaseAveragedModel
+from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.hooks import mmengine
 from ema_fused.hooks.mmpretrain import EMAHook
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.state_dict import get_state_dict
 
-from ema_fused import AveragedWeights, checkpoints
+from ema_fused import AveragedWeights
+from ema_fused.saving import checkpoints
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import ema_fused
-from ema_fused import Plan, backends
+from ema_fused import Plan
+from ema_fused.engine import backends
 
 MAKE = {
     "contiguous": lambda t: t.contiguous(),

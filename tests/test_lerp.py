@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import ema_fused
-from ema_fused import Plan, reference
-from ema_fused.plan import ARITHMETICS
+from ema_fused import Plan
+from ema_fused.engine import reference
+from ema_fused.engine.plan import ARITHMETICS
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 15, 16, 17, 127, 128, 129, 4095, 4096, 4097, 8191, 8192, 8193]
@@ -166,7 +167,7 @@ def test_every_pair_of_dtypes_is_within_rounding_of_float64(
 def test_backends_agree_to_the_bit_on_mixed_dtypes(
     averaged_dtype: torch.dtype, source_dtype: torch.dtype, arithmetic: str
 ) -> None:
-    if ema_fused.backends.native() is None:
+    if ema_fused.engine.backends.native() is None:
         pytest.skip("the extension is not built")
     if averaged_dtype is source_dtype:
         pytest.skip("equal dtypes have torch's bits, which other tests look at")
@@ -254,7 +255,8 @@ def test_weight_tensors_are_taken_as_torch_takes_them() -> None:
 
 BESIDE_TORCH = """
 import torch
-from ema_fused import Plan, backends
+from ema_fused import Plan
+from ema_fused.engine import backends
 torch.manual_seed(0)
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     averaged = [torch.randn(n, dtype=torch.float64).to(dtype) for n in (3, 1000, 50_001)]
@@ -270,7 +272,7 @@ print(backends.native().cpu_isa(), torch.backends.cpu.get_cpu_capability())
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
 def test_kernels_follow_torch_to_every_instruction_set(capability: str) -> None:
-    native = ema_fused.backends.native()
+    native = ema_fused.engine.backends.native()
     if native is None or "avx2" not in native.build_info()["cpu_isas"]:
         pytest.skip("this build has one instruction set")
     done = subprocess.run(

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from ema_fused import AveragedWeights, ExponentialMovingAverage, SlowPathWarning, backends
+from ema_fused import AveragedWeights, ExponentialMovingAverage, SlowPathWarning
+from ema_fused.engine import backends
 
 UPDATES = 10_000
 LOOK_EVERY = 1_000  # updates from one look at the memory to the next

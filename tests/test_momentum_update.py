@@ -15,9 +15,9 @@ import torch
 from networks import CPU_BACKENDS, ConvNet, Tied, conv_net, differences, generator, snapshot, train
 from torch import Tensor, nn
 
-from ema_fused import pairing
 from ema_fused.hooks import momentum_update as module
 from ema_fused.hooks.momentum_update import momentum_update
+from ema_fused.modules import pairing
 
 pytestmark = pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")
 

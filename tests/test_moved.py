@@ -10,10 +10,10 @@ import functools
 import pytest
 import torch
 
-from ema_fused import moved
-from ema_fused.moved import MovedPart
-from ema_fused.parts import Task, Update
-from ema_fused.routing import split
+from ema_fused.engine import across_devices
+from ema_fused.engine.across_devices import MovedPart
+from ema_fused.engine.parts import Task, Update
+from ema_fused.engine.routing import split
 
 _split = functools.partial(split, arithmetic="lerp", backend=None, names=None)
 
@@ -34,7 +34,7 @@ def tasks() -> list[Task]:
 def test_every_pair_is_updated_once_whatever_the_groups(
     group_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(moved, "_GROUP_BYTES", group_bytes)
+    monkeypatch.setattr(across_devices, "_GROUP_BYTES", group_bytes)
     pairs = tasks()
     part = MovedPart(pairs, "lerp", _split)
     groups = list(part._groups())

@@ -13,8 +13,8 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ema_fused import SlowPathWarning
-from ema_fused.averages import ExponentialMovingAverage
-from ema_fused.naming import match_names, without_wrappers
+from ema_fused.averages.kinds import ExponentialMovingAverage
+from ema_fused.modules.naming import match_names, without_wrappers
 
 
 def required(*names: str) -> dict[str, bool]:

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from ema_fused import SlowPathWarning
-from ema_fused.offload import OffloadedPlan
-from ema_fused.staging import Piece
+from ema_fused.offloading.offloaded_plan import OffloadedPlan
+from ema_fused.offloading.staging import Piece
 
 SECONDS = 20.0  # no test waits as long unless something hangs
 
@@ -321,14 +321,14 @@ AT_EXIT = """
 @atexit.register  # before ema_fused does, so it runs after it
 def look():
     print(averaged[0].unique().tolist())
-from ema_fused.offload import OffloadedPlan
+from ema_fused.offloading.offloaded_plan import OffloadedPlan
 plan = OffloadedPlan(averaged, source, staging_bytes=65536)
 plan.lerp_(0.5)
 """
 
 FORK = """
-from ema_fused.offload import OffloadedPlan
-from ema_fused.staging import Piece
+from ema_fused.offloading.offloaded_plan import OffloadedPlan
+from ema_fused.offloading.staging import Piece
 gate, reached, average = threading.Event(), threading.Event(), Piece.average
 def held(piece, **given):
     reached.set()

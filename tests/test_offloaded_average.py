@@ -13,8 +13,8 @@ from networks import conv_net, differences, generator, run, snapshot, train
 from torch import Tensor, nn
 
 from ema_fused import AveragedWeights, ExponentialMovingAverage, SlowPathWarning, attach
-from ema_fused.plan import Plan
-from ema_fused.staging import Piece
+from ema_fused.engine.plan import Plan
+from ema_fused.offloading.staging import Piece
 
 KINDS = [AveragedWeights, ExponentialMovingAverage]
 

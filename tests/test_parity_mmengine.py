@@ -19,8 +19,8 @@ from networks import (
 )
 from torch import Tensor, nn
 
-from ema_fused import averages as ours
-from ema_fused import backends
+from ema_fused.averages import kinds as ours
+from ema_fused.engine import backends
 
 pytestmark = [
     # What 16-bit averages lose, and who serves them, is not the point here.

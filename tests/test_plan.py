@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_fused import Plan, backends
+from ema_fused import Plan
+from ema_fused.engine import backends
 
 
 def make(count: int = 3) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import ema_fused
-from ema_fused import backends, ops
-from ema_fused.plan_cache import PlanCache
+from ema_fused.engine import backends, ops
+from ema_fused.engine.plan_cache import PlanCache
 
 pytestmark = pytest.mark.skipif(
     backends.pinned(None) == "foreach" or backends.native() is None,

@@ -19,7 +19,7 @@ from networks import CPU_BACKENDS, Cached, Tied, Weight, conv_net, differences, 
 from torch import Tensor, nn
 
 from ema_fused import ExponentialMovingAverage, PowerFunctionEMA
-from ema_fused.power_profiles import LARGEST_SIGMA_REL, gamma_of
+from ema_fused.posthoc.power_profiles import LARGEST_SIGMA_REL, gamma_of
 
 WIDTHS = (0.05, 0.10, 0.2)
 
@@ -147,7 +147,7 @@ def test_equal_batches_count_as_steps() -> None:
 
 
 def test_all_averages_are_updated_by_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ema_fused import power_function
+    from ema_fused.posthoc import power_function
 
     made = []
 

@@ -15,9 +15,10 @@ import torch
 from networks import Tied, Weight, conv_net, differences, generator
 from torch import Tensor, nn
 
-from ema_fused import PowerFunctionEMA, power_profiles
-from ema_fused.power_profiles import Profile, combine, density, gamma_of
-from ema_fused.reconstruction import Reconstruction, reconstruct
+from ema_fused import PowerFunctionEMA
+from ema_fused.posthoc import power_profiles
+from ema_fused.posthoc.power_profiles import Profile, combine, density, gamma_of
+from ema_fused.posthoc.reconstruction import Reconstruction, reconstruct
 
 save_file = pytest.importorskip("safetensors.torch").save_file
 load_file = pytest.importorskip("safetensors.torch").load_file
@@ -286,7 +287,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from ema_fused import PowerFunctionEMA
-from ema_fused.reconstruction import Reconstruction
+from ema_fused.posthoc.reconstruction import Reconstruction
 
 def own_memory():
     for line in Path("/proc/self/status").read_text().splitlines():

@@ -14,7 +14,7 @@ import pytest
 from networks import conv_net, differences
 from test_reconstruct import trained
 
-from ema_fused.reconstruction import Reconstruction, reconstruct
+from ema_fused.posthoc.reconstruction import Reconstruction, reconstruct
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 import ema_fused
-from ema_fused import ExponentialMovingAverage, Plan, StochasticWeightAverage, backends
-from ema_fused.rounding import philox, random_halves, round_stochastically
+from ema_fused import ExponentialMovingAverage, Plan, StochasticWeightAverage
+from ema_fused.engine import backends
+from ema_fused.engine.rounding import philox, random_halves, round_stochastically
 
 HALVES = [torch.bfloat16, torch.float16]
 SOURCES = [

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_fused import schedules
-from ema_fused.schedules import (
+from ema_fused.averages import schedules
+from ema_fused.averages.schedules import (
     annealing,
     constant,
     cosine,

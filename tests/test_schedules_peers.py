@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_swa_avg_fn
 
-from ema_fused import schedules
+from ema_fused.averages import schedules
 
 STEPS = [0, 1, 2, 3, 5, 10, 11, 50, 111, 999, 12_345, 10**6]
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ema_fused import Plan, backends
-from ema_fused.pairs import MAX_AVERAGES
+from ema_fused import Plan
+from ema_fused.engine import backends
+from ema_fused.engine.pairs import MAX_AVERAGES
 
 SIZES = [0, 1, 7, 129, 8191, 8193, 20_000]
 

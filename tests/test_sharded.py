@@ -24,10 +24,11 @@ from torch.distributed.tensor.parallel import (
 from torch.optim import swa_utils
 
 import ema_fused
-from ema_fused import AveragedWeights, ExponentialMovingAverage, attach, schedules
-from ema_fused.copying import FrozenShares
-from ema_fused.sharding import is_sharded, local
-from ema_fused.swapping import exchange_of_everything
+from ema_fused import AveragedWeights, ExponentialMovingAverage, attach
+from ema_fused.averages import schedules
+from ema_fused.engine.dtensors import is_sharded, local
+from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.swapping import exchange_of_everything
 
 STEPS = 5
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from ema_fused import AveragedWeights, ExponentialMovingAverage
-from ema_fused.checkpoints import averaged_state_dict
+from ema_fused.saving.checkpoints import averaged_state_dict
 
 
 def refusals() -> list[str]:

@@ -12,8 +12,8 @@ from sharded_models import WAYS, perceptron, spread, trainer, whole, whole_weigh
 from torch import nn
 
 from ema_fused import AveragedWeights
-from ema_fused.checkpoints import averaged_state_dict, load_averaged_state_dict
-from ema_fused.sharding import local, replace_local
+from ema_fused.engine.dtensors import local, replace_local
+from ema_fused.saving.checkpoints import averaged_state_dict, load_averaged_state_dict
 
 
 def whole_states() -> list[str]:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_fused import Plan, backends
-from ema_fused.offload import OffloadedPlan, host_memory
+from ema_fused import Plan
+from ema_fused.engine import backends
+from ema_fused.offloading.offloaded_plan import OffloadedPlan, host_memory
 
 FOREACH = "ignore:.*foreach functions:ema_fused.SlowPathWarning"
 
@@ -230,7 +231,7 @@ def test_the_old_buffers_go_before_there_are_others(monkeypatch: pytest.MonkeyPa
         living.append([piece for piece in old if piece() is not None])
         return host_memory(*arguments)
 
-    monkeypatch.setattr("ema_fused.staging.host_memory", looked_at)
+    monkeypatch.setattr("ema_fused.offloading.staging.host_memory", looked_at)
     source[0].data = torch.ones(3000)
     plan.lerp_(0.5)
     plan.flush()

@@ -13,9 +13,10 @@ from networks import CPU_BACKENDS, Cached, Tied, conv_net, differences, run, sna
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ema_fused import backends, swapping
-from ema_fused.averaged_model import BaseAveragedModel
-from ema_fused.averages import ExponentialMovingAverage, StochasticWeightAverage
+from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.averages.kinds import ExponentialMovingAverage, StochasticWeightAverage
+from ema_fused.engine import backends
+from ema_fused.modules import swapping
 
 
 def trained(

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ema_fused.engine.ops import update_
 from ema_fused.frameworks import missing
-from ema_fused.ops import update_
 
 try:
     from diffusers import training_utils as original

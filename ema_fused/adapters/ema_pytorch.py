@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.adapters.following import known_integer, notes_of
+from ema_fused.engine.plan import Plan
 from ema_fused.frameworks import missing
-from ema_fused.naming import match_names
-from ema_fused.plan import Plan
-from ema_fused.watch import ModuleWatch
+from ema_fused.modules.naming import match_names
+from ema_fused.modules.watch import ModuleWatch
 
 try:
     from ema_pytorch import ema_pytorch as original

@@ -13,15 +13,15 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from torch import nn
 
-from ema_fused.known_integer import KnownInteger
-from ema_fused.module_pairs import Kind
-from ema_fused.pairing import Pairing
+from ema_fused.averages.known_integer import KnownInteger
+from ema_fused.modules.module_pairs import Kind
+from ema_fused.modules.pairing import Pairing
 
 _notes: weakref.WeakKeyDictionary[object, dict[str, Any]] = weakref.WeakKeyDictionary()
 
 
 class Options(TypedDict):
-    """Those arguments of a :class:`~ema_fused.pairing.Pairing` in which wrappers differ."""
+    """Those arguments of a :class:`~ema_fused.modules.pairing.Pairing` in which wrappers differ."""
 
     arithmetic: str
     rounding: NotRequired[str]
@@ -68,7 +68,7 @@ def pairing_of(
         made_for: what the options depend on; where it has changed, a pairing is made anew.
 
     Raises:
-        KeyError, ValueError, TypeError: as :class:`~ema_fused.pairing.Pairing`.
+        KeyError, ValueError, TypeError: as :class:`~ema_fused.modules.pairing.Pairing`.
     """
     notes = notes_of(wrapper)
     pairing = notes.get("pairing")

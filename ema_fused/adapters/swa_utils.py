@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 from ema_fused.adapters.following import Options, is_scripted, known_integer, pairing_of
-from ema_fused.checks import check_fraction
-from ema_fused.ops import update_
-from ema_fused.pairs import without_average
+from ema_fused.engine.checks import check_fraction
+from ema_fused.engine.ops import update_
+from ema_fused.engine.pairs import without_average
 
 __all__ = ["AveragedModel", "get_ema_multi_avg_fn", "get_swa_multi_avg_fn"]
 

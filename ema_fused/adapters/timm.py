@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ema_fused.adapters.following import Options, is_scripted, pairing_of
 from ema_fused.frameworks import missing
-from ema_fused.module_pairs import Kind
+from ema_fused.modules.module_pairs import Kind
 
 try:
     from timm.utils import model_ema as original

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ema_fused.engine.ops import update_
+from ema_fused.engine.pairs import without_average
 from ema_fused.frameworks import missing
-from ema_fused.ops import update_
-from ema_fused.pairs import without_average
 
 try:
     from torch_ema import ema as original

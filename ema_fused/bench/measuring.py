@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from ema_fused import backends
 from ema_fused.bench.contenders import FLOAT32, WEIGHT, Dtypes, Group, rotating
 from ema_fused.bench.environment import Environment
 from ema_fused.bench.shapes import Shapes
@@ -30,6 +29,7 @@ from ema_fused.bench.timing import (
     time_host,
     time_in_turns,
 )
+from ema_fused.engine import backends
 
 LIMIT = "limit"
 # What of the free memory may be used: the allocator's rounding and the library's own want some.

@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import nn
 
-from ema_fused.averaged_model import BaseAveragedModel
+from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.frameworks import missing
 
 try:

@@ -22,8 +22,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from ema_fused.averaged_model import BaseAveragedModel
-from ema_fused.averages import ExponentialMovingAverage
+from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.averages.kinds import ExponentialMovingAverage
 from ema_fused.frameworks import missing
 
 try:

@@ -20,11 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.adapters.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from ema_fused.checks import as_integer, check_integer
-from ema_fused.copying import FrozenShares
+from ema_fused.engine.checks import as_integer, check_integer
 from ema_fused.frameworks import missing
-from ema_fused.module_pairs import Pair, pair_up, plan_of
-from ema_fused.swapping import Exchange
+from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.module_pairs import Pair, pair_up, plan_of
+from ema_fused.modules.swapping import Exchange
 
 __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 

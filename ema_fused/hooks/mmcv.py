@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ema_fused import schedules
-from ema_fused.checks import check_fraction, check_integer, check_momentum, check_positive
+from ema_fused.averages import schedules
+from ema_fused.engine.checks import check_fraction, check_integer, check_momentum, check_positive
 from ema_fused.hooks.on_mmcv import HOOKS, Hook, is_module_wrapper
 from ema_fused.hooks.registered_averages import RegisteredAverages
 from ema_fused.hooks.registering import register_beside, register_instead, unwrapped

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from ema_fused.averages import ExpMomentumEMA
-from ema_fused.checks import check_integer, check_momentum
+from ema_fused.averages.kinds import ExpMomentumEMA
+from ema_fused.engine.checks import check_integer, check_momentum
 from ema_fused.hooks.on_mmengine import (
     HOOKS,
     MODELS,
@@ -17,8 +17,8 @@ from ema_fused.hooks.on_mmengine import (
     replace_models,
 )
 from ema_fused.hooks.registering import register_beside, unwrapped
-from ema_fused.module_pairs import Kind
-from ema_fused.pairing import Pairing
+from ema_fused.modules.module_pairs import Kind
+from ema_fused.modules.pairing import Pairing
 
 __all__ = ["ExpMomentumEMA", "MeanTeacherHook", "register"]
 

@@ -10,16 +10,15 @@ from typing import Any
 
 from torch import nn
 
-from ema_fused.averaged_model import BaseAveragedModel
-from ema_fused.averages import (
+from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.averages.kinds import (
     ExpMomentumEMA,
     ExponentialMovingAverage,
     MomentumAnnealingEMA,
     StochasticWeightAverage,
 )
-from ema_fused.backends import SlowPathWarning
-from ema_fused.checks import check_integer
-from ema_fused.copying import FrozenShares
+from ema_fused.engine.backends import SlowPathWarning
+from ema_fused.engine.checks import check_integer
 from ema_fused.hooks import on_mmengine
 from ema_fused.hooks.mmengine_averages import CosineEMA, InvertedCosineEMA, averaged_class
 from ema_fused.hooks.momentum_update import MomentumUpdate, momentum_update
@@ -31,7 +30,8 @@ from ema_fused.hooks.on_mmengine import (
     is_model_wrapper,
 )
 from ema_fused.hooks.registering import register_beside, unwrapped
-from ema_fused.swapping import Exchange, copy_to, exchange_of_averages
+from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.swapping import Exchange, copy_to, exchange_of_averages
 
 __all__ = [
     "BYOLHook",

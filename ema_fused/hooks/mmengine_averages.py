@@ -7,18 +7,18 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from ema_fused import averages
-from ema_fused.averaged_model import BaseAveragedModel
-from ema_fused.averages import (
+from ema_fused.averages import kinds as averages
+from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.averages.kinds import (
     ExpMomentumEMA,
     ExponentialMovingAverage,
     MomentumAnnealingEMA,
     StochasticWeightAverage,
 )
-from ema_fused.checks import check_fraction
+from ema_fused.averages.options import Options
+from ema_fused.engine.checks import check_fraction
 from ema_fused.hooks.on_mmengine import MODELS, MessageHub
-from ema_fused.options import Options
-from ema_fused.sharding import Device
+from ema_fused.modules.sharding import Device
 
 
 class CosineEMA(averages.CosineEMA):

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ema_fused.backends import SlowPathWarning
-from ema_fused.checks import check_fraction, check_integer
-from ema_fused.module_pairs import Kind
-from ema_fused.pairing import Pairing
+from ema_fused.engine.backends import SlowPathWarning
+from ema_fused.engine.checks import check_fraction, check_integer
+from ema_fused.modules.module_pairs import Kind
+from ema_fused.modules.pairing import Pairing
 
 _pairings: dict[tuple[int, int], Pairing] = {}
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from ema_fused.plan import Plan
-from ema_fused.watch import ModuleWatch
+from ema_fused.engine.plan import Plan
+from ema_fused.modules.watch import ModuleWatch
 
 # What a hook has registered in a model: a second run finds them there.
 _registered: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()

@@ -1,0 +1,35 @@
+"""What a user makes and holds: averaged models, their momentum, and what updates them.
+
+:mod:`.base` counts updates and takes the model's weights in; :mod:`.kinds` are the averages with
+a copy of the model, :mod:`.averaged_weights` the one without; :mod:`.schedules` are momentum as a
+function of the step; :mod:`.attaching` updates an average after each step of an optimizer. May
+import every folder of lists, modules and files: ``engine``, ``offloading``, ``modules``,
+``saving``, ``posthoc``.
+"""
+
+from __future__ import annotations
+
+from ema_fused.averages.attaching import Attachment, attach
+from ema_fused.averages.averaged_weights import AveragedWeights
+from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.averages.kinds import (
+    CosineEMA,
+    ExpMomentumEMA,
+    ExponentialMovingAverage,
+    MomentumAnnealingEMA,
+    StochasticWeightAverage,
+)
+from ema_fused.averages.telemetry import Distance
+
+__all__ = [
+    "Attachment",
+    "AveragedWeights",
+    "BaseAveragedModel",
+    "CosineEMA",
+    "Distance",
+    "ExpMomentumEMA",
+    "ExponentialMovingAverage",
+    "MomentumAnnealingEMA",
+    "StochasticWeightAverage",
+    "attach",
+]

@@ -1,0 +1,125 @@
+"""The average of a model without a copy of the model: its tensors alone, under their names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NoReturn, Unpack
+
+from torch import Tensor, nn
+
+from ema_fused.averages.kinds import ExponentialMovingAverage
+from ema_fused.averages.options import Options
+from ema_fused.engine.dtensors import local
+from ema_fused.engine.plan import ARITHMETICS
+from ema_fused.modules.copying import averaged_skeleton
+from ema_fused.modules.sharding import Device, is_flattened
+
+
+class AveragedWeights(ExponentialMovingAverage):
+    """The averaged tensors of a model by name, for models that are large or can't be deep-copied.
+
+    Everything that :class:`ExponentialMovingAverage` does but being called: swap the averages into
+    the model to evaluate it. Models sharded by ``fully_shard`` (FSDP2) or as DTensors are averaged
+    shard by shard, where their shards are; so are those of FSDP1 with ``use_orig_params=True``.
+    No process communicates, and each launches one kernel::
+
+        fully_shard(model)
+        averaged = AveragedWeights(model, momentum=0.001, averaged_dtype=torch.float32)
+        with attach(optimizer, model, averaged):
+            train(model)
+        with averaged.swapped(model):
+            evaluate(model)
+
+    ``state_dict()`` has the keys of the other averaged models (``steps``, ``module.*``), with
+    DTensors where the model has them, so ``torch.distributed.checkpoint`` saves it and loads it on
+    any number of processes. What is shared with the model (``share_frozen``) is left out.
+
+    Args:
+        model: the model to average; wrapped or not, tensors are called as in the plain model.
+        momentum: the weight of the model's values, in (0, 1); or a function of the step that gives
+            one in [0, 1] (:mod:`ema_fused.averages.schedules`).
+        arithmetic: how an average is written (see :class:`~ema_fused.Plan`); ``"delta"`` with
+            ``momentum=schedules.mean`` is stochastic weight averaging.
+
+    The others as :class:`BaseAveragedModel`.
+
+    Raises:
+        TypeError: also where ZeRO-3 holds a parameter's elements.
+    """
+
+    _copied = staticmethod(averaged_skeleton)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        momentum: float | Callable[[int], float] = 0.0002,
+        interval: int = 1,
+        device: Device = None,
+        update_buffers: bool = False,
+        *,
+        arithmetic: str = "lerp",
+        **options: Unpack[Options],
+    ) -> None:
+        if arithmetic not in ARITHMETICS:
+            raise ValueError(f"arithmetic {arithmetic!r} is none of {', '.join(ARITHMETICS)}")
+        super().__init__(model, momentum, interval, device, update_buffers, **options)
+        self.arithmetic = arithmetic
+        self._is_flattened = is_flattened(model)
+        self.register_state_dict_post_hook(_leave_out_what_is_shared)  # type: ignore[no-untyped-call]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The averaged tensors by the names of the plain model, persistent buffers too; no copies.
+
+        DTensors where the model is sharded. What is shared with the model is there as well.
+        """
+        return dict(self.module.state_dict())
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: there is no module to call.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "AveragedWeights holds tensors alone and can't be called; call the model inside "
+            "averaged.swapped(model), or write the averages into another one: "
+            "averaged.copy_to(model)"
+        )
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        if self._is_flattened:
+            raise RuntimeError(
+                "FSDP1 flattens parameters and cuts them into pieces, which mean nothing under "
+                "their names in a checkpoint; save averaged_state_dict(averaged, model) of "
+                "ema_fused.checkpoints, which puts them together"
+            )
+        super()._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        assigns = local_metadata.get("assign_to_params_buffers", False)
+        tensors = self.module.state_dict(keep_vars=True)
+        for name, tensor in tensors.items():
+            key = f"{prefix}module.{name}"
+            if name in self.shared_names:
+                if key in state_dict:
+                    # It has been trained since, where the checkpoint was written.
+                    self._shares.end(name, tensor, tensor)
+                else:
+                    state_dict[key] = tensor
+            elif key in state_dict and local(tensor).is_meta and not assigns:
+                raise RuntimeError(
+                    f"{name!r} of the average is on the meta device and can't take a value; give "
+                    f"the model its memory and call averaged.copy_from(model) before loading"
+                )
+
+
+def _leave_out_what_is_shared(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any
+) -> None:
+    assert isinstance(module, AveragedWeights)
+    for name in module.shared_names:
+        state_dict.pop(f"{prefix}module.{name}", None)

@@ -1,0 +1,113 @@
+"""How an average is kept: what the averaged models take beside mmengine's arguments."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+import torch
+
+from ema_fused.engine import backends
+from ema_fused.engine.checks import check_integer
+from ema_fused.engine.rounding import check_rounding, check_seed
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of :class:`~ema_fused.BaseAveragedModel` that mmengine's don't have."""
+
+    averaged_dtype: torch.dtype | None
+    share_frozen: bool
+    begin_step: int
+    backend: str | None
+    rounding: str
+    seed: int
+    every: int
+    offload: str | None
+    overlap: bool
+    capturable: bool
+    distance_every: int | None
+
+
+# What an avg_func of a class's own can't do, and what stands for "not asked for".
+_NEED_MOMENTUM = (
+    ("rounding", "nearest"),
+    ("every", 1),
+    ("offload", None),
+    ("overlap", False),
+    ("capturable", False),
+    ("distance_every", None),
+)
+
+
+def refuse_one_by_one(name: str, options: Options) -> None:
+    """Raises ValueError for what a class can't be asked for that averages by its own ``avg_func``.
+
+    Args:
+        name: of the class.
+    """
+    needed = [
+        f"{option}={options[option]!r}"  # type: ignore[literal-required]
+        for option, usual in _NEED_MOMENTUM
+        if options[option] != usual  # type: ignore[literal-required]
+    ]
+    if needed:
+        raise ValueError(
+            f"{name} averages by its own avg_func, which does as it likes; "
+            f"{', '.join(needed)} needs a class that defines momentum_at"
+        )
+
+
+def check_options(interval: int, options: Options) -> None:
+    """Raises TypeError, ValueError or RuntimeError for what can't be, or can't be together."""
+    check_integer("interval", interval, least=1)
+    check_integer("begin_step", options["begin_step"], least=0)
+    check_integer("every", options["every"], least=1)
+    dtype = options["averaged_dtype"]
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"averaged_dtype is {dtype!r}; a floating-point dtype is expected")
+    if options["backend"] is not None:
+        backends.pinned(options["backend"])
+    check_rounding(options["rounding"])
+    check_seed(options["seed"])
+    if options["offload"] not in (None, "cpu"):
+        raise ValueError(f"offload is {options['offload']!r}; None or 'cpu' is expected")
+    if options["distance_every"] is not None:
+        check_integer("distance_every", options["distance_every"], least=1)
+    _check_together(interval, options)
+
+
+def _check_together(interval: int, options: Options) -> None:
+    every, offload = options["every"], options["offload"] is not None
+    capturable, measures = options["capturable"], options["distance_every"] is not None
+    impossible = [
+        (
+            every > 1 and interval > 1,
+            f"interval={interval} with every={every}",
+            "both skip calls: every= averages with the momentum of all the calls it stands for, "
+            "interval= with that of one; take one of them",
+        ),
+        (
+            offload and interval > 1,
+            f"offload='cpu' with interval={interval}",
+            "between its averages an interval still copies buffers; skip whole calls by every=",
+        ),
+        (
+            offload and options["overlap"],
+            "offload='cpu' with overlap=True",
+            "an offloaded update runs beside the training as it is; leave overlap out",
+        ),
+        (
+            capturable and (offload or options["overlap"] or every > 1),
+            "capturable=True with offload=, overlap= or every=",
+            "a CUDA graph replays one and the same work at every step, on the device; leave them "
+            "out (of a captured step, interval= can skip averages)",
+        ),
+        (
+            capturable and measures,
+            "capturable=True with distance_every=",
+            "a CUDA graph replays one and the same work, so it can't sample; measure with "
+            "Plan.lerp_(..., squared_distance=...) at every step, or don't capture",
+        ),
+    ]
+    for is_so, what, why in impossible:
+        if is_so:
+            raise ValueError(f"{what}: {why}")

@@ -1,0 +1,282 @@
+"""Momentum as a function of the step: pure functions, one formula each.
+
+Momentum is the weight of the new value:
+``averaged = (1 - momentum) * averaged + momentum * source``. ``step`` counts the updates made
+before this one, so the first average after the initial copy is made at step 1. Bind the other
+arguments and give the function to a model::
+
+    ExponentialMovingAverage(model, momentum=partial(annealing, momentum=0.001, gamma=200))
+
+``step`` may also be a 0-dim float64 tensor; the momentum is then one too, computed on its device
+without waiting for it (averages that are ``capturable`` need that).
+
+Other systems state the weight of the average instead, the decay: ``momentum = 1 - decay``. Their
+``step`` is often the number of this update, counted from 1; each function says what it takes.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from ema_fused.engine.checks import check_fraction, check_integer, check_positive
+from ema_fused.engine.elementary import (
+    Number,
+    at_least,
+    at_most,
+    cos,
+    exp,
+    expm1,
+    one_until,
+    raised,
+)
+from ema_fused.posthoc.power_profiles import gamma_of, momentum_between
+
+
+def _check_step(step: float | Tensor) -> None:
+    if not isinstance(step, Tensor) and step < 0:
+        raise ValueError(f"step is {step!r}; a count of updates, 0 or more, is expected")
+
+
+def constant(step: float | Tensor, *, momentum: float = 0.0002) -> float:
+    """``momentum`` at every step, as mmengine's ``ExponentialMovingAverage``.
+
+    Raises:
+        ValueError: ``momentum`` is outside [0, 1], or ``step`` negative.
+    """
+    _check_step(step)
+    check_fraction("momentum", momentum)
+    return momentum
+
+
+def annealing(step: Number, *, momentum: float = 0.0002, gamma: float = 100) -> Number:
+    """``max(momentum, gamma / (gamma + step))``, as mmengine's ``MomentumAnnealingEMA``.
+
+    Starts near 1 and falls to ``momentum``, which it reaches at
+    ``step = gamma * (1 / momentum - 1)``.
+
+    Raises:
+        ValueError: ``momentum`` is outside [0, 1], ``gamma`` not above 0, or ``step`` negative.
+    """
+    _check_step(step)
+    check_fraction("momentum", momentum)
+    check_positive("gamma", gamma)
+    return at_least(gamma / (gamma + step), momentum)
+
+
+def exponential(step: Number, *, momentum: float = 0.0002, gamma: float = 2000) -> Number:
+    """``(1 - momentum) * exp(-(1 + step) / gamma) + momentum``, as mmdet's ``ExpMomentumEMA``.
+
+    The schedule of YOLOX (Ge et al. 2021, arXiv 2107.08430): starts near 1 and decays to
+    ``momentum`` with the time constant ``gamma``, in steps.
+
+    Raises:
+        ValueError: ``momentum`` is outside [0, 1], ``gamma`` not above 0, or ``step`` negative.
+    """
+    _check_step(step)
+    check_fraction("momentum", momentum)
+    check_positive("gamma", gamma)
+    return (1 - momentum) * exp(-(1 + step) / gamma) + momentum
+
+
+def linear_warmup(step: Number, *, momentum: float = 0.0002, warm_up: float = 100) -> Number:
+    """``min(momentum, (1 + step) / (warm_up + step))``, as mmdet 2's ``LinearMomentumEMAHook``.
+
+    Momentum grows from ``1 / warm_up`` until it meets ``momentum``. Below ``1 / warm_up``, as with
+    the defaults of the original, ``momentum`` is the smaller one from the start and the schedule is
+    constant.
+
+    Raises:
+        ValueError: ``momentum`` is outside [0, 1], ``warm_up`` below 1, or ``step`` negative.
+    """
+    _check_step(step)
+    check_fraction("momentum", momentum)
+    if not 1 <= warm_up < math.inf:
+        raise ValueError(
+            f"warm_up is {warm_up!r}; a finite number of steps, 1 or more, is expected"
+        )
+    return at_most((1 + step) / (warm_up + step), momentum)
+
+
+def cosine(step: Number, *, start: float = 0.004, end: float = 0.0, total: int) -> Number:
+    """``end - (end - start) * (cos(pi * step / total) + 1) / 2``, as MMPretrain's ``CosineEMA``.
+
+    The schedule of BYOL (Grill et al. 2020, arXiv 2006.07733), from ``start`` at step 0 to ``end``
+    at step ``total``, and ``end`` from there on.
+
+    Raises:
+        ValueError: ``start`` or ``end`` is outside [0, 1], ``total`` not above 0, or ``step``
+            negative.
+    """
+    _check_step(step)
+    check_fraction("start", start)
+    check_fraction("end", end)
+    check_positive("total", total)
+    return half_cosine(math.pi * at_most(step, total) / total, start, end)
+
+
+def half_cosine(phase: Number, start: float, end: float) -> Number:
+    """``end - (end - start) * (cos(phase) + 1) / 2``: ``start`` at phase 0, ``end`` at pi."""
+    return end - (end - start) * ((cos(phase) + 1) / 2)
+
+
+def mean(step: Number) -> Number:
+    """``1 / (step + 1)``: the mean of all values so far, as torch's ``get_swa_avg_fn``.
+
+    Stochastic weight averaging (Izmailov et al. 2018, arXiv 1803.05407). torch's ``num_averaged``
+    is ``step``.
+
+    Raises:
+        ValueError: ``step`` is negative.
+    """
+    _check_step(step)
+    return 1 / (step + 1)
+
+
+def warmup_power(
+    step: Number,
+    *,
+    momentum: float = 0.0001,
+    largest: float = 1.0,
+    gamma: float = 1.0,
+    power: float = 2 / 3,
+    after: int = 0,
+) -> Number:
+    """``(1 + s / gamma) ** -power`` held in [momentum, largest], with ``s = step - after - 1``.
+
+    1 (a copy) as long as ``s`` is not above 0. This is the warm-up of timm's ``ModelEmaV3``
+    (``use_warmup=True``), of diffusers' ``EMAModel`` (``use_ema_warmup=True``) and of ema-pytorch's
+    ``EMA``, written there as the decay ``1 - (1 + s / inv_gamma) ** -power``. Pass the step that
+    they pass to ``get_decay``: timm's and diffusers' count this update too.
+
+    Args:
+        step: as the original counts it.
+        momentum: the least, 1 - ``decay`` (``beta`` in ema-pytorch).
+        largest: once above ``after``: 1 - ``min_decay`` (``min_value``).
+        gamma: ``inv_gamma`` there; a large one makes the warm-up longer.
+        power: 2/3 suits runs of a million steps, 3/4 shorter ones.
+        after: ``update_after_step``.
+
+    Raises:
+        ValueError: ``momentum`` or ``largest`` is outside [0, 1], ``gamma`` or ``power`` not above
+            0, ``after`` or ``step`` negative.
+    """
+    _check_step(step)
+    check_fraction("momentum", momentum)
+    check_fraction("largest", largest)
+    check_positive("gamma", gamma)
+    check_positive("power", power)
+    check_integer("after", after, least=0)
+    s = step - after - 1
+    value = at_most(at_least(raised(1 + at_least(s, 0) / gamma, -power), momentum), largest)
+    return one_until(s, value)
+
+
+def warmup_ratio(step: Number, *, momentum: float = 0.0001) -> Number:
+    """``max(momentum, 9 / (10 + step))``, as torch-ema and TensorFlow with ``num_updates``.
+
+    Written there as the decay ``min(decay, (1 + n) / (10 + n))``. torch-ema's first update has
+    ``n = 1``.
+
+    Raises:
+        ValueError: ``momentum`` is outside [0, 1], or ``step`` negative.
+    """
+    _check_step(step)
+    check_fraction("momentum", momentum)
+    return at_least(9 / (10 + step), momentum)
+
+
+def delayed_warmup_ratio(
+    step: Number, *, momentum: float = 0.0001, largest: float = 1.0, after: int = 0
+) -> Number:
+    """:func:`warmup_ratio` of ``s = step - after - 1``, at most ``largest``; 1 until s is above 0.
+
+    What diffusers' ``EMAModel`` does without ``use_ema_warmup``; arguments as
+    :func:`warmup_power`.
+
+    Raises:
+        ValueError: ``momentum`` or ``largest`` is outside [0, 1], ``after`` or ``step`` negative.
+    """
+    _check_step(step)
+    check_fraction("momentum", momentum)
+    check_fraction("largest", largest)
+    check_integer("after", after, least=0)
+    s = step - after - 1
+    return one_until(s, at_most(warmup_ratio(at_least(s, 0), momentum=momentum), largest))
+
+
+def warmup_exponential(step: Number, *, momentum: float = 0.0001, tau: float = 2000) -> Number:
+    """``1 - (1 - momentum) * (1 - exp(-step / tau))``, as the ``ModelEMA`` of ultralytics.
+
+    Written there as the decay ``decay * (1 - exp(-updates / tau))``; its first update has
+    ``updates = 1``. Starts near 1 and falls to ``momentum`` with the time constant ``tau``.
+
+    Raises:
+        ValueError: ``momentum`` is outside [0, 1], ``tau`` not above 0, or ``step`` negative.
+    """
+    _check_step(step)
+    check_fraction("momentum", momentum)
+    check_positive("tau", tau)
+    return 1 + (1 - momentum) * expm1(-step / tau)
+
+
+def half_life_ramp_up(
+    step: Number, *, half_life: float, batch_size: float = 1, ratio: float = 0.05
+) -> Number:
+    """A half-life that grows with training: ``min(half_life, ratio * samples seen)``.
+
+    The average of EDM (Karras et al. 2022, arXiv 2206.00364) and StyleGAN 2. ``half_life`` counts
+    samples where ``batch_size`` is given, else steps. 1 (a copy) at step 0.
+
+    Raises:
+        ValueError: ``half_life``, ``batch_size`` or ``ratio`` is not above 0, or ``step`` negative.
+    """
+    _check_step(step)
+    check_positive("half_life", half_life)
+    check_positive("batch_size", batch_size)
+    check_positive("ratio", ratio)
+    # At least half a step's worth: at step 0 the value isn't used.
+    reached = at_most(ratio * at_least(step, 0.5) * batch_size, half_life)
+    return one_until(step, -expm1(-math.log(2) * batch_size / reached))
+
+
+def power_function(step: Number, *, sigma_rel: float = 0.1) -> Number:
+    """``1 - (1 - 1 / t) ** (gamma + 1)`` with ``t = step + 1``: the power function of EDM2.
+
+    Karras et al. 2023, arXiv 2312.02696. The average then weighs the values of time tau by
+    ``tau ** gamma``: its memory grows with the run, and ``sigma_rel`` is the standard deviation of
+    that profile as a fraction of it. :class:`~ema_fused.PowerFunctionEMA` keeps several at once.
+
+    Raises:
+        ValueError: ``sigma_rel`` is outside (0, 0.2887), or ``step`` negative.
+    """
+    _check_step(step)
+    return momentum_between(gamma_of(sigma_rel), step, step + 1)
+
+
+def momentum_of_half_life(half_life: float, *, batch_size: float = 1) -> float:
+    """``1 - 0.5 ** (batch_size / half_life)``: a value's weight is halved after ``half_life``.
+
+    ``half_life`` counts samples where ``batch_size`` is given, else steps.
+
+    Raises:
+        ValueError: ``half_life`` or ``batch_size`` is not above 0.
+    """
+    check_positive("half_life", half_life)
+    check_positive("batch_size", batch_size)
+    return -math.expm1(-math.log(2) * batch_size / half_life)
+
+
+def scale_momentum(momentum: float, kappa: float) -> float:
+    """The momentum for a batch ``kappa`` times as large: ``1 - (1 - momentum) ** kappa``.
+
+    Busbridge et al. 2023, arXiv 2307.13813: the decay is raised to the power of ``kappa``, so that
+    the average forgets as fast per sample as before. (The learning rate has its own rule.)
+
+    Raises:
+        ValueError: ``momentum`` is outside [0, 1], or ``kappa`` not above 0.
+    """
+    check_fraction("momentum", momentum)
+    check_positive("kappa", kappa)
+    return 1.0 if momentum == 1 else -math.expm1(kappa * math.log1p(-momentum))

@@ -1,0 +1,134 @@
+"""DTensors in lists of tensors: each process updates the shards that it holds.
+
+A DTensor (FSDP2's ``fully_shard``, tensor parallelism) holds its shard as a plain tensor. Averages
+lie as their sources do, so an update needs no communication.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter, is_not
+from typing import Any
+
+from torch import Tensor, nn
+
+_shard_of: Callable[[Any], Tensor] = attrgetter("_local_tensor")
+
+
+def class_if_imported(module: str, name: str) -> Any:
+    """A class of torch, or None where nobody has imported it, so that there is no object of it."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a DTensor."""
+    if type(tensor) is Tensor or type(tensor) is nn.Parameter:
+        return False
+    dtensor = class_if_imported("torch.distributed.tensor", "DTensor")
+    return dtensor is not None and isinstance(tensor, dtensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The elements of ``tensor`` that this process holds: the tensor itself if it isn't sharded."""
+    return _shard_of(tensor) if is_sharded(tensor) else tensor
+
+
+def replace_local(tensor: Tensor, shard: Tensor) -> None:
+    """Gives ``tensor`` other memory."""
+    if is_sharded(tensor):
+        # As FSDP2 does it; ``.data`` of a DTensor isn't what its operations use.
+        tensor._local_tensor = shard  # type: ignore[attr-defined]
+    else:
+        tensor.data = shard
+
+
+def placed_as(tensor: Tensor, shard: Tensor) -> Tensor:
+    """``shard`` as a tensor that is spread as ``tensor`` is."""
+    if not is_sharded(tensor):
+        return shard
+    dtensor = class_if_imported("torch.distributed.tensor", "DTensor")
+    if shard.device.type not in (tensor.device_mesh.device_type, "meta"):  # type: ignore[attr-defined]
+        # from_local() would bring it to the mesh's kind of device; an average may lie elsewhere.
+        spec = tensor._spec  # type: ignore[attr-defined]
+        meta = spec.tensor_meta._replace(dtype=shard.dtype)
+        moved: Tensor = dtensor(
+            shard, dataclasses.replace(spec, tensor_meta=meta), requires_grad=False
+        )
+        return moved
+    placed: Tensor = dtensor.from_local(
+        shard,
+        tensor.device_mesh,  # type: ignore[attr-defined]
+        tensor.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+    return placed
+
+
+def check_placed_alike(name: str, averaged: Tensor, source: Tensor) -> None:
+    """Raises unless both sides of a pair are spread over the same processes in the same way.
+
+    Raises:
+        TypeError: only one of them is a DTensor, or its elements are sums still to be made.
+        ValueError: meshes or placements differ.
+    """
+    sides = is_sharded(averaged), is_sharded(source)
+    if not any(sides):
+        return
+    if not all(sides):
+        which, other = ("average", "model") if sides[0] else ("model", "average")
+        raise TypeError(
+            f"{name!r} is a DTensor in the {which} and a plain tensor in the {other}; both are "
+            f"expected to be spread alike. Shard the model first (fully_shard, parallelize_module) "
+            f"and make its average then; a checkpoint of another layout is loaded by "
+            f"torch.distributed.checkpoint"
+        )
+    one, other_side = (_placement(tensor) for tensor in (averaged, source))
+    if one != other_side:
+        raise ValueError(
+            f"{name!r} is placed as {one[1]} on {one[0]} in the average and as {other_side[1]} on "
+            f"{other_side[0]} in the model; equal placements are expected. Make a new average of "
+            f"the model as it is now, and load the old one's checkpoint into it"
+        )
+    if any(placement.is_partial() for placement in one[1]):
+        raise TypeError(
+            f"{name!r} is placed as {one[1]}: its values are sums over processes that are still to "
+            f"be made; redistribute it first"
+        )
+
+
+def _placement(tensor: Any) -> tuple[Any, tuple[Any, ...]]:
+    return tensor.device_mesh, tuple(tensor.placements)
+
+
+def shards_of(
+    averaged: Sequence[Tensor], source: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]] | None:
+    """Both lists with the shards of DTensors in their place; None where no pair is one of DTensors.
+
+    Raises:
+        ValueError, TypeError: as :func:`check_placed_alike`.
+    """
+    pairs = list(zip(averaged, source, strict=True))
+    sharded = [i for i, pair in enumerate(pairs) if all(map(is_sharded, pair))]
+    for i in sharded:
+        check_placed_alike(f"pair {i}", *pairs[i])
+        pairs[i] = local(pairs[i][0]), local(pairs[i][1])
+    return ([a for a, _ in pairs], [s for _, s in pairs]) if sharded else None
+
+
+class ShardWatch:
+    """Tells whether any DTensor of a list has been given other memory."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = [tensor for tensor in tensors if is_sharded(tensor)]
+        self._shards = [*map(_shard_of, self._tensors)]
+
+    def __bool__(self) -> bool:
+        return bool(self._tensors)
+
+    def changed(self) -> bool:
+        return any(map(is_not, map(_shard_of, self._tensors), self._shards))

@@ -1,0 +1,147 @@
+"""The fallback: the same updates by torch's own functions, on any device and without a build.
+
+Also the readable statement of what the native kernels compute, which tests hold against them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ema_fused.engine.pairs import can_average
+from ema_fused.engine.parts import ListedPart, Task, Update
+from ema_fused.engine.rounding import HALVES, random_halves, round_stochastically
+
+
+def compute_dtype(averaged: torch.dtype, source: torch.dtype) -> torch.dtype:
+    """The dtype a mixed pair computes in: the wider of the two, at least float32."""
+    wide = (torch.float64, torch.complex64, torch.complex128)
+    if averaged == source and averaged in wide:
+        return averaged
+    return torch.float64 if torch.float64 in (averaged, source) else torch.float32
+
+
+def _average_same(
+    averaged: list[Tensor], source: list[Tensor], weights: list[float], arithmetic: str
+) -> None:
+    """Pairs of equal dtypes, as the original of each arithmetic writes it."""
+    if arithmetic in ("lerp", "stochastic"):
+        if all(weight == weights[0] for weight in weights):
+            torch._foreach_lerp_(averaged, source, weights[0])
+        else:
+            for a, s, weight in zip(averaged, source, weights, strict=True):
+                a.lerp_(s, weight)
+        return
+    for a, s, weight in zip(averaged, source, weights, strict=True):
+        if arithmetic == "axpby":
+            a.mul_(1 - weight).add_(s, alpha=weight)
+        elif arithmetic == "products":
+            a.mul_(1 - weight).add_(s * weight)
+        else:
+            a.add_(s - a, alpha=weight)
+
+
+def _average_mixed(averaged: Tensor, source: Tensor, weight: float, arithmetic: str) -> None:
+    """A pair of two dtypes: computed in the wider one, rounded once into the averaged tensor."""
+    dtype = compute_dtype(averaged.dtype, source.dtype)
+    a = averaged.to(dtype)
+    s = source.to(dtype)
+    if arithmetic in ("lerp", "stochastic"):
+        result = torch.lerp(a, s, weight)
+    elif arithmetic == "axpby":
+        kept = (a * (1 - weight)).to(averaged.dtype).to(dtype)
+        result = kept.add_(s, alpha=weight)
+    elif arithmetic == "products":
+        kept, taken = (
+            product.to(averaged.dtype).to(dtype) for product in (a * (1 - weight), s * weight)
+        )
+        result = kept + taken
+    else:
+        result = a.add(s - a, alpha=weight)
+    averaged.copy_(result)
+
+
+def _average_stochastically(task: Task, weight: float, seed: int, step: int) -> None:
+    """A 16-bit average: computed as lerp in float32 (or wider), rounded at random."""
+    averaged, source = task.averaged, task.source
+    dtype = compute_dtype(averaged.dtype, source.dtype)
+    mean = torch.lerp(averaged.to(dtype), source.to(dtype), weight).to(torch.float32)
+    # Elements are counted in the order of memory, whatever the order of the dimensions there.
+    order = sorted(range(averaged.dim()), key=averaged.stride, reverse=True)
+    flat = mean.permute(order).reshape(-1)
+    random = random_halves(
+        flat.numel(), seed=seed, step=step, pair=task.number, device=averaged.device
+    )
+    rounded = round_stochastically(flat, averaged.dtype, random)
+    averaged.permute(order).copy_(rounded.view(averaged.permute(order).shape))
+
+
+# A sum of so many numbers is torch's on one thread.
+_ROW = 8192
+
+
+def _sum(values: Tensor) -> Tensor:
+    """The sum of a flat tensor, row by row: the same bits for any number of threads."""
+    while values.numel() > _ROW:
+        in_rows = values.numel() // _ROW * _ROW
+        rows = values[:in_rows].view(-1, _ROW)
+        values = torch.cat([rows.sum(dim=1), values[in_rows:]])
+    return values.sum()
+
+
+def squared_distances(tasks: Sequence[Task], averages: int) -> list[Tensor]:
+    """The squared distance of each average from its sources, in float64: a tensor a device.
+
+    Differences are in the dtype that the pair computes in, squares and sums in float64.
+    """
+    sums: dict[torch.device, Tensor] = {}
+    for task in tasks:
+        a, s = task.averaged, task.source
+        if task.only_copy:
+            continue
+        dtype = compute_dtype(a.dtype, s.dtype)
+        difference = s.to(dtype) - a.to(dtype)
+        if a.is_complex():
+            difference = torch.view_as_real(difference)
+        squares = difference.to(torch.float64).square_().reshape(-1)
+        if a.device not in sums:
+            sums[a.device] = torch.zeros(averages, dtype=torch.float64, device=a.device)
+        sums[a.device][task.average] += _sum(squares)
+    return list(sums.values())
+
+
+class ForeachPart(ListedPart):
+    """Pairs served by torch where they are."""
+
+    backend = "foreach"
+
+    @torch.no_grad()
+    def average(self, update: Update) -> bool:
+        if not self.ready():
+            return False
+        if update.is_skipped():
+            return True
+        tasks = self._distinct()
+        if update.distances is not None:
+            update.distances.extend(squared_distances(tasks, len(update.weights)))
+        same: dict[tuple[torch.device, torch.dtype], list[Task]] = {}
+        for task in tasks:
+            a, s = task.averaged, task.source
+            if task.only_copy or not can_average(a, s):
+                a.copy_(s)
+            elif self._arithmetic == "stochastic" and a.dtype in HALVES:
+                _average_stochastically(task, update.weight_of(task), update.seed, int(update.step))
+            elif a.dtype == s.dtype and (a.dtype in HALVES or a.dtype.itemsize > 2):
+                same.setdefault((a.device, a.dtype), []).append(task)
+            else:
+                _average_mixed(a, s, update.weight_of(task), self._arithmetic)
+        for alike in same.values():
+            _average_same(
+                [task.averaged for task in alike],
+                [task.source for task in alike],
+                [update.weight_of(task) for task in alike],
+                self._arithmetic,
+            )
+        return True

@@ -1,0 +1,156 @@
+"""What the parts of a plan have in common: pairs that one backend serves, together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ema_fused.engine.pairs import can_average
+
+
+class Task(NamedTuple):
+    """A pair of a plan and what to do with it."""
+
+    pair: int  # its place in the plan's lists
+    averaged: Tensor
+    source: Tensor
+    only_copy: bool
+    average: int  # which of several averages of one source
+    number: int  # what the random bits of its rounding are counted by
+
+
+class Update(NamedTuple):
+    """What an averaging is told beside its pairs."""
+
+    weights: Sequence[float | Tensor]  # one an average; tensors are 0-dim
+    by_pair: Sequence[float]  # empty, or one a pair of the plan, which counts then
+    found_inf: Tensor | None = None  # one float32 number: anything but 0 means to do nothing
+    seed: int = 0  # of stochastic rounding, as is the step
+    step: int | Tensor = 0
+    # None, or where each part puts what it measures: tensors of a squared distance an average, in
+    # float64. A part that knows by itself that it is to do nothing puts none.
+    distances: list[Tensor] | None = None
+
+    def weight_of(self, task: Task) -> float:
+        """The weight of a pair, on the host."""
+        return float(self.by_pair[task.pair] if self.by_pair else self.weights[task.average])
+
+    def is_skipped(self) -> bool:
+        """Asks for the flag, waiting for its device."""
+        return self.found_inf is not None and bool(self.found_inf)
+
+
+class Changed(NamedTuple):
+    """A tensor that is no longer of the planned kind: its pair, its side, what was planned."""
+
+    pair: int
+    is_source: bool
+    planned: str
+
+
+def kind_of(tensor: Tensor) -> str:
+    """How messages tell a tensor's kind."""
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+
+
+class Part(Protocol):
+    """Pairs of a plan; all indices are places in the plan's lists."""
+
+    backend: str
+    no_average: int | None  # the first pair that has no average and isn't only copied
+    no_swap: int | None  # the first pair of two dtypes
+
+    @property
+    def elements(self) -> int: ...
+
+    def changed(self) -> Changed | None:
+        """The first tensor whose dtype or shape is no longer what was planned."""
+
+    def ready(self) -> bool:
+        """False where a tensor's dtype, shape, layout or device is no longer what was planned."""
+
+    # Each returns False, with nothing done, where ready() would.
+    def average(self, update: Update) -> bool: ...
+
+    def copy(self) -> bool: ...
+
+    def swap(self) -> bool: ...
+
+
+class ListedPart:
+    """A part that keeps its tensors in lists and updates them by torch's functions.
+
+    Swapping takes a temporary of one tensor.
+    """
+
+    def __init__(self, tasks: Sequence[Task], arithmetic: str) -> None:
+        self._tasks = list(tasks)
+        self._arithmetic = arithmetic
+        self._kinds = self._current_kinds()
+        self.no_average = next(
+            (t.pair for t in tasks if not t.only_copy and not can_average(t.averaged, t.source)),
+            None,
+        )
+        self.no_swap = next(
+            (t.pair for t in tasks if t.averaged.dtype != t.source.dtype),
+            None,
+        )
+
+    def _current_kinds(self) -> list[tuple[torch.device, str]]:
+        sides = [t.averaged for t in self._tasks] + [t.source for t in self._tasks]
+        return [(tensor.device, kind_of(tensor)) for tensor in sides]
+
+    def ready(self) -> bool:
+        return self._current_kinds() == self._kinds
+
+    def changed(self) -> Changed | None:
+        kinds = zip(self._current_kinds(), self._kinds, strict=True)
+        count = len(self._tasks)
+        for k, ((_, now), (_, planned)) in enumerate(kinds):
+            if now != planned:
+                return Changed(self._tasks[k % count].pair, k >= count, planned)
+        return None
+
+    def _distinct(self) -> list[Task]:
+        """The pairs to update: tied ones once, those of one and the same memory never."""
+        seen: set[tuple[object, ...]] = set()
+        tasks = []
+        for task in self._tasks:
+            if task.averaged.numel() == 0:
+                continue
+            # The device is part of it: memory on two devices may have one address.
+            sides = [
+                (t.device, t.data_ptr(), t.dtype, t.shape, t.stride())
+                for t in (task.averaged, task.source)
+            ]
+            key = (task.average, *sides)
+            if sides[0] == sides[1] or key in seen:
+                continue
+            seen.add(key)
+            tasks.append(task)
+        return tasks
+
+    @property
+    def elements(self) -> int:
+        return sum(task.averaged.numel() for task in self._distinct())
+
+    @torch.no_grad()
+    def copy(self) -> bool:
+        if not self.ready():
+            return False
+        for task in self._distinct():
+            task.averaged.copy_(task.source)
+        return True
+
+    @torch.no_grad()
+    def swap(self) -> bool:
+        if not self.ready():
+            return False
+        for task in self._distinct():
+            held = task.averaged.clone()
+            task.averaged.copy_(task.source)
+            task.source.copy_(held)
+        return True

@@ -1,0 +1,454 @@
+"""The prepared update of fixed pairs (averaged tensor, source tensor)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ema_fused.engine import backends
+from ema_fused.engine.arguments import Weight, as_flag, as_step, as_weights, check_distance
+from ema_fused.engine.checks import as_integer
+from ema_fused.engine.distance import add_up
+from ema_fused.engine.native import NativePart
+from ema_fused.engine.pairs import (
+    as_several,
+    check_lists,
+    label,
+    labels_of,
+    refuse_average,
+    refuse_swap,
+)
+from ema_fused.engine.parts import Part, Task, Update, kind_of
+from ema_fused.engine.rounding import HALVES, check_rounding, check_seed
+from ema_fused.engine.routing import split
+from ema_fused.engine.streams import SideStreams
+
+ARITHMETICS = ("lerp", "axpby", "delta", "products")
+
+
+class Plan:
+    """Pairs of tensors, prepared once and updated in one launch a device.
+
+    Before each launch every pointer is compared with what was planned (some 10 nanoseconds a tensor
+    on one thread; torch's threads share it): tensors whose storage was replaced (``param.data =
+    other``) are followed. Nothing is recorded by autograd, and native kernels don't move the
+    tensors' version counters.
+
+    Args:
+        averaged: tensors to update in place, of any shapes and devices, in float64, float32,
+            bfloat16 or float16 (other dtypes can be copied). Or up to eight such lists: several
+            averages of one source. It is read once for those of them that have one dtype and begin
+            equally far from a 16-byte boundary, as tensors of one dtype do unless they are views.
+        source: as many tensors, each of the shape of its averaged tensor; dtype and device may
+            differ from it. float8_e4m3fn and float8_e5m2 are read as their values.
+        arithmetic: how an average is written, with w the weight of the source.
+            ``"lerp"``: as ``torch.lerp``. ``"axpby"``: as ``averaged.mul_(1 - w).add_(source,
+            alpha=w)``. ``"delta"``: as ``averaged.add_(source - averaged, alpha=w)``.
+            ``"products"``: as ``averaged * (1 - w) + source * w``.
+            Equal in exact arithmetic; they differ in the last bits.
+        only_copy: one flag a pair: pairs that :meth:`lerp_` copies instead of averaging (integer
+            buffers, buffers that follow the model). None: no pair.
+        backend: ``"cuda"``, ``"cpu"`` or ``"foreach"`` pins one; None takes the best for each pair.
+        names: one a pair, for messages.
+        rounding: of 16-bit averages. ``"nearest"``: as torch does; changes below half a unit in the
+            last place are lost. ``"stochastic"``: up or down at random, so that the mean is right
+            and nothing is lost in the long run. Computed by lerp.
+        seed: of the random bits, in [0, 2**63). They depend on it, on the step, the pair and the
+            element, and on nothing else: not on the device or the backend.
+        numbers: one a pair: what its random bits are counted by, where its place in the lists is
+            not to count.
+
+    A pair that occurs twice (tied tensors) is updated once; a pair whose two sides are the same
+    memory is left alone; empty tensors are fine. The plan owns no memory but its chunk table (48
+    bytes a chunk).
+
+    Attributes:
+        averaged: the averaged tensors; of several averages, one list behind the other.
+        source: the source of each.
+        averages: how many averages each source has.
+        step: how many times :meth:`lerp_` was called without a step of its own (those that did
+            nothing for ``found_inf`` too): what the random bits are counted by.
+
+    Raises:
+        TypeError: an item is not a tensor, or a kind without plain strided elements (sparse,
+            quantized, nested, DTensor, FakeTensor).
+        ValueError: lists of different length, shapes that differ within a pair, tensors without
+            data (meta), averaged tensors that overlap themselves or other tensors, an unknown
+            arithmetic, rounding or backend, more than eight averages.
+        RuntimeError: the backend asked for can't serve these tensors here.
+    """
+
+    def __init__(
+        self,
+        averaged: Sequence[Tensor] | Sequence[Sequence[Tensor]],
+        source: Sequence[Tensor],
+        *,
+        arithmetic: str = "lerp",
+        only_copy: Sequence[bool] | None = None,
+        backend: str | None = None,
+        names: Sequence[str] | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
+        several = as_several(averaged)
+        for one in several:
+            check_lists(one, source)
+        if arithmetic not in ARITHMETICS:
+            raise ValueError(f"arithmetic {arithmetic!r} is none of {', '.join(ARITHMETICS)}")
+        check_rounding(rounding)
+        check_seed(seed)
+        if rounding == "stochastic" and arithmetic != "lerp":
+            raise ValueError(
+                f"rounding 'stochastic' goes with arithmetic 'lerp', and {arithmetic!r} was given: "
+                f"its own roundings are what stochastic rounding replaces"
+            )
+        each = (("only_copy", only_copy), ("names", names), ("numbers", numbers))
+        for what, items in each:
+            if items is not None and not isinstance(items, Sequence):
+                raise TypeError(f"{what} is {items!r}; a list of one item a pair is expected")
+            if items is not None and len(items) != len(source):
+                raise ValueError(f"{what} has {len(items)} items for {len(source)} pairs")
+        if backend is not None:
+            backends.check_name(backend)
+        self.averaged = [tensor for one in several for tensor in one]
+        self.source = list(source) * len(several)
+        self.averages = len(several)
+        self.arithmetic = arithmetic
+        self.backend = backend
+        self.rounding = rounding
+        self.seed = operator.index(seed)
+        self.step = 0
+        self._only_copy = [False] * len(source) if only_copy is None else list(only_copy)
+        self._names = None if names is None else list(names)
+        self._numbers = None if numbers is None else list(numbers)
+        self._side_streams = SideStreams()
+        self._build()
+
+    def _build(self) -> None:
+        pairs = len(self._only_copy)
+        own = range(pairs) if self._numbers is None else self._numbers
+        span = max(own, default=0) + 1
+        tasks = [
+            Task(k * pairs + i, self.averaged[k * pairs + i], source, copied, k, k * span + number)
+            for k in range(self.averages)
+            for i, (source, copied, number) in enumerate(
+                zip(self.source[:pairs], self._only_copy, own, strict=True)
+            )
+        ]
+        arithmetic = "stochastic" if self.rounding == "stochastic" else self.arithmetic
+        self._draws = arithmetic == "stochastic" and any(
+            task.averaged.dtype in HALVES and not task.only_copy for task in tasks
+        )
+        self._labels = labels_of(self._names, pairs, self.averages)
+        self._parts: list[Part] = split(tasks, arithmetic, self.backend, self._labels)
+        parts = self._parts
+        self._no_average = min(
+            (p.no_average for p in parts if p.no_average is not None), default=None
+        )
+        self._no_swap = min((p.no_swap for p in parts if p.no_swap is not None), default=None)
+        # The shortest way: one native part that can average goes from lerp_ to its launch.
+        sole = self._parts[0] if len(self._parts) == 1 else None
+        self._average_at_once: Any = None
+        is_plain = self.rounding == "nearest" and self._no_average is None
+        if isinstance(sole, NativePart) and is_plain:
+            self._average_at_once = sole.run
+            self._AVERAGE = sole.AVERAGE
+
+    def _rebuild(self) -> None:
+        """Plans again for tensors that are still of the planned kind.
+
+        Raises:
+            ValueError: a dtype or shape has changed; nothing was updated.
+        """
+        for part in self._parts:
+            changed = part.changed()
+            if changed is not None:
+                which = "source" if changed.is_source else "averaged tensor"
+                tensor = (self.source if changed.is_source else self.averaged)[changed.pair]
+                raise ValueError(
+                    f"{label(changed.pair, self._labels)}: the {which} was planned as "
+                    f"{changed.planned} and is now {kind_of(tensor)}; make a new Plan for it"
+                )
+        self._build()
+
+    def _run(self, operation: Callable[[Part], bool]) -> None:
+        """Runs all parts; where a tensor is no longer as planned, none before planning again."""
+        if len(self._parts) == 1:
+            if operation(self._parts[0]):
+                return
+            self._rebuild()
+        elif not all(part.ready() for part in self._parts):
+            self._rebuild()
+        for part in self._parts:
+            if not operation(part):
+                raise RuntimeError(
+                    "a tensor was changed by another thread while it was being updated, and "
+                    "perhaps not all pairs are updated; change tensors between updates alone"
+                )
+
+    def lerp_(
+        self,
+        weight: Weight | Sequence[Weight],
+        *,
+        found_inf: Tensor | None = None,
+        step: int | Tensor | None = None,
+        stream: torch.cuda.Stream | None = None,
+        squared_distance: Tensor | None = None,
+    ) -> None:
+        """Averages: ``averaged = (1 - weight) * averaged + weight * source``, in place.
+
+        Doesn't wait for a CUDA device where the averages are on it: numbers that lie there are read
+        by the kernel. So it can be captured into a CUDA graph.
+
+        Args:
+            weight: of the source; a number or a 0-dim tensor. Of one average also a sequence of one
+                number a pair; of several averages a sequence of one number or 0-dim tensor each.
+                Not limited to [0, 1]. A captured graph reads a tensor on its device at every
+                replay, and keeps any other number as it was.
+            found_inf: a tensor of one number, as ``torch.amp.GradScaler`` keeps it: anything but 0
+                makes this update do nothing.
+            step: what the random bits of stochastic rounding are counted by, modulo 2**32: an
+                integer or a 0-dim int64 tensor. None: the plan's own :attr:`step`, which then
+                counts on.
+            stream: the ``torch.cuda.Stream`` to run on, instead of the current one. It waits for
+                what the current stream holds so far. Before other code writes the source or reads
+                the averages, let its stream wait: :meth:`wait`; this plan's own methods do. The
+                stream must live as long as the plan.
+            squared_distance: a float64 tensor on any device: 0-dim, of several averages of shape
+                (averages,). Gets the sum over all averaged elements of ``|source - averaged|**2``,
+                with the values from before this update, measured in the same pass over the data. It
+                is there in the order of the stream; the host waits only where it is on another
+                device than the averages. Where ``found_inf`` makes the update do nothing it is left
+                alone. Pairs that are only copied don't count, tied ones count once. Differences are
+                taken in float32 (in float64 where either tensor is), squared and summed up in
+                float64: the relative error is below 1e-6. The same device gives the same bits at
+                every run, a CPU with any number of threads. The averages get the bits that they get
+                without it.
+
+        Raises:
+            TypeError: a pair that has no average (integers, bool) and isn't ``only_copy``; a
+                squared_distance that is no float64 tensor.
+            ValueError: a tensor's dtype or shape has changed, the weights are not as many as they
+                should be, or squared_distance has another shape.
+            RuntimeError: the update is captured into a graph and would draw the same random bits
+                at every replay.
+
+        Nothing has been updated then.
+        """
+        at_once = self._average_at_once
+        if (
+            type(weight) is float
+            and at_once is not None
+            and found_inf is None
+            and step is None
+            and stream is None
+            and squared_distance is None
+            and not self._side_streams.unfinished
+        ):
+            try:
+                if at_once(self._AVERAGE, weight):
+                    self.step += 1
+                    return
+            except ValueError:
+                pass  # raised again below, with the names of the pairs
+        self._average(weight, found_inf, step, stream, squared_distance)
+
+    def _average(
+        self,
+        weight: Weight | Sequence[Weight],
+        found_inf: Tensor | None,
+        step: int | Tensor | None,
+        stream: torch.cuda.Stream | None,
+        squared_distance: Tensor | None,
+    ) -> None:
+        if self._no_average is not None:
+            i = self._no_average
+            raise refuse_average(self.averaged[i], self.source[i], label(i, self._labels))
+        weights, by_pair = as_weights(weight, self.averages, len(self.averaged), self._labels)
+        update = Update(
+            weights,
+            by_pair,
+            None if found_inf is None else as_flag(found_inf),
+            self.seed,
+            as_step(self.step if step is None else step),
+            None if squared_distance is None else [],
+        )
+        if squared_distance is not None:
+            check_distance(squared_distance, self.averages)
+        used = (*weights, update.found_inf, update.step, squared_distance)
+        with self._on(stream, [item for item in used if isinstance(item, Tensor)]):
+            self._refuse_to_repeat(update)
+            self._run(lambda part: part.average(update))
+            if squared_distance is not None and update.distances is not None:
+                add_up(update.distances, squared_distance, update.found_inf)
+        if step is None:
+            self.step += 1
+
+    def _refuse_to_repeat(self, update: Update) -> None:
+        """A graph replays the numbers it was captured with, the same random bits each time."""
+        if not self._draws or (isinstance(update.step, Tensor) and update.step.is_cuda):
+            return
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a captured update with stochastic rounding would draw the same random bits at "
+                "every replay; pass step=, a 0-dim int64 tensor on the device, and advance it in "
+                "the graph: step += 1"
+            )
+
+    def copy_(self, *, stream: torch.cuda.Stream | None = None) -> None:
+        """Copies every source into its averaged tensors, converting the dtype where they differ.
+
+        Args:
+            stream: as in :meth:`lerp_`.
+
+        Raises:
+            ValueError: a tensor's dtype or shape has changed; nothing has been updated then.
+        """
+        with self._on(stream):
+            self._run(lambda part: part.copy())
+
+    def swap_(self, *, stream: torch.cuda.Stream | None = None) -> None:
+        """Exchanges the contents of averaged and source tensors, without a temporary.
+
+        (Pairs on two devices, and those left to ``foreach``, take a temporary of one tensor.)
+
+        Args:
+            stream: as in :meth:`lerp_`.
+
+        Raises:
+            TypeError: a pair of two dtypes.
+            ValueError: a tensor's dtype or shape has changed, sources overlap, or there are several
+                averages. Nothing has been swapped then.
+        """
+        if self.averages > 1:
+            raise ValueError(
+                f"a source can't be swapped with {self.averages} averages at once; make a Plan of "
+                f"the one to swap it with"
+            )
+        if self._no_swap is not None:
+            i = self._no_swap
+            raise refuse_swap(self.averaged[i], self.source[i], label(i, self._labels))
+        with self._on(stream):
+            self._run(lambda part: part.swap())
+
+    def _on(
+        self, stream: torch.cuda.Stream | None, scalars: Sequence[Tensor] = ()
+    ) -> AbstractContextManager[None]:
+        if stream is None:
+            self.wait()
+            return nullcontext()
+        if not isinstance(stream, torch.cuda.Stream):
+            raise TypeError(f"the stream is {stream!r}; a torch.cuda.Stream is expected")
+        elsewhere = [t.device for t in self.averaged if t.is_cuda and t.device != stream.device]
+        if elsewhere:
+            raise ValueError(
+                f"the stream is on {stream.device} and the plan has tensors on {elsewhere[0]} too; "
+                f"make a Plan for each device"
+            )
+        return self._side_streams.running_on(stream, [*self.averaged, *self.source, *scalars])
+
+    def wait(self) -> None:
+        """Makes each device's current stream wait for updates that were given another ``stream``.
+
+        The host doesn't wait. Call it before the optimizer writes the source, and before a graph is
+        captured.
+        """
+        self._side_streams.wait()
+
+    def is_idle(self) -> bool:
+        """Whether no update on another stream is left to wait for."""
+        return not self._side_streams.unfinished
+
+    def state_dict(self) -> dict[str, int]:
+        """What stochastic rounding goes on from: ``seed`` and ``step``."""
+        return {"seed": self.seed, "step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on from a saved :meth:`state_dict`, to the bit.
+
+        Args:
+            state: as it gave it.
+
+        Raises:
+            KeyError: one of ``seed`` and ``step`` is missing.
+            TypeError, ValueError: they are no integers, or out of range.
+        """
+        missing = [key for key in ("seed", "step") if key not in state]
+        if missing:
+            raise KeyError(f"{' and '.join(missing)} missing: not the state of a Plan")
+        check_seed(state["seed"])
+        self.seed, self.step = operator.index(state["seed"]), as_integer(state["step"], "step")
+
+    def give_up(self) -> list[Part]:
+        """The parts, for somebody else to run; the plan must not be used from here on."""
+        parts, self._parts = self._parts, []
+        return parts
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Which backends serve this plan."""
+        return tuple(dict.fromkeys(part.backend for part in self._parts))
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Where the averaged tensors are."""
+        return tuple(dict.fromkeys(str(tensor.device) for tensor in self.averaged))
+
+    @property
+    def tensors(self) -> int:
+        """Averaged tensors, empty and repeated ones included."""
+        return len(self.averaged)
+
+    @property
+    def elements(self) -> int:
+        """Elements that an update writes."""
+        return sum(part.elements for part in self._parts)
+
+    @property
+    def chunks(self) -> int:
+        """Entries of the chunk tables."""
+        return sum(part.chunks for part in self._parts if isinstance(part, NativePart))
+
+    @property
+    def launches(self) -> int:
+        """Kernel launches of an update: one a device that a native kernel has anything to do on.
+
+        (Sources on another device are brought over and planned at each update: not counted.)
+        """
+        return sum(1 for part in self._parts if isinstance(part, NativePart) and part.chunks)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan(devices={list(self.devices)}, backends={list(self.backends)}, "
+            f"arithmetic={self.arithmetic!r}, rounding={self.rounding!r}, "
+            f"averages={self.averages}, tensors={self.tensors}, elements={self.elements:,}, "
+            f"chunks={self.chunks:,}, launches={self.launches})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a plan is made of. The compiled part holds addresses: never copied or saved."""
+        pairs = len(self._only_copy)
+        lists = [self.averaged[k * pairs : (k + 1) * pairs] for k in range(self.averages)]
+        return {
+            "averaged": lists if self.averages > 1 else self.averaged,
+            "source": self.source[:pairs],
+            "arithmetic": self.arithmetic,
+            "only_copy": self._only_copy,
+            "backend": self.backend,
+            "names": self._names,
+            "rounding": self.rounding,
+            "seed": self.seed,
+            "numbers": self._numbers,
+            "step": self.step,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        averaged, source, step = state.pop("averaged"), state.pop("source"), state.pop("step")
+        self.__init__(averaged, source, **state)  # type: ignore[misc]
+        self.step = step

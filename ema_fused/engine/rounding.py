@@ -1,0 +1,89 @@
+"""Stochastic rounding by torch's own functions: the bits that the native kernels give, for the
+``foreach`` backend and as a statement of what they are.
+
+The random bits are Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
+3"), keyed by the seed; the counter is (element // 8 in two words, pair, step), and each of the four
+words it gives serves two elements, the low half first. ``element`` is the place in memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ema_fused.engine.checks import as_integer
+
+ROUNDINGS = ("nearest", "stochastic")
+HALVES = (torch.float16, torch.bfloat16)
+
+_MASK = 0xFFFFFFFF
+
+
+def check_rounding(rounding: str) -> None:
+    """Raises ValueError unless ``rounding`` names one."""
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding {rounding!r} is none of {', '.join(ROUNDINGS)}")
+
+
+def check_seed(seed: object) -> None:
+    """Raises TypeError or ValueError unless ``seed`` is an integer in [0, 2**63)."""
+    if not 0 <= as_integer(seed, "seed") < 2**63:
+        raise ValueError(f"seed is {seed}; an integer in [0, 2**63) is expected")
+
+
+def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
+    """Four 32-bit words for each counter.
+
+    Args:
+        counter: four int64 tensors of one shape with values in [0, 2**32).
+        seed: the 64-bit key.
+    """
+    c0, c1, c2, c3 = counter
+    key0, key1 = seed & _MASK, seed >> 32 & _MASK
+    for _ in range(10):
+        # Products wrap around in 64 bits, and keep the right bits.
+        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            (product1 >> 32 & _MASK) ^ c1 ^ key0,
+            product1 & _MASK,
+            (product0 >> 32 & _MASK) ^ c3 ^ key1,
+            product0 & _MASK,
+        )
+        key0, key1 = key0 + 0x9E3779B9 & _MASK, key1 + 0xBB67AE85 & _MASK
+    return [c0, c1, c2, c3]
+
+
+def random_halves(count: int, *, seed: int, step: int, pair: int, device: torch.device) -> Tensor:
+    """16 random bits for each of ``count`` elements, as int32."""
+    block = torch.arange(-(-count // 8), device=device, dtype=torch.int64)
+    constant = torch.zeros_like(block)
+    words = philox([block & _MASK, block >> 32, constant + pair, constant + (step & _MASK)], seed)
+    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    return torch.stack(halves, dim=1).flatten()[:count].to(torch.int32)
+
+
+def round_stochastically(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
+    """``value`` in a 16-bit dtype, rounded down or up so that the mean of the results is the value.
+
+    Args:
+        value: float32, flat.
+        dtype: ``torch.bfloat16`` or ``torch.float16``.
+        random: 16 random bits an element, int32.
+    """
+    bits = value.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    is_nan = magnitude > 0x7F800000
+    if dtype == torch.bfloat16:
+        # The sign is put back afterwards: int32 would shift it in.
+        half = torch.where(is_nan, 0x7FC0, (magnitude + random) >> 16)
+        sign = torch.where(is_nan, 0, bits >> 16 & 0x8000)
+    else:
+        # Below 2**-14 the last place is 2**-24: 16 bits below it are kept for the comparison.
+        is_tiny = magnitude < 0x38800000
+        units = (torch.where(is_tiny, value.abs(), 0.0) * 2.0**40).to(torch.int32)
+        normal = (magnitude - (112 << 23) + (random >> 3)) >> 13
+        half = torch.where(is_tiny, (units + random) >> 16, normal)
+        huge = torch.where(is_nan, 0x7E00, 0x7C00)
+        half = torch.where(magnitude >= 0x47800000, huge, half)
+        sign = bits >> 16 & 0x8000
+    return (half | sign).to(torch.int16).view(dtype)

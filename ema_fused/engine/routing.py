@@ -1,0 +1,119 @@
+"""From lists of tensors to the parts of a plan: which backend serves which pair. The one choice.
+
+pairs -> inspection -> cuda:0 | cuda:1 | cpu   native kernels, one launch each
+                    -> foreach                  what has no kernel, with one warning
+                    -> moved                    sources that live on another device
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Sequence
+
+from ema_fused.engine import backends
+from ema_fused.engine.across_devices import MovedPart
+from ema_fused.engine.foreach import ForeachPart
+from ema_fused.engine.native import NativePart
+from ema_fused.engine.pairs import check_pair, label
+from ema_fused.engine.parts import Part, Task
+from ema_fused.engine.rounding import HALVES
+
+_DLPACK_CPU = 1
+_DLPACK_CUDA = 2
+
+_ROUNDS_BY_POSITION = (
+    "torch's CPU loops round 16-bit add_(..., alpha=) differently in the last elements of a "
+    "tensor, and foreach, which runs them, agrees with the original to the bit"
+)
+
+
+def split(
+    tasks: Sequence[Task], arithmetic: str, backend: str | None, names: Sequence[str] | None
+) -> list[Part]:
+    """Puts every pair into a part.
+
+    Raises:
+        TypeError, ValueError: a pair that no backend can serve (see ``pairs.check_pair``), or pairs
+            that overlap each other in memory.
+        RuntimeError: the backend asked for can't be used, or not for these tensors.
+    """
+    pin = backends.pinned(backend)
+    groups, refusals = _inspect(tasks, names, pin)
+    if arithmetic in ("axpby", "delta") and pin is None:
+        _leave_to_foreach(tasks, groups, refusals)
+
+    moved = [i for i in refusals if tasks[i].averaged.device != tasks[i].source.device]
+    for i in moved:
+        del refusals[i]
+    if refusals and pin in ("cpu", "cuda"):
+        i, reason = next(iter(refusals.items()))
+        raise RuntimeError(
+            f"backend {pin!r} was asked for and can't serve {label(tasks[i].pair, names)}: "
+            f"{reason}; leave backend unset to let torch update such pairs"
+        )
+    if refusals and pin is None:
+        counts = Counter(refusals.values())
+        for reason, count in counts.items():
+            first = next(tasks[i] for i in refusals if refusals[i] == reason)
+            backends.warn_slow_path(reason, label(first.pair, names), count, len(tasks))
+
+    parts: list[Part] = [
+        NativePart(device, [tasks[i] for i in places], arithmetic, names)
+        for device, places in groups.items()
+    ]
+    if moved:
+        here = functools.partial(split, arithmetic=arithmetic, backend=pin, names=None)
+        parts.append(MovedPart([tasks[i] for i in moved], arithmetic, here, names))
+    if refusals:
+        parts.append(ForeachPart([tasks[i] for i in refusals], arithmetic))
+    return parts
+
+
+def _inspect(
+    tasks: Sequence[Task], names: Sequence[str] | None, pin: str | None
+) -> tuple[dict[str, list[int]], dict[int, str]]:
+    """(places of pairs with a native kernel, by device; the others, each with its reason)."""
+    native = backends.native()
+    groups: dict[str, list[int]] = {}
+    refusals: dict[int, str] = {}
+    if native is None or pin == "foreach":
+        reason = backends.why_not("cpu") or "it was asked for"
+        refusals = dict.fromkeys(range(len(tasks)), reason)
+    else:
+        refused, devices = native.inspect(
+            [task.averaged for task in tasks], [task.source for task in tasks]
+        )
+        refusals = dict(refused)
+        for kind, index, places in devices:
+            name = {_DLPACK_CPU: "cpu", _DLPACK_CUDA: f"cuda:{index}"}.get(kind)
+            device = tasks[places[0]].averaged.device
+            refusal = backends.why_not_on(device)
+            if refusal is None and pin is not None and pin != device.type:
+                refusal = f"it is on {device}"
+            if name is None or refusal is not None:
+                refusals |= dict.fromkeys(places, refusal or f"no kernel is built for {device}")
+            else:
+                groups[name] = places
+        refusals = dict(sorted(refusals.items()))
+    for i in refusals:
+        check_pair(tasks[i].averaged, tasks[i].source, label(tasks[i].pair, names))
+    return groups, refusals
+
+
+def _leave_to_foreach(
+    tasks: Sequence[Task], groups: dict[str, list[int]], refusals: dict[int, str]
+) -> None:
+    """Moves 16-bit pairs whose original rounds by position from the CPU kernel to foreach."""
+    kept = []
+    for i in groups.get("cpu", []):
+        task = tasks[i]
+        a, s = task.averaged.dtype, task.source.dtype
+        if a == s and a in HALVES and not task.only_copy:
+            refusals[i] = _ROUNDS_BY_POSITION
+        else:
+            kept.append(i)
+    if "cpu" in groups:
+        groups["cpu"] = kept
+        if not kept:
+            del groups["cpu"]

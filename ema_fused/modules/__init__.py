@@ -1,0 +1,16 @@
+"""A model beside the module that holds its averages: tensors paired by name, watched, exchanged.
+
+:mod:`.naming` and :mod:`.module_pairs` find the pairs (wrappers, tied weights, buffers),
+:mod:`.pairing` keeps the plan for them and follows tensors that are replaced (:mod:`.watch`),
+:mod:`.paired_module` is the module around it, :mod:`.swapping` puts averages into the model,
+:mod:`.copying` makes the averaged copy, :mod:`.sharding` knows FSDP and ZeRO-3. May import
+``engine`` and ``offloading``.
+"""
+
+from __future__ import annotations
+
+from ema_fused.modules.paired_module import PairedModule
+from ema_fused.modules.pairing import Pairing
+from ema_fused.modules.swapping import Exchange
+
+__all__ = ["Exchange", "PairedModule", "Pairing"]

@@ -1,0 +1,75 @@
+"""What an averaged model warns of, once each: uses of it that lose time or precision."""
+
+from __future__ import annotations
+
+import warnings
+
+from ema_fused.engine.backends import SlowPathWarning
+from ema_fused.modules.pairing import Pairing
+
+_IN_VAIN_BEFORE_WARNING = 6
+
+
+class Advice:
+    """What one averaged model has been warned of, and what it is still to be warned of.
+
+    Each warning names the line that has called ``update_parameters()``.
+
+    Attributes:
+        in_vain: pairings made in a row, none of which has served a second update.
+    """
+
+    def __init__(self) -> None:
+        self.in_vain = 0
+        self._told_of_losses = False
+        self._told_of_waiting = False
+
+    def count_in_vain(self, pairing: Pairing, before: Pairing | None) -> None:
+        """Counts a pairing that is made anew, and warns where that has become a habit.
+
+        Args:
+            pairing: the new one.
+            before: the one that it replaces; None: the model of that is gone.
+        """
+        self.in_vain += 1
+        if self.in_vain != _IN_VAIN_BEFORE_WARNING:
+            return
+        why = "another model object is passed in turn"
+        if before is not None:
+            why = pairing.difference(before)
+        warnings.warn(
+            f"the model is walked again at every update ({why}), "
+            f"which takes longer than averaging it. Write buffers in place, "
+            f"buffer.copy_(value), and keep to one model object for each average",
+            SlowPathWarning,
+            stacklevel=4,
+        )
+
+    def of_waiting(self, pairing: Pairing, *, overlap: bool, asynchronous: bool) -> None:
+        """Warns where an update beside the training hides nothing of the time it takes."""
+        in_order = overlap and pairing.stream is None
+        if self._told_of_waiting or (asynchronous and not in_order):
+            return
+        self._told_of_waiting = True
+        why = (
+            f"overlap=True has no effect: the averages are on {pairing.devices}, and it takes one "
+            f"CUDA device, which has streams that run beside one another. Leave it out"
+            if in_order
+            else "update_parameters() waits until the update has read the model, so overlap=True "
+            "or offload='cpu' hides nothing of it: nobody is known to wait before the next "
+            "optimizer step. Use ema_fused.attach(optimizer, model, averaged), or pass "
+            "asynchronous=True and call wait_until_read() before each step"
+        )
+        warnings.warn(why, SlowPathWarning, stacklevel=3)
+
+    def of_losses(self, weight: float) -> None:
+        """Warns that averages of 16 bits hardly move by so small a momentum."""
+        if weight == 0.0 or self._told_of_losses:
+            return
+        self._told_of_losses = True
+        warnings.warn(
+            f"averages are kept in 16 bits and the momentum is {weight:.3g}: changes this small "
+            f"are mostly rounded away, and the average stays where it is. Pass "
+            f"averaged_dtype=torch.float32, or rounding='stochastic'",
+            stacklevel=4,
+        )

@@ -1,0 +1,186 @@
+"""The copy of a model that holds its average, and the parameters it needn't copy."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from ema_fused.engine.dtensors import local, replace_local
+from ema_fused.modules.sharding import (
+    Device,
+    converted,
+    drop_gathered,
+    refuse_deepcopy,
+    refuse_partitioned,
+)
+from ema_fused.modules.skeleton import skeleton_of
+
+
+def averaged_copy(
+    model: nn.Module,
+    device: Device,
+    dtype: torch.dtype | None,
+    *,
+    share_frozen: bool,
+    pinned: bool = False,
+) -> tuple[nn.Module, set[str]]:
+    """A deep copy of ``model`` that needs no gradient, on ``device`` and with floats in ``dtype``.
+
+    Parameters are converted one by one while they are copied, so that the device of ``model`` never
+    holds a second copy in the old place or dtype.
+
+    Args:
+        device: of the copy; None keeps each tensor where it is.
+        dtype: of floating-point parameters and buffers; None keeps theirs.
+        share_frozen: parameters of ``model`` that need no gradient are not copied: the copy has
+            parameters of its own over the same memory.
+        pinned: in host memory, pinned where there is CUDA.
+
+    Returns:
+        The copy, and the names of the parameters that share memory with ``model``.
+
+    Raises:
+        TypeError: ``model`` is sharded by FSDP, or its parameters are partitioned by ZeRO-3.
+    """
+    refuse_deepcopy(model)
+
+    def moved_to(tensor: Tensor) -> Tensor:
+        if id(tensor) in shared:
+            return tensor
+        wanted = dtype if tensor.is_floating_point() else None
+        if pinned and tensor.is_cuda:
+            return converted(tensor, device, wanted, pinned=True)
+        return tensor.to(device=device, dtype=wanted)
+
+    memo: dict[int, object] = {}
+    shared: set[int] = set()
+    for name, parameter in model.named_parameters():
+        refuse_partitioned(name, parameter)
+        # Under the memo, deepcopy takes these for the copies that it would make itself.
+        if share_frozen and not parameter.requires_grad:
+            alias = nn.Parameter(parameter.data, requires_grad=False)
+            memo[id(parameter)] = alias
+            shared.add(id(alias))
+        elif type(parameter) is nn.Parameter:
+            data = parameter.data
+            moved = moved_to(data)
+            if moved is not data:
+                memo[id(parameter)] = nn.Parameter(moved, requires_grad=False)
+    # Not module.to(): it would give shared parameters memory of their own.
+    module = copy.deepcopy(model, memo).requires_grad_(False)
+    module._apply(moved_to)
+    return module, _names_of(shared, module)
+
+
+def averaged_skeleton(
+    model: nn.Module,
+    device: Device,
+    dtype: torch.dtype | None,
+    *,
+    share_frozen: bool,
+    pinned: bool = False,
+) -> tuple[nn.Module, set[str]]:
+    """The averaged tensors of ``model`` alone, in bare modules; otherwise as :func:`averaged_copy`.
+
+    Raises:
+        TypeError: the parameters are partitioned by ZeRO-3.
+    """
+    drop_gathered(model)
+    shared: set[int] = set()
+
+    def average_of(name: str, tensor: Tensor) -> Tensor:
+        refuse_partitioned(name, tensor)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        if share_frozen and is_parameter and not tensor.requires_grad:
+            alias = nn.Parameter(tensor.detach(), requires_grad=False)
+            shared.add(id(alias))
+            return alias
+        wanted = dtype if tensor.is_floating_point() else None
+        average = converted(tensor, device, wanted, pinned=pinned)
+        return nn.Parameter(average, requires_grad=False) if is_parameter else average
+
+    module = skeleton_of(model, average_of)
+    return module, _names_of(shared, module)
+
+
+def _names_of(identities: set[int], module: nn.Module) -> set[str]:
+    # Not named_parameters(): wrappers override it to leave themselves out of the names.
+    return {
+        f"{path}.{name}" if path else name
+        for path, part in module.named_modules(remove_duplicate=False)
+        for name, parameter in part._parameters.items()
+        if id(parameter) in identities
+    }
+
+
+class FrozenShares:
+    """Keeps track of the averaged parameters that are views of frozen source parameters.
+
+    Args:
+        names: of those parameters in the averaged module.
+        device: where a parameter goes that gets its own memory; None: where its source is.
+        dtype: of such a parameter; None: its source's.
+        pinned: in host memory, pinned where there is CUDA.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[str] = (),
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pinned: bool = False,
+    ) -> None:
+        self.names = set(names)
+        self._device = device
+        self._dtype = dtype
+        self._pinned = pinned
+
+    def settle(self, name: str, averaged: Tensor, source: Tensor) -> bool:
+        """Makes ``averaged`` a view of ``source`` again where one of them has been moved.
+
+        A source that has become trainable ends the sharing: its average gets memory of its own,
+        with the source's present value.
+
+        Returns:
+            Whether the two share memory.
+        """
+        if name not in self.names:
+            return False
+        if source.requires_grad:
+            self.end(name, averaged, source)
+            return False
+        if not is_view_of(local(averaged), local(source)):
+            replace_local(averaged, local(source).data)
+        return True
+
+    def end(self, name: str, averaged: Tensor, source: Tensor) -> None:
+        """Gives ``averaged`` memory of its own, with the present value of ``source``."""
+        own = converted(local(source), self._device, self._dtype, pinned=self._pinned)
+        replace_local(averaged, own)
+        self.names.discard(name)
+
+    def average_of(self, name: str, source: Tensor, dtype: torch.dtype) -> Tensor:
+        """What holds the average of ``source`` from its present value on: a view of it if shared.
+
+        Args:
+            dtype: of an average with memory of its own.
+        """
+        if name in self.names and not source.requires_grad:
+            return source.detach()
+        self.names.discard(name)
+        return converted(source, self._device, dtype, pinned=self._pinned)
+
+
+def is_view_of(averaged: Tensor, source: Tensor) -> bool:
+    """Whether both are the same elements in the same memory."""
+    return (
+        averaged.data_ptr() == source.data_ptr()
+        and averaged.device == source.device
+        and averaged.dtype == source.dtype
+        and averaged.shape == source.shape
+        and averaged.stride() == source.stride()
+    )

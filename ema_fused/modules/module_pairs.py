@@ -1,0 +1,177 @@
+"""The tensors of an averaged module beside those of its model: found by name and checked."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ema_fused.engine.dtensors import check_placed_alike, local
+from ema_fused.engine.plan import Plan
+from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.naming import match_names
+from ema_fused.modules.sharding import refuse_partitioned
+
+
+class Kind(enum.Enum):
+    """What a module holds a tensor as."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    CACHE = "non-persistent buffer"  # each module fills it for itself
+
+
+class Pair(NamedTuple):
+    """An averaged tensor and its source: of sharded ones the shards that this process holds."""
+
+    name: str
+    averaged: Tensor
+    source: Tensor
+    averages: bool  # False where it follows by copy
+    number: int  # among all names: the same whatever of them is shared
+    trains: bool  # whether the source needs a gradient
+    kind: Kind
+
+
+class Pairs(NamedTuple):
+    """``updated``: what an update writes. ``shared``: one memory on both sides, nothing to do
+    (the parameters themselves, not their shards).
+    """
+
+    updated: list[Pair]
+    shared: list[Pair]
+
+
+class Slot(NamedTuple):
+    """Where a module holds a tensor."""
+
+    tensor: Tensor
+    kind: Kind
+    owner: nn.Module
+    key: str  # in the owner's parameters or buffers
+
+
+def slots_of(
+    root: nn.Module, leave: Collection[Kind] = (), caches_are_buffers: bool = False
+) -> dict[str, Slot]:
+    """Parameters and buffers but those to leave, by name; tied ones under each of their names."""
+    slots = {}
+    for path, module in root.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                slots[prefix + name] = Slot(parameter, Kind.PARAMETER, module, name)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                is_cache = not caches_are_buffers and name in module._non_persistent_buffers_set
+                kind = Kind.CACHE if is_cache else Kind.BUFFER
+                slots[prefix + name] = Slot(buffer, kind, module, name)
+    return {name: slot for name, slot in slots.items() if slot.kind not in leave}
+
+
+def _numbers(tensor: Tensor) -> str:
+    if tensor.is_floating_point():
+        return "floating-point"
+    if tensor.is_complex():
+        return "complex"
+    return "bool" if tensor.dtype == torch.bool else "integer"
+
+
+def partners(averaged: dict[str, Slot], model: dict[str, Slot]) -> dict[str, str]:
+    """For each name of the average its name in the model; caches need no partner.
+
+    Raises:
+        KeyError: names don't match.
+    """
+    ours, theirs = (
+        {name: slot.kind is not Kind.CACHE for name, slot in slots.items()}
+        for slots in (averaged, model)
+    )
+    return match_names(ours, theirs)
+
+
+def pair_up(
+    averaged: nn.Module,
+    model: nn.Module,
+    *,
+    update_buffers: bool,
+    shares: FrozenShares,
+    leave: Collection[Kind] = (),
+    caches_are_buffers: bool = False,
+) -> Pairs:
+    """The pairs of both modules, tied ones once; kinds to ``leave`` are as if they weren't there.
+
+    Parameters are averaged, and with ``update_buffers`` the persistent buffers; what has no average
+    (integers, bool) and all other buffers follow by copy. A non-persistent buffer without a partner
+    of its shape and kind is left alone.
+
+    Raises:
+        KeyError: names don't match.
+        ValueError: shapes or placements differ.
+        TypeError: one side is floating-point (or sharded, or the like) and the other isn't, or
+            ZeRO-3 holds a parameter's elements.
+        Nothing has been changed then.
+    """
+    ours, theirs = (slots_of(root, leave, caches_are_buffers) for root in (averaged, model))
+    names = partners(ours, theirs)
+    pairs: list[Pair] = []
+    for number, (name, source_name) in enumerate(names.items()):
+        slot, source = ours[name], theirs[source_name].tensor
+        if slot.kind is Kind.CACHE and not _is_like(slot.tensor, source):
+            continue
+        _check(name, slot.tensor, source)
+        wanted = slot.kind is Kind.PARAMETER or (update_buffers and slot.kind is Kind.BUFFER)
+        has_average = _numbers(slot.tensor) in ("floating-point", "complex")
+        averages = wanted and has_average
+        trains = source.requires_grad
+        pairs.append(Pair(name, slot.tensor, source, averages, number, trains, slot.kind))
+
+    updated: dict[tuple[int, int], Pair] = {}
+    shared: list[Pair] = []
+    for pair in pairs:
+        if shares.settle(pair.name, pair.averaged, pair.source):
+            shared.append(pair)
+        else:
+            held = pair._replace(averaged=local(pair.averaged), source=local(pair.source))
+            updated.setdefault((id(pair.averaged), id(pair.source)), held)
+    return Pairs(list(updated.values()), shared)
+
+
+def _is_like(averaged: Tensor, source: Tensor) -> bool:
+    return averaged.shape == source.shape and _numbers(averaged) == _numbers(source)
+
+
+def _check(name: str, averaged: Tensor, source: Tensor) -> None:
+    refuse_partitioned(name, source)
+    check_placed_alike(name, averaged, source)
+    if averaged.shape != source.shape:
+        raise ValueError(
+            f"{name!r} has shape {tuple(averaged.shape)} in the average and {tuple(source.shape)} "
+            f"in the model; equal shapes are expected. If the model was resized on purpose, build "
+            f"a new average of it"
+        )
+    if _numbers(averaged) != _numbers(source):
+        raise TypeError(
+            f"{name!r} is {averaged.dtype} in the average and {source.dtype} in the model; "
+            f"{_numbers(averaged)} and {_numbers(source)} tensors don't pair up. Convert the model "
+            f"back, or build a new average of it"
+        )
+
+
+def lists_of(pairs: list[Pair]) -> dict[str, Any]:
+    """What a plan is told of ``pairs``."""
+    return {
+        "averaged": [pair.averaged for pair in pairs],
+        "source": [pair.source for pair in pairs],
+        "only_copy": [not pair.averages for pair in pairs],
+        "names": [pair.name for pair in pairs],
+        "numbers": [pair.number for pair in pairs],
+    }
+
+
+def plan_of(pairs: list[Pair], *, backend: str | None) -> Plan:
+    """The plan that updates ``pairs``; errors name the parameters."""
+    return Plan(**lists_of(pairs), backend=backend)

@@ -1,0 +1,233 @@
+"""The module that holds the averages of a model: paired with it, waited for, exchanged with it."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ema_fused.modules import swapping
+from ema_fused.modules.advice import Advice
+from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.pairing import Pairing
+from ema_fused.modules.sharding import drop_gathered
+from ema_fused.modules.swapping import Exchange, refuse_while_swapped
+from ema_fused.modules.waiting import WaitingModule
+
+
+class PairedModule(WaitingModule):
+    """Holds ``module``, the averages of a model, and what goes on between the two.
+
+    Knows nothing of steps and weights: a subclass says when and by what weight to average.
+
+    Args:
+        module: the averages.
+        shares: the parameters of ``module`` that share memory with the model's.
+        update_buffers: whether persistent floating-point buffers are averaged too.
+        backend: as in :class:`~ema_fused.Plan`; ``rounding`` too.
+        offload: ``"cpu"``: the averages lie on the host and are updated there, in a thread.
+        overlap: averages on a CUDA device are updated on a stream of its own.
+
+    Attributes:
+        module: the averages.
+        arithmetic: how an average is written (see :class:`~ema_fused.Plan`).
+        runs_beside: whether an update may still be reading the model when the call that started it
+            returns: the caller is to use :meth:`wait_until_read`.
+    """
+
+    arithmetic: str = "lerp"
+
+    def __init__(
+        self,
+        module: nn.Module,
+        shares: FrozenShares,
+        *,
+        update_buffers: bool,
+        backend: str | None,
+        rounding: str,
+        offload: str | None,
+        overlap: bool,
+    ) -> None:
+        super().__init__()
+        self._modules["module"] = module
+        self.update_buffers = update_buffers
+        self.backend = backend
+        self.rounding = rounding
+        self.offload = offload
+        self.overlap = overlap
+        self.runs_beside = overlap or offload is not None
+        self._shares = shares
+        self._pairing: Pairing | None = None
+        self._unfinished: list[Pairing] = []  # whose model is gone, with an update under way
+        self._advice = Advice()
+
+    @property
+    def shared_names(self) -> set[str]:
+        """Names of the averaged parameters that are the model's own memory (``share_frozen``)."""
+        return self._shares.names
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the averaged copy."""
+        refuse_while_swapped("the averaged model was called", self)
+        return self.module(*args, **kwargs)
+
+    def flush(self) -> None:
+        """Waits until every update so far is in the averages.
+
+        On CUDA the current stream waits, not the host, unless the average is offloaded. Whatever
+        reads the averages through this object does it by itself.
+
+        Raises:
+            RuntimeError: an offloaded update failed.
+        """
+        while self._unfinished:
+            self._unfinished.pop().flush()
+        if self._pairing is not None:
+            self._pairing.flush()
+
+    def wait_until_read(self) -> None:
+        """Waits until the model may be changed: until every update so far has read it.
+
+        To be called before the next optimizer step where updates are ``asynchronous``.
+
+        Raises:
+            RuntimeError: an offloaded update failed.
+        """
+        # Of a model that is gone, parts may be trained on.
+        for pairing in self._unfinished:
+            pairing.wait_until_read()
+        if self._pairing is not None:
+            self._pairing.wait_until_read()
+
+    def copy_from(self, model: nn.Module) -> None:
+        """Sets the average to the present weights and buffers of ``model``; ``steps`` stays.
+
+        Raises:
+            KeyError, ValueError, TypeError, RuntimeError: as :meth:`update_parameters`.
+        """
+        refuse_while_swapped("copy_from() was called", self, model)
+        pairing = self._paired_with(model)
+        pairing.copy_()
+        pairing.wait_until_read()
+
+    def copy_to(self, model: nn.Module) -> None:
+        """Writes the averaged weights and buffers into ``model``, in the model's dtypes.
+
+        Raises:
+            KeyError, ValueError, TypeError, RuntimeError: as :meth:`update_parameters`; nothing is
+                written then.
+        """
+        refuse_while_swapped("copy_to() was called", self, model)
+        swapping.copy_to(self.module, model, shares=self._shares, backend=self.backend)
+
+    def swapped(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
+        """``with averaged.swapped(model):`` runs ``model`` with the averaged weights and buffers.
+
+        They are taken out again at the end of the block, whatever is raised in it. Tensors are
+        swapped in place, so it takes no memory, and optimizers, hooks and compiled graphs keep
+        their parameters. Where ``averaged_dtype`` differs from the model's dtype a swap would lose
+        bits: there the model's tensors are kept aside for the length of the block, at the cost of
+        their own size on the average's device.
+
+        Inside the block the model holds the averages and the average holds the model's weights, so
+        saving, loading, updating, calling the average and swapping again are refused. Call
+        ``model.eval()`` yourself: batch norm in training mode would update the averaged statistics.
+
+        Returns:
+            A context manager that gives ``model``.
+
+        Raises:
+            KeyError, ValueError, TypeError: as :meth:`update_parameters`; nothing is swapped then.
+            RuntimeError: a refused action; or, at the end of the block, the model's weights can't
+                be put back because their dtypes, shapes or names were changed inside it.
+        """
+        return swapping.swapped(self, self.module, model, shares=self._shares, backend=self.backend)
+
+    def exchange_with(self, model: nn.Module, *, averages_alone: bool = False) -> Exchange:
+        """What puts the averages into ``model`` and takes them out again, any number of times.
+
+        For a framework that calls at both ends of an evaluation; a loop of one's own uses
+        :meth:`swapped`, which also refuses what must not be done in between.
+
+        Args:
+            model: as of :meth:`swapped`.
+            averages_alone: leave what follows by copy (buffers, integers) as it is in both.
+
+        Raises:
+            KeyError, ValueError, TypeError: as :meth:`update_parameters`.
+        """
+        if averages_alone:
+            return swapping.exchange_of_averages(
+                self.module,
+                model,
+                update_buffers=self.update_buffers,
+                shares=self._shares,
+                backend=self.backend,
+            )
+        return swapping.exchange_of_everything(
+            self.module, model, shares=self._shares, backend=self.backend
+        )
+
+    @property
+    def avg_parameters(self) -> dict[str, Tensor]:
+        """The averaged tensors by name, as in mmengine: with buffers if ``update_buffers``."""
+        if self.update_buffers:
+            return dict(self.module.state_dict())
+        return dict(self.module.named_parameters())
+
+    def _paired_with(self, model: nn.Module) -> Pairing:
+        averaged = self._modules["module"]
+        assert averaged is not None
+        known = self._pairing
+        if known is not None:
+            if known.holds(averaged, model, self.update_buffers):
+                self._advice.in_vain = 0
+                return known
+            known.flush()
+        drop_gathered(model)
+        if known is not None and known.holds(averaged, model, self.update_buffers):
+            return known
+        pairing = Pairing(
+            averaged,
+            model,
+            update_buffers=self.update_buffers,
+            # Stochastic rounding replaces the roundings that distinguish the arithmetics.
+            arithmetic=self.arithmetic if self.rounding == "nearest" else "lerp",
+            rounding=self.rounding,
+            backend=self.backend,
+            shares=self._shares,
+            offload=self.offload is not None,
+            overlap=self.overlap,
+            when_one_is_gone=functools.partial(_forget_pairing, weakref.ref(self)),
+        )
+        self._pairing = pairing
+        self._advice.count_in_vain(pairing, known)
+        return pairing
+
+    def settle(self) -> None:
+        """Waits for updates under way, so that all that ``state_dict()`` holds is right."""
+        self.flush()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: everything but the plans, which hold the model itself."""
+        refuse_while_swapped("the averaged model was copied or pickled", self)
+        self.settle()
+        return self.__dict__ | {"_pairing": None, "_unfinished": []}
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self.settle()
+        super()._save_to_state_dict(*arguments)
+
+
+def _forget_pairing(owner: weakref.ref[PairedModule], _: object) -> None:
+    """Called when a model has been deleted: a pairing kept after that would keep its tensors."""
+    averaged = owner()
+    if averaged is None or averaged._pairing is None:
+        return
+    pairing, averaged._pairing = averaged._pairing, None
+    # Garbage collection may run in the thread of an update, so nothing may be waited for here.
+    if not pairing.is_idle():
+        averaged._unfinished.append(pairing)

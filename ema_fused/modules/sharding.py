@@ -1,0 +1,76 @@
+"""Models whose parameters are spread over processes by FSDP1, FSDP2 or ZeRO-3."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ema_fused.engine.dtensors import class_if_imported, local, placed_as
+from ema_fused.engine.host_memory import host_memory
+
+Device = torch.device | str | int | None
+
+
+def drop_gathered(model: nn.Module) -> None:
+    """Lets FSDP go of parameters it has gathered, as a forward pass without a backward leaves them.
+
+    Where they stay, the module holds plain tensors instead of shards (FSDP2), and a later forward
+    pass would still use them after the shards have been written.
+    """
+    fsdp2 = class_if_imported("torch.distributed.fsdp", "FSDPModule")
+    fsdp1 = class_if_imported("torch.distributed.fsdp", "FullyShardedDataParallel")
+    if fsdp2 is None:
+        return
+    for module in model.modules():
+        if isinstance(module, fsdp2):
+            module.reshard()
+        elif fsdp1 is not None and isinstance(module, fsdp1):
+            handle = getattr(module, "_handle", None)
+            # Before the first forward pass there is no place to gather into.
+            if handle is not None and hasattr(handle.flat_param, "_full_param_padded"):
+                # FSDP1 has no public call for it: summon_full_params() would gather everything.
+                handle._free_unsharded_flat_param()
+
+
+def is_flattened(model: nn.Module) -> bool:
+    """Whether a part of ``model`` is wrapped by FSDP1, whose parameters are flat pieces."""
+    fsdp1 = class_if_imported("torch.distributed.fsdp", "FullyShardedDataParallel")
+    return fsdp1 is not None and any(isinstance(part, fsdp1) for part in model.modules())
+
+
+def refuse_deepcopy(model: nn.Module) -> None:
+    """Raises TypeError where a part of ``model`` is wrapped by FSDP, which can't be deep-copied."""
+    fsdp2 = class_if_imported("torch.distributed.fsdp", "FSDPModule")
+    if is_flattened(model) or (
+        fsdp2 is not None and any(isinstance(part, fsdp2) for part in model.modules())
+    ):
+        raise TypeError(
+            f"{type(model).__name__} is sharded by FSDP, which can't be deep-copied; keep its "
+            f"average without a copy of the module: ema_fused.AveragedWeights(model, ...)"
+        )
+
+
+def refuse_partitioned(name: str, tensor: Tensor) -> None:
+    """Raises TypeError for a parameter that DeepSpeed's ZeRO-3 has taken the elements of."""
+    if hasattr(tensor, "ds_id") and tensor.numel() == 0 and getattr(tensor, "ds_numel", None) != 0:
+        raise TypeError(
+            f"{name!r} is partitioned by DeepSpeed ZeRO-3 (ds_id {tensor.ds_id}) and holds no "
+            f"elements here; whole parameters are expected. Train with ZeRO-1 or ZeRO-2, or shard "
+            f"the model by FSDP2 (fully_shard) and average that; or average inside "
+            f"deepspeed.zero.GatheredParameters(model.parameters()), where they are whole"
+        )
+
+
+def converted(
+    tensor: Tensor, device: Device, dtype: torch.dtype | None, *, pinned: bool = False
+) -> Tensor:
+    """A copy of ``tensor`` on ``device`` and in ``dtype`` (None: as they are), spread as it is.
+
+    Args:
+        pinned: in host memory, pinned where there is CUDA.
+    """
+    source = local(tensor.detach())
+    if not pinned:
+        return placed_as(tensor, source.to(device=device, dtype=dtype, copy=True))
+    copied = host_memory(source, dtype)
+    return placed_as(tensor, copied.copy_(source) if not source.is_meta else copied.to("meta"))

@@ -1,0 +1,242 @@
+"""Averaged weights in the model's place: for the length of a block, or for good."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ema_fused.engine.plan import Plan
+from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.module_pairs import Pair, pair_up, plan_of
+from ema_fused.modules.sharding import drop_gathered
+from ema_fused.modules.waiting import wait_until_all_have_read
+from ema_fused.modules.watch import ModuleWatch
+
+# Modules that hold other weights than their own just now.
+_swapped: set[nn.Module] = set()
+
+
+def refuse_while_swapped(action: str, *modules: nn.Module) -> None:
+    """Raises RuntimeError if any of ``modules``, or a part of it, is in a ``swapped()`` block."""
+    if _swapped and any(part in _swapped for module in modules for part in module.modules()):
+        raise RuntimeError(
+            f"{action} while averaged weights are swapped in: the model holds the averages now, "
+            f"and the average the model's own weights. Do it outside the block; to keep averaged "
+            f"weights, save averaged.module.state_dict() outside it, or "
+            f"averaged.copy_to(another_model)"
+        )
+
+
+# Functions of this file, not closures: a deep copy or a pickle of a swapped model takes its hooks
+# along, and there they must find that the copy is not swapped.
+def _refuse_saving(module: nn.Module, *_: Any) -> None:
+    refuse_while_swapped("state_dict() was called", module)
+
+
+def _refuse_loading(module: nn.Module, *_: Any) -> None:
+    refuse_while_swapped("load_state_dict() was called", module)
+
+
+def _each_source_once(pairs: Iterable[Pair]) -> list[Pair]:
+    """A source that is tied more often takes its first average."""
+    distinct: dict[int, Pair] = {}
+    for pair in pairs:
+        distinct.setdefault(id(pair.source), pair)
+    return list(distinct.values())
+
+
+def _pairs(averaged: nn.Module, model: nn.Module, shares: FrozenShares) -> list[Pair]:
+    """All that the average holds."""
+    pairs = pair_up(averaged, model, update_buffers=False, shares=shares).updated
+    return _each_source_once(pairs)
+
+
+def copy_to(
+    averaged: nn.Module, model: nn.Module, *, shares: FrozenShares, backend: str | None
+) -> None:
+    """Writes every averaged tensor into its place in ``model``, converting dtypes."""
+    wait_until_all_have_read()
+    drop_gathered(model)
+    pairs = _pairs(averaged, model, shares)
+    Plan(
+        [pair.source for pair in pairs],
+        [pair.averaged for pair in pairs],
+        backend=backend,
+        names=[pair.name for pair in pairs],
+    ).copy_()
+
+
+class Exchange:
+    """Puts averages into a model and takes them out again; planned once for any number of times.
+
+    Tensors of one dtype are swapped in place. Where a model's dtype differs from its average's, a
+    swap would lose bits: the model's tensors are kept aside, on the average's device, and
+    overwritten.
+
+    Args:
+        averaged: the module with the averages.
+        model: the module to put them into.
+        find_pairs: gives the pairs of the two to exchange, each source once. Asked again after
+            tensors were replaced.
+        backend: as in :class:`~ema_fused.Plan`.
+    """
+
+    def __init__(
+        self,
+        averaged: nn.Module,
+        model: nn.Module,
+        find_pairs: Callable[[], list[Pair]],
+        *,
+        backend: str | None,
+    ) -> None:
+        self._modules = (averaged, model)
+        self._model = model
+        self._find_pairs = find_pairs
+        self._backend = backend
+        self._kept: dict[str, Tensor] = {}
+        drop_gathered(model)
+        self._prepare()
+
+    @property
+    def overwrites(self) -> list[str]:
+        """Names of the tensors that are kept aside and overwritten."""
+        return [pair.name for pair in self._overwrites]
+
+    def _prepare(self) -> None:
+        slots_changed = ModuleWatch(*self._modules).changed
+        pairs = self._find_pairs()
+        self._swaps = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
+        self._overwrites = [pair for pair in pairs if pair.averaged.dtype != pair.source.dtype]
+        self._swap = plan_of(self._swaps, backend=self._backend)
+        self._overwrite = self._plan_overwriting([pair.averaged for pair in self._overwrites])
+        self._slots_changed = slots_changed
+
+    def _plan_overwriting(self, values: list[Tensor]) -> Plan:
+        sources = [pair.source for pair in self._overwrites]
+        names = [pair.name for pair in self._overwrites]
+        return Plan(sources, values, backend=self._backend, names=names)
+
+    def put_in(self) -> None:
+        """Exchanges the tensors of average and model.
+
+        Raises:
+            KeyError, TypeError, ValueError: as ``pair_up``; nothing has been exchanged then.
+        """
+        wait_until_all_have_read()
+        drop_gathered(self._model)
+        if self._slots_changed() or not self._is_as_planned():
+            self._prepare()
+        kept = {
+            pair.name: pair.source.detach().to(pair.averaged.device, copy=True)
+            for pair in self._overwrites
+        }
+        self._swap.swap_()
+        self._overwrite.copy_()
+        self._kept = kept
+
+    def _is_as_planned(self) -> bool:
+        """Whether swaps are still swaps, after ``module.double()`` or the like."""
+        return all(pair.averaged.dtype == pair.source.dtype for pair in self._swaps) and all(
+            pair.averaged.dtype != pair.source.dtype for pair in self._overwrites
+        )
+
+    def take_out(self) -> None:
+        """Exchanges them back.
+
+        Raises:
+            RuntimeError: dtypes, shapes or names have changed since; or an offloaded update failed,
+                which doesn't keep them from being exchanged.
+        """
+        try:
+            wait_until_all_have_read()
+        finally:
+            self._put_back()
+
+    def _put_back(self) -> None:
+        drop_gathered(self._model)
+        try:
+            if self._slots_changed():
+                self._find_again()
+            self._swap.swap_()
+            self._plan_overwriting([self._kept[pair.name] for pair in self._overwrites]).copy_()
+        except (KeyError, TypeError, ValueError) as error:
+            raise RuntimeError(
+                f"the model's own weights can't be put back, because the model was changed while "
+                f"averaged weights were in it: {error}. They are in averaged.module now; leave "
+                f"names, dtypes and shapes as they are in between"
+            ) from error
+        self._kept = {}
+
+    def _find_again(self) -> None:
+        """The same pairs by name, in modules whose slots hold other tensors by now."""
+        found = {pair.name: pair for pair in self._find_pairs()}
+        self._swaps = [found[pair.name] for pair in self._swaps]
+        self._overwrites = [found[pair.name] for pair in self._overwrites]
+        self._swap = plan_of(self._swaps, backend=self._backend)
+        self._overwrite = self._plan_overwriting([pair.averaged for pair in self._overwrites])
+        self._slots_changed = ModuleWatch(*self._modules).changed
+
+
+def exchange_of_everything(
+    averaged: nn.Module, model: nn.Module, *, shares: FrozenShares, backend: str | None
+) -> Exchange:
+    """The exchange of all that the average holds."""
+    find_pairs = functools.partial(_pairs, averaged, model, shares)
+    return Exchange(averaged, model, find_pairs, backend=backend)
+
+
+def exchange_of_averages(
+    averaged: nn.Module,
+    model: nn.Module,
+    *,
+    update_buffers: bool,
+    shares: FrozenShares,
+    backend: str | None,
+) -> Exchange:
+    """The exchange of what is averaged alone: parameters, and with ``update_buffers`` buffers."""
+
+    def find_pairs() -> list[Pair]:
+        pairs = pair_up(averaged, model, update_buffers=update_buffers, shares=shares).updated
+        return _each_source_once(pair for pair in pairs if pair.averages)
+
+    return Exchange(averaged, model, find_pairs, backend=backend)
+
+
+@contextmanager
+def swapped(
+    owner: nn.Module,
+    averaged: nn.Module,
+    model: nn.Module,
+    *,
+    shares: FrozenShares,
+    backend: str | None,
+) -> Iterator[nn.Module]:
+    """Exchanges the weights of ``averaged`` and ``model`` for the length of the block.
+
+    Args:
+        owner: the averaged model around ``averaged``; unusable inside the block, as both others.
+    """
+    refuse_while_swapped("swapped() was called", owner, model)
+    exchange = exchange_of_everything(averaged, model, shares=shares, backend=backend)
+    modules = {*owner.modules(), *model.modules()}
+    hooks = []
+    for module in modules:
+        hooks += [
+            module.register_state_dict_pre_hook(_refuse_saving),
+            module.register_load_state_dict_pre_hook(_refuse_loading),
+        ]
+    try:
+        exchange.put_in()
+        _swapped.update(modules)
+        try:
+            yield model
+        finally:
+            _swapped.difference_update(modules)
+            exchange.take_out()
+    finally:
+        for hook in hooks:
+            hook.remove()

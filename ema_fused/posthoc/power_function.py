@@ -1,0 +1,268 @@
+"""Power-function averages (EDM2): several at once, saved so that any other can be made later."""
+
+from __future__ import annotations
+
+import functools
+import os
+import uuid
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ema_fused.engine.checks import check_integer
+from ema_fused.engine.pairs import MAX_AVERAGES
+from ema_fused.engine.plan import Plan
+from ema_fused.modules import swapping
+from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.module_pairs import Pair, pair_up
+from ema_fused.modules.sharding import converted, refuse_partitioned
+from ema_fused.modules.skeleton import skeleton_of
+from ema_fused.modules.swapping import refuse_while_swapped
+from ema_fused.modules.watch import ModuleWatch
+from ema_fused.posthoc.power_profiles import gamma_of, momentum_between
+from ema_fused.posthoc.snapshots import write_snapshot
+
+
+class _Paired(NamedTuple):
+    model: weakref.ref[nn.Module]
+    watch: ModuleWatch
+    plan: Plan
+
+
+class PowerFunctionEMA(nn.Module):
+    """Averages of a model with power-function profiles, updated together in one pass.
+
+    Karras et al. 2023, arXiv 2312.02696. At time t, dt after the update before::
+
+        averaged = beta * averaged + (1 - beta) * model,  beta = (1 - dt / t) ** (gamma + 1)
+
+    The width of a profile is a fraction of the run so far, ``sigma_rel``; the first update copies.
+    Which width is best is known only after training. So save snapshots along the way and make the
+    average of any width from them, :func:`ema_fused.posthoc.reconstruction.reconstruct`::
+
+        ema = PowerFunctionEMA(model)
+        for step in range(steps):
+            ...
+            optimizer.step()
+            ema.update_parameters(model)
+            if (step + 1) % (steps // 32) == 0:
+                ema.save_snapshot("run")
+
+    The averages are tensors alone, no copy of the model: parameters in at least float32; buffers
+    follow by copy. ``state_dict()`` holds everything that a resumed run goes on from, to the bit.
+
+    Args:
+        model: the model to average, wrapped or not; tensors are called as in the plain model.
+        sigma_rel: the widths, in (0, 0.2887); up to eight. Two are enough to reconstruct others.
+        backend: as in :class:`~ema_fused.Plan`.
+
+    Attributes:
+        sigma_rel: the widths, a tuple.
+        averages: a module of bare tensors for each.
+        time: how far the averages have come, in steps or in samples.
+        steps: updates so far.
+        run: a name drawn at random that tells the snapshots of one run from another's; a resumed
+            run keeps it.
+
+    Raises:
+        ValueError: a width is out of range or given twice, or there are none or too many.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sigma_rel: float | Sequence[float] = (0.05, 0.10),
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        given = [sigma_rel] if isinstance(sigma_rel, (int, float)) else sigma_rel
+        self.sigma_rel = tuple(float(one) for one in given)
+        if not 1 <= len(self.sigma_rel) <= MAX_AVERAGES:
+            raise ValueError(
+                f"sigma_rel has {len(self.sigma_rel)} widths; 1 to {MAX_AVERAGES} are expected"
+            )
+        if len(set(self.sigma_rel)) < len(self.sigma_rel):
+            raise ValueError(f"sigma_rel is {self.sigma_rel}; different widths are expected")
+        self._gammas = [gamma_of(one) for one in self.sigma_rel]
+        refuse_while_swapped("a PowerFunctionEMA was made", model)
+        # Tensors made in inference mode could never be updated outside it.
+        with torch.inference_mode(False):
+            self.averages = nn.ModuleList(skeleton_of(model, _average_of) for _ in self.sigma_rel)
+        self.time = 0
+        self.steps = 0
+        self.run = uuid.uuid4().hex
+        self.backend = backend
+        self._paired: _Paired | None = None
+
+    def update_parameters(self, model: nn.Module, *, samples: int = 1) -> None:
+        """Takes the present weights of ``model`` into every average, in one pass over them.
+
+        Doesn't wait for the device. Call it after each ``optimizer.step()``.
+
+        Args:
+            model: the model that was averaged from the start, or another of the same structure;
+                wrapped or not.
+            samples: by how much :attr:`time` moves on: 1 counts steps, the size of the batch counts
+                samples. It makes a difference only where the size of the batch changes.
+
+        Raises:
+            KeyError: names of parameters or buffers don't match those of the averages.
+            ValueError: a shape differs, or ``samples`` is below 1.
+            TypeError: one side of a pair is floating-point and the other isn't, or ``samples`` is
+                no integer.
+            RuntimeError: the model holds swapped-in averages.
+
+        The averages are unchanged then.
+        """
+        refuse_while_swapped("update_parameters() was called", model)
+        check_integer("samples", samples, least=1)
+        time = self.time + samples
+        weights = [momentum_between(gamma, self.time, time) for gamma in self._gammas]
+        plan = self._planned_with(model)
+        try:
+            self._average(plan, weights)
+        except ValueError:
+            # A dtype has changed in place: planned once more, or refused with its name.
+            self._paired = None
+            self._average(self._planned_with(model), weights)
+        self.time = time
+        self.steps += 1
+
+    def _average(self, plan: Plan, weights: list[float]) -> None:
+        if self.time == 0:
+            plan.copy_()
+        else:
+            plan.lerp_(weights if len(weights) > 1 else weights[0])
+
+    def _planned_with(self, model: nn.Module) -> Plan:
+        known = self._paired
+        if known is not None and known.model() is model and not known.watch.changed():
+            return known.plan
+        watch = ModuleWatch(self.averages, model)
+        each = [self._pairs(average, model) for average in self.averages]
+        pairs = each[0]
+        plan = Plan(
+            [[pair.averaged for pair in one] for one in each],
+            [pair.source for pair in pairs],
+            only_copy=[not pair.averages for pair in pairs],
+            backend=self.backend,
+            names=[pair.name for pair in pairs],
+        )
+        # The plan holds the tensors of a model that may be deleted.
+        let_go = functools.partial(_let_go, weakref.ref(self))
+        self._paired = _Paired(weakref.ref(model, let_go), watch, plan)
+        return plan
+
+    def _pairs(self, average: nn.Module, model: nn.Module) -> list[Pair]:
+        return pair_up(average, model, update_buffers=False, shares=FrozenShares()).updated
+
+    def average(self, sigma_rel: float | None = None) -> dict[str, Tensor]:
+        """The tensors of one average by name, as the model's ``state_dict()``; not copied.
+
+        Args:
+            sigma_rel: one of the widths kept; may be left out where there is only one.
+
+        Raises:
+            ValueError: no average of this width is kept.
+        """
+        return dict(self._average_of(sigma_rel).state_dict())
+
+    def copy_to(self, model: nn.Module, *, sigma_rel: float | None = None) -> None:
+        """Writes one average and its buffers into ``model``, in the model's dtypes.
+
+        Args:
+            sigma_rel: as :meth:`average`.
+
+        Raises:
+            KeyError, TypeError, RuntimeError: as :meth:`update_parameters`; nothing is written.
+            ValueError: also where no average of this width is kept.
+        """
+        refuse_while_swapped("copy_to() was called", model)
+        average = self._average_of(sigma_rel)
+        swapping.copy_to(average, model, shares=FrozenShares(), backend=self.backend)
+
+    def _average_of(self, sigma_rel: float | None) -> nn.Module:
+        if sigma_rel is None and len(self.sigma_rel) == 1:
+            return self.averages[0]
+        if sigma_rel not in self.sigma_rel:
+            kept = ", ".join(map(str, self.sigma_rel))
+            raise ValueError(
+                f"sigma_rel is {sigma_rel}, and averages of {kept} are kept; others are made from "
+                f"snapshots, ema_fused.posthoc.reconstruction.reconstruct(run_dir, sigma_rel)"
+            )
+        return self.averages[self.sigma_rel.index(sigma_rel)]
+
+    def save_snapshot(self, run_dir: str | os.PathLike[str]) -> list[Path]:
+        """Saves every average as it is now: one safetensors file each in ``run_dir``.
+
+        A file is written under another name and renamed when it is whole. One that is there
+        already, of this width and step, is replaced. Only one process may save.
+
+        Returns:
+            The paths of the files.
+
+        Raises:
+            RuntimeError: nothing has been averaged yet.
+            ImportError: safetensors is not installed.
+        """
+        if self.steps == 0:
+            raise RuntimeError("no snapshot before the first update_parameters()")
+        return [
+            write_snapshot(
+                Path(run_dir),
+                average,
+                run=self.run,
+                sigma_rel=sigma_rel,
+                time=self.time,
+                steps=self.steps,
+            )
+            for sigma_rel, average in zip(self.sigma_rel, self.averages, strict=True)
+        ]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What ``state_dict()`` holds besides the tensors."""
+        return {
+            "sigma_rel": list(self.sigma_rel),
+            "time": self.time,
+            "steps": self.steps,
+            "run": self.run,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes over a ``state`` that :meth:`get_extra_state` gave.
+
+        Raises:
+            ValueError: it belongs to averages of other widths; nothing has been loaded then.
+        """
+        if tuple(state["sigma_rel"]) != self.sigma_rel:
+            raise ValueError(
+                f"the state holds averages of sigma_rel {tuple(state['sigma_rel'])}, and this "
+                f"object keeps {self.sigma_rel}; make it with the same widths in the same order"
+            )
+        self.time, self.steps, self.run = state["time"], state["steps"], state["run"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: everything but the plan, which holds the model itself."""
+        return self.__dict__ | {"_paired": None}
+
+
+def _average_of(name: str, tensor: Tensor) -> Tensor:
+    """Those of 16 bits or fewer are float32: so few bits would lose most updates."""
+    refuse_partitioned(name, tensor)
+    if not isinstance(tensor, nn.Parameter):
+        return converted(tensor, None, None)
+    is_short = tensor.is_floating_point() and tensor.itemsize <= 2
+    average = converted(tensor, None, torch.float32 if is_short else None)
+    return nn.Parameter(average, requires_grad=False)
+
+
+def _let_go(owner: weakref.ref[PowerFunctionEMA], _: object) -> None:
+    """Lets the plan of ``owner`` go: it would keep the tensors of a deleted model alive."""
+    ema = owner()
+    if ema is not None:
+        ema._paired = None

@@ -1,0 +1,30 @@
+"""Files of averages: sharded checkpoints, safetensors for inference; each file whole or not there.
+
+:mod:`.checkpoints` and :mod:`.export` are what users call; :mod:`.whole_files`,
+:mod:`.safetensors_files` and :mod:`.first_process` are what they are written with. May import
+``engine`` and ``modules``. Public names are loaded when they are first used, because
+``torch.distributed.checkpoint`` takes most of a second to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ema_fused.saving.checkpoints import averaged_state_dict, load_averaged_state_dict
+    from ema_fused.saving.export import export_safetensors
+
+__all__ = ["averaged_state_dict", "export_safetensors", "load_averaged_state_dict"]
+
+_MODULE_OF = {
+    "averaged_state_dict": "checkpoints",
+    "export_safetensors": "export",
+    "load_averaged_state_dict": "checkpoints",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -1,0 +1,252 @@
+"""Averaged weights alone as safetensors files, named as Hugging Face names them, for inference."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ema_fused.engine.dtensors import is_sharded, local, placed_as
+from ema_fused.saving import whole_files
+from ema_fused.saving.checkpoints import MODULE
+from ema_fused.saving.first_process import by_the_first
+from ema_fused.saving.safetensors_files import safetensors
+
+__all__ = ["export_safetensors"]
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_OURS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
+
+
+@torch.no_grad()
+def export_safetensors(
+    weights: Mapping[str, Tensor],
+    directory: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> list[Path]:
+    """Writes ``weights`` into ``directory``: ``model.safetensors``, or several files and an index.
+
+    Every process calls it. DTensors are gathered one by one, the first process writes and the
+    others only gather; its memory holds the tensors of one file at a time, and one more in passing.
+    Every name is written with values of its own, tied tensors once for each name::
+
+        export_safetensors(averaged.weights, "run/inference", dtype=torch.bfloat16)
+
+    Args:
+        weights: ``averaged.weights`` of any model but FSDP1's; or what
+            :func:`~ema_fused.saving.checkpoints.averaged_state_dict` gives, of FSDP1 with
+            ``full_state_dict=True``: its ``module.*`` are written, under the model's names. Plain
+            tensors are taken from the first process.
+        directory: on a file system of the first process. Whole or not there; replaced if an
+            earlier export is all that it holds.
+        dtype: of the floating-point tensors in the files; None: as they are.
+        max_shard_bytes: of the tensors in one file; a larger tensor has a file to itself.
+
+    Returns:
+        The files with weights, in order, in every process.
+
+    Raises:
+        ValueError: there are no weights, a tensor is on the meta device, or an argument is out of
+            its range.
+        TypeError: a weight is no tensor, or one of a kind that can't be gathered.
+        FileExistsError: ``directory`` holds something else than an export.
+        ImportError: safetensors is not installed.
+        RuntimeError: another process raised one of these, or couldn't write; or the processes pass
+            different DTensors. The directory is as it was before then.
+    """
+    goal = Path(directory)
+    tensors = _of_the_model(weights)
+    _agree_on(tensors, dtype, max_shard_bytes)
+    with by_the_first() as is_first:
+        if is_first:
+            _refuse_to_replace(goal)
+            whole_files.begin_beside(goal)
+    beside = whole_files.beside(goal)
+    try:
+        files = _files(tensors, dtype, max_shard_bytes)
+        for file, names in files.items():
+            _write(beside / file, tensors, names, dtype)
+        with by_the_first() as is_first:
+            if is_first:
+                if len(files) > 1:
+                    _write_index(beside / _INDEX, files, tensors, dtype)
+                whole_files.put_in_place(goal)
+    except BaseException:
+        if _is_first():
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return [goal / file for file in files]
+
+
+def _of_the_model(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without ``steps`` and the like and the prefix, where an averaged model's state is passed."""
+    inside = {
+        name.removeprefix(MODULE): tensor
+        for name, tensor in weights.items()
+        if name.startswith(MODULE)
+    }
+    own = [name for name in weights if not name.startswith(MODULE)]
+    is_averaged = "steps" in own and not any("." in name for name in own)
+    return inside if is_averaged and inside else dict(weights)
+
+
+def _is_first() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _agree_on(tensors: dict[str, Tensor], dtype: Any, max_shard_bytes: int) -> None:
+    """Raises in every process where one of them can't take part: the others would wait for it."""
+    failed: Exception | None = None
+    try:
+        safetensors()
+        _check(tensors, dtype, max_shard_bytes)
+    except Exception as error:
+        failed = error
+    if dist.is_initialized():
+        sharded = [name for name, tensor in tensors.items() if is_sharded(tensor)]
+        problem = None if failed is None else repr(failed)
+        answers: list[Any] = [None] * dist.get_world_size()
+        mine = (problem, len(sharded), zlib.crc32(repr(sharded).encode()))
+        dist.all_gather_object(answers, mine)
+        others = [(rank, answer[0]) for rank, answer in enumerate(answers) if answer[0]]
+        if failed is None and others:
+            raise RuntimeError(f"process {others[0][0]} can't export: {others[0][1]}")
+        if failed is None and len(set(answers)) > 1:
+            counts = ", ".join(str(answer[1]) for answer in answers)
+            raise RuntimeError(
+                f"the processes pass different DTensors ({counts} of them); the same names in the "
+                f"same order are expected of all"
+            )
+    if failed is not None:
+        raise failed
+
+
+def _check(tensors: dict[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int) -> None:
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes is {max_shard_bytes}; at least 1 is expected")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is {dtype!r}; a floating-point dtype is expected")
+    # The others may hold nothing, as of a state that was gathered in the first process.
+    if not tensors and _is_first():
+        raise ValueError("weights is empty; pass averaged.weights")
+    for name, tensor in tensors.items():
+        is_plain = type(tensor) is Tensor or isinstance(tensor, nn.Parameter)
+        found = None if is_plain or is_sharded(tensor) else type(tensor).__name__
+        if found is None and tensor.layout != torch.strided:
+            found = f"{tensor.layout} tensor"
+        if found is not None:
+            raise TypeError(
+                f"{name!r} is a {found}; a dense tensor or DTensor is expected. Of FSDP1, pass "
+                f"averaged_state_dict(averaged, model, full_state_dict=True)"
+            )
+        if local(tensor).is_meta:
+            raise ValueError(
+                f"{name!r} is on the meta device and has no values; give the model its memory, "
+                f"and call averaged.copy_from(model)"
+            )
+
+
+def _files(
+    tensors: dict[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int
+) -> dict[str, list[str]]:
+    """The names of the tensors in each file, in order; as the first process has them."""
+    files: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = _bytes(tensor, dtype)
+        if files[-1] and filled + size > max_shard_bytes:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size
+    names = [f"model-{n:05d}-of-{len(files):05d}.safetensors" for n in range(1, len(files) + 1)]
+    told = [dict(zip(names if len(files) > 1 else [_SINGLE], files, strict=True))]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, src=0)
+    return told[0]
+
+
+def _dtype_in_file(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
+    return tensor.numel() * _dtype_in_file(tensor, dtype).itemsize
+
+
+def _refuse_to_replace(goal: Path) -> None:
+    if goal.exists():
+        for path in sorted(goal.iterdir()):
+            if not _OURS.fullmatch(path.name):
+                raise FileExistsError(
+                    f"{goal} holds {path.name!r} too, and an export replaces the whole directory; "
+                    f"export into one of its own"
+                )
+
+
+def _write(
+    path: Path, tensors: dict[str, Tensor], names: list[str], dtype: torch.dtype | None
+) -> None:
+    """Gathers the tensors of one file, and writes them in the first process."""
+    with by_the_first() as is_first:
+        values: dict[str, Tensor] = {}
+        failed: Exception | None = None
+        for name in names:
+            if not is_first and not (name in tensors and is_sharded(tensors[name])):
+                continue
+            whole = _whole(tensors[name])
+            # Whatever goes wrong with the values, the others go on gathering with this process.
+            if is_first and failed is None:
+                try:
+                    values[name] = _on_host(whole, tensors[name], dtype)
+                except Exception as error:
+                    failed = error
+                    values.clear()
+        if failed is not None:
+            raise failed
+        if is_first:
+            with whole_files.written_whole(path) as beside:
+                safetensors().torch.save_file(values, beside, {"format": "pt"})
+
+
+def _whole(tensor: Any) -> Tensor:
+    """All elements; of a DTensor every process of its mesh takes part."""
+    if not is_sharded(tensor):
+        return cast(Tensor, tensor)
+    shard, kind = local(tensor), tensor.device_mesh.device_type
+    if shard.device.type != kind:
+        # An average in host memory: the processes can talk where the model is.
+        tensor = placed_as(tensor, shard.to(kind))
+    return cast(Tensor, tensor.full_tensor())
+
+
+def _on_host(whole: Tensor, original: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """In memory of its own: safetensors refuses tensors that share some, as tied ones do."""
+    host = whole.to("cpu", _dtype_in_file(whole, dtype)).contiguous()
+    memory = local(original).untyped_storage().data_ptr()
+    return host.clone() if host.untyped_storage().data_ptr() == memory else host
+
+
+def _write_index(
+    path: Path,
+    files: dict[str, list[str]],
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype | None,
+) -> None:
+    index = {
+        "metadata": {"total_size": sum(_bytes(tensor, dtype) for tensor in tensors.values())},
+        "weight_map": {name: file for file, names in files.items() for name in names},
+    }
+    with whole_files.written_whole(path) as beside:
+        beside.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,31 @@
+"""The safetensors package, and the header of a file of its format."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def safetensors() -> Any:
+    """The package, with its functions for torch.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "snapshots and exports are safetensors files, and safetensors can't be imported "
+            f"({error}): pip install 'ema_fused[export]'"
+        ) from error
+    return safetensors
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file: a size of 8 bytes, and that much JSON."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
+    return header
