@@ -26,8 +26,8 @@ from ema_fused.averages import (
     MomentumAnnealingEMA,
     StochasticWeightAverage,
     attach,
-    schedules,
 )
+from ema_fused.averages import schedules as schedules
 from ema_fused.engine import Plan, SlowPathWarning, copy_, lerp_, swap_
 from ema_fused.posthoc import PowerFunctionEMA
 
@@ -50,6 +50,5 @@ __all__ = [
     "attach",
     "copy_",
     "lerp_",
-    "schedules",
     "swap_",
 ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import ranks
 import torch
 from hypothesis import HealthCheck, settings
-from ranks import Ranks
 
 from ema_fused.engine import backends
+from tests import ranks
+from tests.ranks import Ranks
 
 # The same examples in every run, and as much time for each as a busy machine takes.
 settings.register_profile(

@@ -8,7 +8,7 @@
 
 Each module imports its package and no other, and has a class of the original's name, derived from
 it: the same arguments, methods and ``state_dict``. :func:`accelerate` takes an instance that is
-there already.
+there already. May import ``engine``, ``modules`` and ``averages``.
 """
 
 from __future__ import annotations

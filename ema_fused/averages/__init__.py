@@ -3,8 +3,7 @@
 :mod:`.base` counts updates and takes the model's weights in; :mod:`.kinds` are the averages with
 a copy of the model, :mod:`.averaged_weights` the one without; :mod:`.schedules` are momentum as a
 function of the step; :mod:`.attaching` updates an average after each step of an optimizer. May
-import every folder of lists, modules and files: ``engine``, ``offloading``, ``modules``,
-``saving``, ``posthoc``.
+import ``engine``, ``modules`` and ``posthoc``.
 """
 
 from __future__ import annotations

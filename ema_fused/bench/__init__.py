@@ -3,5 +3,6 @@
 The benchmarks of the source tree build on it. Data flows one way: a list of shapes
 (:mod:`~ema_fused.bench.shapes`) -> contenders on tensors (:mod:`~ema_fused.bench.contenders`) ->
 timings (:mod:`~ema_fused.bench.timing`) -> results (:mod:`~ema_fused.bench.measuring`) -> tables
-(:mod:`~ema_fused.bench.tables`).
+(:mod:`~ema_fused.bench.tables`). May import ``engine``, and ``ema_fused`` as its
+users do.
 """

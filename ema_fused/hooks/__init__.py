@@ -11,5 +11,5 @@ Each module imports its framework and no other:
 
 Importing one registers its classes beside the originals, as ``Fused`` and the original's name.
 ``register(replace=True)`` of each puts them under the originals' names, so that a config runs
-unchanged.
+unchanged. May import ``engine``, ``modules`` and ``averages``.
 """

@@ -7,7 +7,7 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from ema_fused.averages import kinds as averages
+from ema_fused.averages import kinds
 from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.averages.kinds import (
     ExpMomentumEMA,
@@ -21,7 +21,7 @@ from ema_fused.hooks.on_mmengine import MODELS, MessageHub
 from ema_fused.modules.sharding import Device
 
 
-class CosineEMA(averages.CosineEMA):
+class CosineEMA(kinds.CosineEMA):
     """As :class:`ema_fused.CosineEMA`, with ``max_iters`` of the runner where none is given.
 
     MMPretrain's convention: momentum is the weight of the model's values, 0.004 -> 0.

@@ -193,7 +193,7 @@ class PowerFunctionEMA(nn.Module):
             kept = ", ".join(map(str, self.sigma_rel))
             raise ValueError(
                 f"sigma_rel is {sigma_rel}, and averages of {kept} are kept; others are made from "
-                f"snapshots, ema_fused.posthoc.reconstruction.reconstruct(run_dir, sigma_rel)"
+                f"snapshots, ema_fused.reconstruction.reconstruct(run_dir, sigma_rel)"
             )
         return self.averages[self.sigma_rel.index(sigma_rel)]
 

@@ -1,0 +1,275 @@
+"""docs/troubleshooting.md explains every message there is, and none that there isn't."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ema_fused
+from tests import ROOT
+from tests.documentation import messages
+
+PAGE = ROOT / "docs" / "troubleshooting.md"
+
+# What isn't on the page, by the reason why not. Everything else must be.
+EXEMPT = {
+    "what Python itself says of a name that a module lacks": ["module ... has no attribute ..."],
+    "the help of the command line, and what its commands print when all is well": [
+        "python -m ema_fused",
+        "what is installed, compiled and used: for a bug report",
+        "an average of any width from the snapshots of PowerFunctionEMA",
+        "Makes the power-function average of any width from the snapshots of a run.",
+        "the folder with the snapshots",
+        "the width wanted, in (0, 0.2887)",
+        "the safetensors file to write",
+        "that of a snapshot; without it the last",
+        "a PNG to draw the profiles asked for and reached in",
+        "...: sigma_rel ... at step ... from ... snapshots, ... bytes",
+        "the profile reached is off by ... of the one asked for",
+        "...; this processor gets ...",
+        "..., torch uses ... threads",
+        "missing in torch",
+        "how fast updates are on this machine, beside torch's",
+        "Times our updates beside torch's, in turns, after checking that both give the same; "
+        "prints ratios of medians. Takes about a minute.",
+        "default: CUDA if there is one",
+        "your own model, as my.package:build: a model, or a function that makes one",
+        "write all results here too",
+    ],
+    "titles, names and notes in the tables of a benchmark": [
+        "the model itself",
+        "bfloat16 into float32",
+        "torch AveragedModel, foreach",
+        "....lerp_, its plan found again",
+        "loop: mul_().add_()",
+        "torch._foreach_copy_ to a kept copy, ...",
+        "loop: lerp_ of float()",
+        "... Plan of ... averages",
+        "Times as long as `Plan.lerp_` takes: prepared lists",
+        "Times as long as one pass takes: several averages of one source",
+        "Times as long as ours takes: `update_parameters` of whole models",
+        "Times as long as `Plan.lerp_` takes of the host alone, the device being busy",
+        "Times as long as ours takes: ...",
+        "Median over ours (the median, and half the distance of the quartiles).",
+        "The original's median over ours (the original's, ours).",
+        "Fraction of the limit that `... Plan.lerp_` reaches",
+        "The limit: the same bytes in one flat buffer (CPU), a copy within the device (GPU).",
+    ],
+    "titles and labels of the picture of a reconstruction": [
+        "time (steps or samples)",
+        "weight in the average, mean 1",
+        "sigma_rel ... at step ... from ... snapshots (grey): off by ...",
+    ],
+    "what assert and static_assert say: wrong here, whatever a user does": [
+        "routing asks for this part only where the extension is",
+        "it is at hand wherever it is used",
+        "a swap would lose bits between two types",
+        "the table is copied to a device as bytes",
+        "no entry in more than two 32-byte sectors of a cache",
+    ],
+    "a part of '... is ...; ... is expected', which is there with every value it takes": [
+        "a number in [0, 1]",
+        "a number in (0, 1)",
+    ],
+    "what other code reads: a representation, a mark in files, a kind, a pattern, a pragma": [
+        "Plan(devices=..., backends=..., arithmetic=..., rounding=..., averages=..., tensors=..., "
+        "elements=..., chunks=..., launches=...)",
+        "ema_fused power-function average 1",
+        "non-persistent buffer",
+        "torch.distributed is disabled",
+        "averages are kept in 16 bits",
+        "clang loop vectorize(assume_safety)",
+        "prefetch.global.L1 [%0];",
+    ],
+    "a part of the names in ema-pytorch's own message about a missing tensor": [
+        "into the model",
+        "into the average",
+    ],
+    "between an error of CUDA and its number": ["(CUDA error"],
+    "never reaches anybody: pairs of two shapes are refused before, by name": ["the shapes differ"],
+}
+
+
+def quotes(page: str) -> list[str]:
+    """The messages that a page quotes: its list items that are code and nothing else."""
+    items = re.findall(r"(?m)^- (`+)((?:[^`]|(?!\1)`)+)\1$", page)
+    return [messages.plain(text) for _, text in items]
+
+
+@pytest.fixture(scope="module")
+def quoted() -> list[str]:
+    return quotes(PAGE.read_text(encoding="utf-8"))
+
+
+def test_every_message_is_on_the_page(quoted: list[str]) -> None:
+    exempt = {text for texts in EXEMPT.values() for text in texts}
+    known = exempt.union(quoted)
+    lacking = [f"{where}: - `{text}`" for text, where in messages.everywhere() if text not in known]
+    assert not lacking, "docs/troubleshooting.md lacks:\n" + "\n".join(lacking)
+
+
+def test_every_quote_is_a_message(quoted: list[str]) -> None:
+    texts = {text for text, _ in messages.everywhere()}
+    stale = [text for text in quoted if text not in texts]
+    assert not stale, "docs/troubleshooting.md has what the source doesn't say:\n" + "\n".join(
+        stale
+    )
+    assert len(quoted) > 250
+    assert [text for text, times in Counter(quoted).items() if times > 1] == []
+
+
+def test_what_is_exempt_exists_and_is_not_quoted_too(quoted: list[str]) -> None:
+    texts = {text for text, _ in messages.everywhere()}
+    for text in [text for part in EXEMPT.values() for text in part]:
+        assert text in texts, text
+        assert text not in quoted, text
+
+
+def test_every_group_of_quotes_is_explained() -> None:
+    """Under each run of quotes there is text: why, and what to do."""
+    blocks = re.split(r"\n{2,}", PAGE.read_text(encoding="utf-8"))
+    groups = [i for i, block in enumerate(blocks) if quotes(block)]
+    assert len(groups) > 80
+    for i in groups:
+        after = blocks[i + 1]
+        assert not quotes(after) and not after.startswith("#"), blocks[i]
+        assert messages.words(after) >= 8, blocks[i]
+
+
+# ---- Reading the source --------------------------------------------------------------------------
+
+PYTHON = '''
+"""A docstring with many words of its own."""
+
+def wanted(value):
+    """Another docstring with many words."""
+    why = f"{value!r} is what " f"was found here"
+    if value:
+        raise KeyError("short one")
+    return ValueError(why)
+
+LABEL = "two words"
+NAME = "a.dotted.name.of.many.words"
+warnings.warn("also warned")
+'''
+
+
+def test_messages_are_found_wherever_they_are_written() -> None:
+    found = [text for text, _ in messages.in_python(PYTHON)]
+    assert sorted(found) == ["... is what was found here", "also warned", "short one"]
+
+
+def test_literals_of_cpp_are_found() -> None:
+    source = """
+    // "a comment with a literal"
+    throw std::invalid_argument("too few");
+    return "joined of "
+           "several literals";
+    fail("two words");
+    """
+    found = [text for text, _ in messages.in_cpp(source)]
+    assert found[:2] == ["too few", "joined of several literals"]
+    assert "two words" not in found
+    assert not any("comment" in text for text in found)
+    assert [text for text, _ in messages.in_cpp('x = "one two" " three";')] == ["one two three"]
+
+
+def test_messages_of_builds_are_found() -> None:
+    cmake = 'message(STATUS "all is well")\nmessage(FATAL_ERROR "no ${thing} "\n  "is here")'
+    assert list(messages.in_cmake(cmake)) == ["no ... is here"]
+    make = '\t@test -n "x" || { echo "nothing is" \\\n\t\t"found"; exit 1; }\n\techo "all is well"'
+    assert list(messages.in_make(make)) == ["nothing is found"]
+
+
+# ---- As a user sees them -------------------------------------------------------------------------
+
+
+def network(width: int = 3) -> nn.Module:
+    return nn.Linear(width, 3)
+
+
+def trained() -> tuple[nn.Module, Any]:
+    model = network()
+    return model, ema_fused.ExponentialMovingAverage(model)
+
+
+def update_of_another_model() -> None:
+    trained()[1].update_parameters(nn.Sequential(network()))
+
+
+def update_of_another_shape() -> None:
+    trained()[1].update_parameters(network(4))
+
+
+def update_while_swapped() -> None:
+    model, averaged = trained()
+    averaged.update_parameters(model)
+    with averaged.swapped(model):
+        averaged.update_parameters(model)
+
+
+def lists_of_two_lengths() -> None:
+    ema_fused.lerp_([torch.zeros(2)], [], 0.5)
+
+
+def average_of_integers() -> None:
+    ema_fused.Plan([torch.zeros(2, dtype=torch.int64)], [torch.zeros(2)]).lerp_(0.5)
+
+
+def generator_for_a_list() -> None:
+    ema_fused.lerp_(network().parameters(), [torch.zeros(2)], 0.5)  # type: ignore[arg-type]
+
+
+def overlapping_averages() -> None:
+    memory = torch.zeros(4)
+    ema_fused.Plan([memory[:3], memory[1:]], [torch.ones(3), torch.ones(3)]).lerp_(0.5)
+
+
+def optimizer_of_another_model() -> None:
+    model, averaged = trained()
+    ema_fused.attach(torch.optim.SGD(network().parameters(), 0.1), model, averaged)
+
+
+def momentum_of_two() -> None:
+    ema_fused.ExponentialMovingAverage(network(), momentum=2)
+
+
+def options_that_exclude_each_other() -> None:
+    ema_fused.ExponentialMovingAverage(network(), every=2, interval=2)
+
+
+@pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")
+@pytest.mark.parametrize(
+    ("mistake", "heading"),
+    [
+        (update_of_another_model, "Names don't match"),
+        (update_of_another_shape, "Shapes or dtypes don't match"),
+        (update_while_swapped, "Something is refused inside `swapped()`"),
+        (lists_of_two_lengths, "The lists don't pair up"),
+        (average_of_integers, "A pair is of a kind that can't be averaged"),
+        (generator_for_a_list, "The lists don't pair up"),
+        (overlapping_averages, "Shapes or memory don't fit"),
+        (optimizer_of_another_model, "`attach`"),
+        (momentum_of_two, "`momentum`"),
+        (options_that_exclude_each_other, "Options that exclude each other"),
+    ],
+)
+def test_a_message_leads_to_its_section(mistake: Callable[[], None], heading: str) -> None:
+    with pytest.raises((KeyError, RuntimeError, TypeError, ValueError)) as caught:
+        mistake()
+    message = messages.plain(str(caught.value.args[0]))
+    sections = re.split(r"(?m)^### ", PAGE.read_text(encoding="utf-8"))
+    fitting = [
+        (messages.words(quote), section.partition("\n")[0])
+        for section in sections
+        for quote in quotes(section)
+        if re.search(re.escape(quote).replace(r"\.\.\.", ".*"), message)
+    ]
+    assert fitting, message
+    assert max(fitting)[1] == heading

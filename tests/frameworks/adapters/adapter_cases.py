@@ -1,0 +1,110 @@
+"""What the tests of the adapters share: originals side by side with ours, and what may differ."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.frameworks.originals import original
+from tests.networks import ConvNet, conv_net
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+
+# torch's CPU loops serve some 16-bit arithmetics to the original's bits, and a warning tells of it.
+SLOW = pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")
+
+
+def without_integers(dtype: torch.dtype = torch.float32) -> ConvNet:
+    """A network with float buffers only: originals differ from ours on others."""
+    model = conv_net(dtype=dtype)
+    model.norm.register_buffer("num_batches_tracked", None)
+    return model
+
+
+def unit_in_the_last_place(tensor: Tensor) -> Tensor:
+    """The distance to the next number, in float64."""
+    exponent = torch.frexp(tensor.double().abs()).exponent - 1
+    eps = torch.finfo(tensor.dtype).eps
+    return eps * torch.exp2(exponent.double())
+
+
+def assert_within_2_ulp(
+    found: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    before: Sequence[Tensor],
+    source: Sequence[Tensor],
+) -> None:
+    """Units in the last place of the largest number that goes into an update or comes of it.
+
+    Where an average and its step cancel out, the result alone would be no measure.
+    """
+    for ours, theirs, old, new in zip(found, expected, before, source, strict=True):
+        if not theirs.is_floating_point():
+            assert torch.equal(ours, theirs)
+            continue
+        largest = torch.stack([t.detach().to(theirs.dtype).abs() for t in (theirs, old, new)])
+        bound = 2 * unit_in_the_last_place(largest.amax(0))
+        assert ((ours.double() - theirs.double()).abs() <= bound).all()
+
+
+@contextmanager
+def no_value_asked_of(*modules: nn.Module) -> Iterator[None]:
+    """Refuses to tell what is in tensors of the modules, or without modules in any tensor.
+
+    On a GPU each of these waits for everything that is queued there.
+    """
+    held = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    addresses = {tensor.data_ptr() for tensor in held}
+
+    def guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+        def guard(self: Tensor, *arguments: Any) -> Any:
+            if not modules or self.data_ptr() in addresses:
+                raise AssertionError("a tensor was asked for its value")
+            return method(self, *arguments)
+
+        return guard
+
+    with pytest.MonkeyPatch.context() as patched:
+        for name in ("item", "tolist", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+            patched.setattr(torch.Tensor, name, guarded(getattr(torch.Tensor, name)))
+        yield
+
+
+def assert_freed(delete: Callable[[], weakref.ref[Any]]) -> None:
+    """``delete`` lets its last reference go and returns a weak one."""
+    reference = delete()
+    gc.collect()
+    assert reference() is None
+
+
+def timm_originals() -> Any:
+    """timm's module of averages, and with it our adapter for it imported.
+
+    timm itself needs torchvision, so it stands in bare while the adapter is imported.
+    """
+    loaded = original("timm==1.0.31", "timm.utils.model_ema")
+    if "ema_fused.adapters.timm" not in sys.modules:
+        with timm_in_place(loaded):
+            import ema_fused.adapters.timm  # noqa: F401
+    return loaded
+
+
+@contextmanager
+def timm_in_place(loaded: Any) -> Iterator[None]:
+    timm, utils = types.ModuleType("timm"), types.ModuleType("timm.utils")
+    timm.utils = utils  # type: ignore[attr-defined]
+    utils.model_ema = loaded  # type: ignore[attr-defined]
+    modules = {"timm": timm, "timm.utils": utils, "timm.utils.model_ema": loaded}
+    with pytest.MonkeyPatch.context() as patched:
+        for name, module in modules.items():
+            patched.setitem(sys.modules, name, module)
+        yield

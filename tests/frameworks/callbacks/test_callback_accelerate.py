@@ -1,0 +1,151 @@
+"""Our averages in loops of accelerate's real Accelerator, on digits, beside plain torch."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ema_fused import ExponentialMovingAverage
+from tests.frameworks.callbacks.killed_runs import start
+from tests.networks import differences
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from ema_fused.callbacks.accelerate import update_average
+from tests.frameworks.callbacks import accelerate_run
+from tests.frameworks.callbacks.accelerate_run import Training, digits, network
+
+Tensors = dict[str, Tensor]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def own(model: nn.Module) -> Tensors:
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def moved(average: Tensors, model: nn.Module) -> Tensors:
+    """The next average, in plain torch."""
+    return {
+        name: torch.lerp(average[name], new, 0.1) if average and new.is_floating_point() else new
+        for name, new in own(model).items()
+    }
+
+
+def test_the_average_is_the_one_by_hand_to_the_bit() -> None:
+    training = Training()
+    by_hand: Tensors = {}
+    for _ in range(3):
+        updated = []
+        for batch, was_updated in training.epoch():
+            if batch in (2, 5, 8, 9):  # the last batch of an epoch ends an accumulation
+                by_hand = moved(by_hand, training.plain_model)
+            updated += [batch] * was_updated
+        assert updated == [2, 5, 8, 9]
+        assert differences(own(training.average.module), by_hand) == []
+    assert training.average.steps == 12
+
+
+def overflow_at(parameter: Tensor, steps: set[int]) -> None:
+    """Makes gradients infinite at some steps, as half precision does."""
+    count = itertools.count()
+    parameter.register_hook(lambda grad: grad * math.inf if next(count) in steps else grad)
+
+
+def test_steps_that_a_gradient_scaler_skips_are_not_counted() -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    training = Training(accelerator)
+    overflow_at(training.plain_model[0].weight, {0, 4, 8})
+    updated = [batch for batch, was_updated in training.epoch() if was_updated]
+    assert updated == [1, 2, 3, 5, 6, 7, 9]
+    assert training.average.steps == 7
+
+
+def test_evaluation_and_files_have_the_average(tmp_path: Path) -> None:
+    training = Training()
+    for _ in training.epoch():
+        pass
+    weights, average = own(training.plain_model), own(training.average.module)
+    alone = network()
+    alone.load_state_dict(average)
+    images, _ = digits(slice(1000, 1400))
+    expected = alone.eval()(images)
+    training.model.eval()
+    assert not torch.equal(training.model(images), expected)
+    with training.average.swapped(training.model) as model:
+        assert torch.equal(model(images), expected)
+    with pytest.raises(OSError), training.average.swapped(training.model):
+        raise OSError
+    assert differences(own(training.plain_model), weights) == []
+    assert differences(own(training.average.module), average) == []
+    training.accelerator.save_model(training.average.module, tmp_path)
+    assert differences(load_file(tmp_path / "model.safetensors"), average) == []
+
+
+def test_wrapped_models_are_averaged_and_swapped() -> None:
+    """As ``prepare`` wraps them for several processes."""
+    training = Training()
+    wrapped = nn.DataParallel(training.plain_model)
+    for _ in range(2):
+        assert update_average(training.accelerator, training.average, wrapped)
+    assert training.average.steps == 2
+    assert differences(own(training.average.module), own(training.plain_model)) == []
+
+
+def test_a_killed_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
+    whole_folder, folder = tmp_path / "whole", tmp_path / "killed"
+    killed = start("accelerate_run.py", folder, "--kill-at", "17")
+    whole = torch.load(accelerate_run.run(whole_folder))
+    output, _ = killed.communicate(timeout=300)
+    assert killed.returncode == -signal.SIGKILL, output
+    assert [path.name for path in folder.iterdir()] == ["checkpoint"]
+    resumed = start("accelerate_run.py", folder, "--resume")
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    end = torch.load(folder / "end.pt")
+    assert whole["average"]["steps"] == 12
+    for part in ("model", "average"):
+        assert differences(end[part], whole[part]) == []
+
+
+def test_checkpoints_are_refused_while_averages_are_swapped_in(tmp_path: Path) -> None:
+    training = Training()
+    with (
+        training.average.swapped(training.model),
+        pytest.raises(RuntimeError, match="while averaged weights are swapped in"),
+    ):
+        training.accelerator.save_state(str(tmp_path))
+
+
+def test_wrong_arguments_are_refused() -> None:
+    training = Training()
+    accelerator, average, model = training.accelerator, training.average, training.model
+    with pytest.raises(
+        TypeError, match=r"accelerator is a ExponentialMovingAverage; an accelerate"
+    ):
+        update_average(average, average, model)
+    with pytest.raises(TypeError, match="average is a Sequential; an averaged model is expected"):
+        update_average(accelerator, model, average)  # type: ignore[arg-type]
+    with pytest.raises(KeyError):
+        update_average(accelerator, ExponentialMovingAverage(nn.Linear(1, 1)), model)
+
+
+def test_the_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "ema_fused.callbacks.accelerate")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r"pip install 'ema_fused\[accelerate\]'"):
+        importlib.import_module("ema_fused.callbacks.accelerate")

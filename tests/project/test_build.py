@@ -1,0 +1,343 @@
+"""Building and installing: wheels, source archives, switches, and what the binary depends on.
+
+Each build starts from a copy of the tracked files, so that nothing lying about in the working tree
+gets into it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pytest
+
+import ema_fused
+from tests import ROOT
+
+COMPILED = re.compile(r"Compiling entry function '\S*update_kernel\S*' for 'sm_(\d+)'")
+WARNED = re.compile(r".*(?:warning #\d|warning:.*\[-W|ptxas warning).*")
+
+USE = """
+import warnings
+import torch, ema_fused
+from ema_fused.engine import backends
+warnings.simplefilter("ignore")
+averaged = [torch.randn(n) for n in (1, 1000, 40_000)]
+source = [torch.randn_like(tensor) for tensor in averaged]
+expected = [tensor.clone() for tensor in averaged]
+ema_fused.lerp_(averaged, source, 0.3)
+torch._foreach_lerp_(expected, source, 0.3)
+assert all(torch.equal(a, e) for a, e in zip(averaged, expected))
+print(ema_fused.__file__, ema_fused.Plan(averaged, source).backends)
+"""
+
+
+def run(
+    command: Sequence[str | Path], folder: Path, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(word) for word in command],
+        cwd=folder,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stdout
+    return done
+
+
+def source_tree(folder: Path) -> Path:
+    """The files that belong to the project: all that git doesn't ignore."""
+    tree = folder / "source"
+    listed = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], ROOT).stdout
+    for name in listed.splitlines():
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
+def build_wheel(
+    source: Path, folder: Path, *, isolated: bool = False, check: bool = True, **environment: str
+) -> tuple[Path | None, str]:
+    """(the wheel, what the build printed)."""
+    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-v", "-w", folder, source]
+    if not isolated:
+        command.append("--no-build-isolation")
+    done = run(command, folder.parent, check=check, **environment)
+    return next(iter(folder.glob("*.whl")), None), done.stdout
+
+
+def contents(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def use(wheel: Path, folder: Path) -> str:
+    """Unpacks a wheel and uses it in a new process under this environment's torch."""
+    site = folder / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    # -S: without the .pth files of this environment, one of which leads to the working tree.
+    path = os.pathsep.join([str(site), sysconfig.get_path("purelib")])
+    printed = run([sys.executable, "-S", "-c", USE], folder, PYTHONPATH=path).stdout
+    assert str(site) in printed, "another ema_fused was imported"
+    return printed
+
+
+class Built(NamedTuple):
+    files: frozenset[str]  # that belong to the project
+    archive: Path
+    unpacked: Path  # with what was built in it
+    wheel: Path
+    log: str
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The source archive, and a wheel of it with all that this machine can compile.
+
+    Made in pip's own build environment, which holds the declared requirements and no torch. Of
+    CUDA's architectures one is enough here; the kernels for all are looked at below.
+    """
+    folder = tmp_path_factory.mktemp("built")
+    tree = source_tree(folder)
+    files = frozenset(p.relative_to(tree).as_posix() for p in tree.rglob("*") if p.is_file())
+    run([sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", folder, tree], folder)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        opened.extractall(folder / "unpacked", filter="data")
+    (unpacked,) = (folder / "unpacked").iterdir()
+    wheel, log = build_wheel(
+        unpacked,
+        folder / "wheel",
+        isolated=True,
+        CMAKE_ARGS="-DEMA_FUSED_CUDA_ARCHITECTURES=75-virtual",
+        TORCH_CUDA_ARCH_LIST="",
+    )
+    assert wheel is not None
+    return Built(files, archive, unpacked, wheel, log)
+
+
+def test_source_archive_holds_all_files_of_the_project(built: Built) -> None:
+    with tarfile.open(built.archive) as opened:
+        names = {name.partition("/")[2] for name in opened.getnames()}
+    assert {file for file in built.files if not file.startswith((".ci/", ".git"))} <= names
+
+
+def test_wheel_holds_the_package_its_stubs_and_the_extension(built: Built) -> None:
+    names = {name for name in contents(built.wheel) if ".dist-info/" not in name}
+    extensions = {name for name in names if re.fullmatch(r"ema_fused/_C\..+\.so", name)}
+    assert len(extensions) == 1
+    assert names - extensions == {file for file in built.files if file.startswith("ema_fused/")}
+    assert {"ema_fused/__init__.py", "ema_fused/_C.pyi", "ema_fused/py.typed"} < names
+
+
+def test_wheel_works_under_this_torch(built: Built, tmp_path: Path) -> None:
+    assert "('cpu',)" in use(built.wheel, tmp_path)
+
+
+def test_nothing_is_warned_of_by_the_compilers(built: Built) -> None:
+    assert "Building CXX object" in built.log
+    assert WARNED.findall(built.log) == []
+
+
+def test_extension_links_neither_torch_nor_cuda(built: Built, tmp_path: Path) -> None:
+    readelf = shutil.which("readelf")
+    assert readelf is not None, "readelf comes with every compiler's binutils"
+    zipfile.ZipFile(built.wheel).extractall(tmp_path)
+    (extension,) = (tmp_path / "ema_fused").glob("_C.*.so")
+    printed = run([readelf, "--dynamic", "--wide", extension], tmp_path).stdout
+    needed = re.findall(r"\(NEEDED\).*\[(.+?)\]", printed)
+    assert "libc.so.6" in needed, printed
+    assert not [name for name in needed if re.search(r"torch|c10|cuda|nvidia", name)], needed
+
+
+def test_kernels_of_an_instruction_set_define_nothing_that_others_share(built: Built) -> None:
+    """An inline function left out of line could be linked in place of the baseline's own copy of
+    it, and end the process on an older processor."""
+    nm = shutil.which("nm")
+    assert nm is not None, "nm comes with every compiler's binutils"
+    objects = list(built.unpacked.rglob("update_cpu_kernels.cpp.o"))
+    assert objects
+    for path in objects:
+        isa = re.search(r"ema_fused_cpu_(\w+)\.dir", str(path))
+        assert isa is not None
+        printed = run([nm, "--defined-only", "--demangle", "--extern-only", path], ROOT).stdout
+        symbols = [line.split(" ", 2) for line in printed.splitlines()]
+        assert [kind for _, kind, _ in symbols] == ["T"], printed
+        assert symbols[0][2].startswith(f"ema_fused::{isa[1]}::update_chunks(")
+
+
+def report_of_ptxas(nvcc: str, known: set[str], folder: Path) -> str:
+    """What ptxas said of the kernels for all architectures.
+
+    To ``make``, where that has compiled what lies here for all of them; else to a build now, which
+    takes minutes.
+    """
+    told = Path(sys.prefix) / "build.log"
+    sources = [*(ROOT / "csrc").glob("*.*"), ROOT / "CMakeLists.txt"]
+    if told.is_file() and told.stat().st_mtime > max(path.stat().st_mtime for path in sources):
+        report = told.read_text(encoding="utf-8", errors="replace")
+        if set(COMPILED.findall(report)) == known:
+            return report
+    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+    options = ["EMA_FUSED_PYTHON=OFF", "EMA_FUSED_CUDA=ON", "EMA_FUSED_PTXAS_VERBOSE=ON"]
+    options.append(f"CMAKE_CUDA_COMPILER={nvcc}")
+    configure = ["cmake", "-S", ROOT, "-B", folder, "-G", "Ninja"]
+    run([*configure, *(f"-D{option}" for option in options)], folder, PATH=path)
+    objects = [f"CMakeFiles/ema_fused_core.dir/csrc/{p.name}.o" for p in ROOT.glob("csrc/*.cu")]
+    return run(["cmake", "--build", folder, "--target", *objects], folder, PATH=path).stdout
+
+
+def test_every_default_architecture_compiles_without_spills(tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    listed = run([nvcc, "--list-gpu-arch"], ROOT).stdout
+    known = set(re.findall(r"compute_(\d+)", listed)) & {"75", "80", "86", "89", "90", "100", "120"}
+    log = report_of_ptxas(nvcc, known, tmp_path)
+    assert WARNED.findall(log) == []
+    kernels = COMPILED.findall(log)
+    assert set(kernels) == known
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    assert len(spills) >= len(kernels) > 0
+    assert {("0", "0")} == set(spills)
+    assert set(re.findall(r"(\d+) bytes stack frame", log)) == {"0"}
+    registers = [int(count) for count in re.findall(r"Used (\d+) registers", log)]
+    # Three blocks of 256 threads on a multiprocessor, which has 65,536.
+    assert len(registers) >= len(kernels) and max(registers) <= 65_536 // (3 * 256) // 8 * 8
+
+
+def test_kernels_move_vectors_and_use_no_local_memory(tmp_path: Path) -> None:
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        pytest.skip("no nvcc on this machine")
+    target = tmp_path / "update.ptx"
+    flags = ["-std=c++17", "-O3", "-I", ROOT / "csrc", "-fmad=false", "-arch=compute_90", "-ptx"]
+    run([nvcc, *flags, ROOT / "csrc/update_cuda.cu", "-o", target], tmp_path)
+    kernels = target.read_text(encoding="utf-8").split(".entry ")[1:]
+    assert len(kernels) == 12  # five arithmetics, measured or not; copy, swap
+    for kernel in kernels:
+        is_measured = "measured_update_kernel" in kernel.partition("(")[0]
+        assert ("ld.global.cs.v4.u32" in kernel) != is_measured
+        assert ("st.global.cs.v4.u32" in kernel) != is_measured
+        assert "prefetch.global.L1" in kernel
+        assert ".local" not in kernel
+
+
+@pytest.mark.parametrize("why", ["EMA_FUSED_NATIVE=0", "no compiler"])
+def test_pure_python_wheel_runs_on_foreach(why: str, tmp_path: Path) -> None:
+    if why == "no compiler":
+        environment = {"PATH": str(tmp_path / "empty"), "CXX": ""}
+    else:
+        environment = {"EMA_FUSED_NATIVE": "0"}
+    wheel, log = build_wheel(source_tree(tmp_path), tmp_path / "wheel", **environment)
+    assert wheel is not None
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in contents(wheel) if name.endswith(".so")]
+    assert ("no C++ compiler was found" in log) == (why == "no compiler")
+    assert "('foreach',)" in use(wheel, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"EMA_FUSED_NATIVE": "1", "PATH": "", "CXX": ""}, "no C++ compiler was found"),
+        ({"EMA_FUSED_CUDA": "1", "CUDACXX": "/nowhere/nvcc"}, "no nvcc was found"),
+        ({"EMA_FUSED_CUDA": "perhaps"}, "EMA_FUSED_CUDA='perhaps': 0, 1 or auto is expected"),
+        ({"EMA_FUSED_NATIVE": "0", "EMA_FUSED_CUDA": "1"}, "EMA_FUSED_CUDA=1 needs"),
+        ({"CXX": "/nowhere/c++", "EMA_FUSED_NATIVE": "1"}, "no C++ compiler was found"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_built_is_refused(
+    environment: dict[str, str], message: str, tmp_path: Path
+) -> None:
+    wheel, log = build_wheel(source_tree(tmp_path), tmp_path / "wheel", check=False, **environment)
+    assert wheel is None
+    assert message in " ".join(log.split())
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_an_architecture_that_nvcc_does_not_know_is_refused(tmp_path: Path) -> None:
+    wheel, log = build_wheel(
+        source_tree(tmp_path), tmp_path / "wheel", check=False, TORCH_CUDA_ARCH_LIST="9.0;1.1"
+    )
+    assert wheel is None
+    assert "Architecture 11 is asked for (TORCH_CUDA_ARCH_LIST)" in " ".join(log.split())
+
+
+def test_an_editable_install_without_the_extension_leaves_no_older_one(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path)
+    stale = tree / "ema_fused" / "_C.cpython-311-x86_64-linux-gnu.so"
+    stale.touch()
+    hook = "import sys, setuptools.build_meta as backend; backend.build_editable(sys.argv[1])"
+    run([sys.executable, "-c", hook, tmp_path], tree, EMA_FUSED_NATIVE="0")
+    assert [path.name for path in tmp_path.glob("*.whl")] == [
+        f"ema_fused-{ema_fused.__version__}-0.editable-py3-none-any.whl"
+    ]
+    assert not stale.exists()
+
+
+def test_a_compile_error_is_not_hidden(tmp_path: Path) -> None:
+    tree = source_tree(tmp_path)
+    for source in (tree / "csrc").glob("*.cpp"):  # of all, so that none is compiled to its end
+        source.write_text("this is no C++\n")
+    wheel, log = build_wheel(tree, tmp_path / "wheel", check=False, EMA_FUSED_CUDA="0")
+    assert wheel is None
+    assert "building the extension failed" in log
+
+
+@pytest.fixture(scope="module")
+def setup_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("setup_script", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_a_machine_lacks_is_named(
+    setup_script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(setup_script.sysconfig, "get_path", lambda _: "/nowhere")
+        assert "/nowhere/Python.h" in setup_script.why_no_extension()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "platform", "elsewhere")
+        assert "and this is elsewhere" in setup_script.why_no_extension()
+    assert setup_script.why_no_extension() is None
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8.0", ["80-real"]),
+        ("8.0;9.0+PTX", ["80-real", "90-real", "90-virtual"]),
+        ("7.5 8.6,8.6", ["75-real", "86-real"]),
+        ("9.0a 10.0+PTX", ["90a-real", "100-real", "100-virtual"]),
+        ("Ampere Hopper+PTX", ["80-real", "86-real", "90-real", "90-virtual"]),
+    ],
+)
+def test_torch_cuda_arch_list_is_read(
+    setup_script: ModuleType, text: str, expected: list[str]
+) -> None:
+    assert setup_script.cuda_architectures(text) == expected
+
+
+@pytest.mark.parametrize("text", ["8", "sm_80", "8.0+SASS", "8.0+", "nine", "8.0.1"])
+def test_what_is_no_architecture_is_refused(setup_script: ModuleType, text: str) -> None:
+    with pytest.raises(setup_script.SetupError, match="is not an architecture"):
+        setup_script.cuda_architectures(text)
