@@ -12,7 +12,7 @@ from ema_fused.averages.options import Options
 from ema_fused.engine.dtensors import local
 from ema_fused.engine.plan import ARITHMETICS
 from ema_fused.modules.copying import averaged_skeleton
-from ema_fused.modules.sharding import Device, is_flattened
+from ema_fused.modules.sharding import is_flattened
 
 
 class AveragedWeights(ExponentialMovingAverage):
@@ -53,16 +53,13 @@ class AveragedWeights(ExponentialMovingAverage):
         self,
         model: nn.Module,
         momentum: float | Callable[[int], float] = 0.0002,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
-        *,
+        *shared: Any,
         arithmetic: str = "lerp",
         **options: Unpack[Options],
     ) -> None:
         if arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic {arithmetic!r} is none of {', '.join(ARITHMETICS)}")
-        super().__init__(model, momentum, interval, device, update_buffers, **options)
+        super().__init__(model, momentum, *shared, **options)
         self.arithmetic = arithmetic
         self._is_flattened = is_flattened(model)
         self.register_state_dict_post_hook(_leave_out_what_is_shared)  # type: ignore[no-untyped-call]

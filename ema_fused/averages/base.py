@@ -40,6 +40,10 @@ class BaseAveragedModel(PairedModule):
     ``state_dict()`` holds what mmengine's holds: ``steps`` and ``module.*``; with stochastic
     rounding ``rounding_seed`` too.
 
+    Every kind of average takes these arguments behind its own: ``shared`` stands for ``interval``,
+    ``device`` and ``update_buffers``, in this order or by name, ``options`` for those that are
+    given by name alone.
+
     Args:
         model: the model to average; deep-copied. Wrappers around it or its parts
             (DistributedDataParallel, ``torch.compile``, activation checkpointing) may come and go
@@ -111,6 +115,9 @@ class BaseAveragedModel(PairedModule):
         distance_every: int | None = None,
     ) -> None:
         options: Options = {
+            "interval": interval,
+            "device": device,
+            "update_buffers": update_buffers,
             "averaged_dtype": averaged_dtype,
             "share_frozen": share_frozen,
             "begin_step": begin_step,
@@ -123,7 +130,7 @@ class BaseAveragedModel(PairedModule):
             "capturable": capturable,
             "distance_every": distance_every,
         }
-        check_options(interval, options)
+        check_options(options)
         one_by_one = _averages_one_by_one(type(self))
         if one_by_one:
             refuse_one_by_one(type(self).__name__, options)

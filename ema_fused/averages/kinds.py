@@ -13,7 +13,6 @@ from ema_fused.averages import schedules
 from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.averages.options import Options
 from ema_fused.engine.checks import check_fraction, check_integer, check_momentum, check_positive
-from ema_fused.modules.sharding import Device
 
 
 class StochasticWeightAverage(BaseAveragedModel):
@@ -47,16 +46,14 @@ class ExponentialMovingAverage(BaseAveragedModel):
         self,
         model: nn.Module,
         momentum: float | Callable[[int], float] = 0.0002,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
+        *shared: Any,
         **options: Unpack[Options],
     ) -> None:
         # Those whose schedule is their own are given a number.
         own_schedule = type(self).momentum_at is not ExponentialMovingAverage.momentum_at
         if own_schedule or not callable(momentum):
             check_momentum(momentum)
-        super().__init__(model, interval, device, update_buffers, **options)
+        super().__init__(model, *shared, **options)
         self.momentum = momentum
 
     def momentum_at(self, steps: Any) -> Any:
@@ -81,13 +78,11 @@ class MomentumAnnealingEMA(ExponentialMovingAverage):
         model: nn.Module,
         momentum: float = 0.0002,
         gamma: int = 100,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
+        *shared: Any,
         **options: Unpack[Options],
     ) -> None:
         check_positive("gamma", gamma)
-        super().__init__(model, momentum, interval, device, update_buffers, **options)
+        super().__init__(model, momentum, *shared, **options)
         self.gamma = gamma
 
     def momentum_at(self, steps: Any) -> Any:
@@ -114,13 +109,11 @@ class ExpMomentumEMA(ExponentialMovingAverage):
         model: nn.Module,
         momentum: float = 0.0002,
         gamma: int = 2000,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
+        *shared: Any,
         **options: Unpack[Options],
     ) -> None:
         check_positive("gamma", gamma)
-        super().__init__(model, momentum, interval, device, update_buffers, **options)
+        super().__init__(model, momentum, *shared, **options)
         self.gamma = gamma
 
     def momentum_at(self, steps: Any) -> Any:
@@ -153,17 +146,14 @@ class CosineEMA(ExponentialMovingAverage):
         model: nn.Module,
         momentum: float = 0.004,
         end_momentum: float = 0.0,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
-        *,
+        *shared: Any,
         max_iters: int | None = None,
         **options: Unpack[Options],
     ) -> None:
         check_fraction("end_momentum", end_momentum)
         if max_iters is not None:
             check_integer("max_iters", max_iters, least=1)
-        super().__init__(model, momentum, interval, device, update_buffers, **options)
+        super().__init__(model, momentum, *shared, **options)
         self.end_momentum = end_momentum
         self.max_iters = max_iters
 

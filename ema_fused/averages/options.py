@@ -1,4 +1,4 @@
-"""How an average is kept: what the averaged models take beside mmengine's arguments."""
+"""What every averaged model takes beside its momentum: how the average is kept."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import torch
 from ema_fused.engine import backends
 from ema_fused.engine.checks import check_integer
 from ema_fused.engine.rounding import check_rounding, check_seed
+from ema_fused.modules.sharding import Device
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of :class:`~ema_fused.BaseAveragedModel` that mmengine's don't have."""
+    """The arguments of :class:`~ema_fused.BaseAveragedModel` by name, but for the model."""
 
+    interval: int
+    device: Device
+    update_buffers: bool
     averaged_dtype: torch.dtype | None
     share_frozen: bool
     begin_step: int
@@ -56,9 +60,9 @@ def refuse_one_by_one(name: str, options: Options) -> None:
         )
 
 
-def check_options(interval: int, options: Options) -> None:
+def check_options(options: Options) -> None:
     """Raises TypeError, ValueError or RuntimeError for what can't be, or can't be together."""
-    check_integer("interval", interval, least=1)
+    check_integer("interval", options["interval"], least=1)
     check_integer("begin_step", options["begin_step"], least=0)
     check_integer("every", options["every"], least=1)
     dtype = options["averaged_dtype"]
@@ -72,10 +76,11 @@ def check_options(interval: int, options: Options) -> None:
         raise ValueError(f"offload is {options['offload']!r}; None or 'cpu' is expected")
     if options["distance_every"] is not None:
         check_integer("distance_every", options["distance_every"], least=1)
-    _check_together(interval, options)
+    _check_together(options)
 
 
-def _check_together(interval: int, options: Options) -> None:
+def _check_together(options: Options) -> None:
+    interval = options["interval"]
     every, offload = options["every"], options["offload"] is not None
     capturable, measures = options["capturable"], options["distance_every"] is not None
     impossible = [

@@ -18,7 +18,6 @@ from ema_fused.averages.kinds import (
 from ema_fused.averages.options import Options
 from ema_fused.engine.checks import check_fraction
 from ema_fused.hooks.on_mmengine import MODELS, MessageHub
-from ema_fused.modules.sharding import Device
 
 
 class CosineEMA(kinds.CosineEMA):
@@ -58,10 +57,7 @@ class InvertedCosineEMA(CosineEMA):
         model: nn.Module,
         momentum: float = 0.996,
         end_momentum: float = 1.0,
-        interval: int = 1,
-        device: Device = None,
-        update_buffers: bool = False,
-        *,
+        *shared: Any,
         max_iters: int | None = None,
         **options: Unpack[Options],
     ) -> None:
@@ -76,9 +72,7 @@ class InvertedCosineEMA(CosineEMA):
             model,
             min(1 - momentum, 0.5),
             1 - end_momentum,
-            interval,
-            device,
-            update_buffers,
+            *shared,
             max_iters=max_iters,
             **options,
         )
