@@ -1,12 +1,14 @@
-# make demo     train on digits with averaged weights: a table and a picture
-# make test     every check and test that needs no GPU
-# make bench    updates timed beside their peers
-# make docs     the documentation site, in build/site
-# make format   apply the formatters
-# make clean    remove what was built, the virtual environment too
+# make demo         train on digits with averaged weights: a table and a picture
+# make test-quick   what an edit needs: tests without frameworks, in a minute
+# make test         every check and test that needs no GPU
+# make bench        updates timed beside their peers
+# make docs         the documentation site, in build/site
+# make format       apply the formatters
+# make clean        remove what was built, the virtual environment too
 #
-# BENCH="--models resnet50" and the like are passed on to the benchmark.
-# Each sets up what it needs in .venv; PYTHON=... picks the interpreter (3.11 or later).
+# BENCH="--models resnet50" and the like are passed on to the benchmark, TESTS="tests/hooks -k swap"
+# to pytest. Each target sets up what it needs in .venv, and no more; PYTHON=... picks the
+# interpreter (3.11 or later).
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
@@ -14,47 +16,57 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-CONSTRAINTS := --constraint requirements/constraints.txt
+# Bytecode is written when a module is first imported: most are never.
+INSTALL := $(PIP) install --no-compile --constraint requirements/constraints.txt
 SOURCES := setup.py pyproject.toml CMakeLists.txt ema_fused/__init__.py \
 	$(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.in)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh \
 	csrc/tests/*.h csrc/tests/*.cpp csrc/tests/*.cu csrc/tests/*/*.h)
 HOST_TESTS := build/host_tests
+# Tests that need neither a framework nor a build, and start few processes.
+QUICK := tests/engine tests/offloading tests/modules tests/saving tests/posthoc tests/averages \
+	tests/project/test_layers.py
 
-.PHONY: demo test bench docs format lint host-test clean
+.PHONY: demo test-quick test bench docs format lint host-test clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.built
+demo: $(VENV)/.built-here
 	$(BIN)/python examples/digits.py
 
-test: lint host-test
-	$(BIN)/python -m pytest
+test-quick: $(VENV)/.quick $(VENV)/.built-here
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 -m "not slow" $(or $(TESTS),$(QUICK))
 
-bench: $(VENV)/.built
+test: lint host-test
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 $(TESTS)
+
+bench: $(VENV)/.test $(VENV)/.built
 	$(BIN)/python -m benchmarks $(BENCH)
 
-docs: $(VENV)/.dependencies
+docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-lint: $(VENV)/.built
+lint: $(VENV)/.test $(VENV)/.built
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
-format: $(VENV)/.dependencies
+format: $(VENV)/.test
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
 # The kernels' bodies on the host, under the address and undefined-behaviour sanitizers.
-host-test: $(VENV)/.dependencies
+host-test: $(VENV)/.test
 	@echo "building the host tests"
 	@$(BIN)/cmake -S . -B $(HOST_TESTS) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
 		-DEMA_FUSED_PYTHON=OFF -DEMA_FUSED_CUDA=OFF -DEMA_FUSED_TESTS=ON -DEMA_FUSED_SANITIZE=ON \
 		>$(VENV)/host_tests.log || { cat $(VENV)/host_tests.log; exit 1; }
 	@$(BIN)/cmake --build $(HOST_TESTS)
 	$(BIN)/ctest --test-dir $(HOST_TESTS) --output-on-failure --no-tests=error
+
+# ---- What is installed: for the demo, for its quick tests too, for all ---------------------------
 
 $(VENV)/.created:
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or later that can make a virtual environment was" \
@@ -64,24 +76,51 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.dependencies: $(VENV)/.created $(wildcard requirements/*.txt)
-	@echo "installing the pinned dependencies (the first time this downloads torch)"
-	@$(PIP) install $(CONSTRAINTS) --requirement requirements/develop.txt
+# torch's wheel brings its own compiled tests along, 120 MB that nothing here runs.
+$(VENV)/.demo: requirements/demo.txt requirements/constraints.txt | $(VENV)/.created
+	@echo "installing what the demo needs (the first time this downloads torch)"
+	@$(INSTALL) --requirement $<
+	@rm -rf $(VENV)/lib*/python*/site-packages/torch/test \
+		$(VENV)/lib*/python*/site-packages/torch/bin/test_*
+	@touch $@
+
+$(VENV)/.quick: requirements/quick.txt $(VENV)/.demo
+	@echo "installing what the quick tests need"
+	@$(INSTALL) --requirement $<
+	@touch $@
+
+$(VENV)/.test: requirements/test.txt $(VENV)/.quick $(wildcard requirements/*.txt)
+	@echo "installing what all tests need: the frameworks, the documentation's tools"
+	@$(INSTALL) --requirement $<
 	@$(PIP) install --target $(VENV)/mmcv_build --upgrade --requirement requirements/mmcv_build.txt
-	@PYTHONPATH=$(CURDIR)/$(VENV)/mmcv_build $(PIP) install $(CONSTRAINTS) --no-deps \
+	@PYTHONPATH=$(CURDIR)/$(VENV)/mmcv_build $(INSTALL) --no-deps \
 		--no-build-isolation --requirement requirements/originals.txt
 	@rm -rf $(VENV)/unpacked
 	@grep == requirements/unpacked.txt | while read pin; do \
-		$(PIP) install --no-deps --target "$(VENV)/unpacked/$$pin" "$$pin" || exit 1; done
+		$(PIP) install --no-compile --no-deps --target "$(VENV)/unpacked/$$pin" "$$pin" || exit 1; done
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
-	@echo "building ema_fused"
-	@rm -f $(VENV)/build.log
-	@CMAKE_ARGS="-DEMA_FUSED_PTXAS_VERBOSE=ON $(CMAKE_ARGS)" $(PIP) --log $(VENV)/build.log \
-		install --no-build-isolation --no-deps --editable .
-	@$(BIN)/python -m ema_fused info
+# ---- What is built: what this machine can run, or all ------------------------------------------
+
+# Once the build's tools are in the environment they are used; before, pip gets them for the build
+# alone, in the versions of the constraints (a name for older pips, one for newer).
+ISOLATED = PIP_CONSTRAINT=requirements/constraints.txt PIP_BUILD_CONSTRAINT=requirements/constraints.txt
+BUILD = rm -f $(VENV)/build.log; \
+	$(if $(wildcard $(VENV)/.quick),,$(ISOLATED)) \
+	CMAKE_ARGS="-DEMA_FUSED_PTXAS_VERBOSE=ON $(CMAKE_ARGS)" $(PIP) --log $(VENV)/build.log \
+	install $(if $(wildcard $(VENV)/.quick),--no-build-isolation) --no-deps --editable . \
+	&& $(BIN)/python -m ema_fused info
+
+# Kernels for GPUs only where there is one, so that the first run doesn't wait for them.
+$(VENV)/.built-here: $(SOURCES) | $(VENV)/.demo
+	@echo "building ema_fused for this machine"
+	@export EMA_FUSED_CUDA="$${EMA_FUSED_CUDA:-$(if $(wildcard /dev/nvidiactl /dev/dxg),auto,0)}"; $(BUILD)
 	@touch $@
+
+$(VENV)/.built: $(SOURCES) | $(VENV)/.test
+	@echo "building ema_fused, with CUDA where nvcc is found"
+	@$(BUILD)
+	@touch $@ $(VENV)/.built-here
 
 clean:
 	rm -rf build dist $(VENV) *.egg-info ema_fused/*.so

@@ -26,11 +26,13 @@ EXAMPLES = ROOT / "examples"
 
 @pytest.fixture
 def digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The example as a module, on one thread as its command runs."""
+    """The example as a module, on one thread of the CPU."""
     monkeypatch.syspath_prepend(EXAMPLES)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield importlib.import_module("digits")
+    example: Any = importlib.import_module("digits")
+    monkeypatch.setattr(example, "DEVICE", torch.device("cpu"))
+    yield example
     torch.set_num_threads(threads)
 
 
@@ -82,6 +84,21 @@ def test_command_refuses_to_do_nothing(
     with pytest.raises(SystemExit):
         digits.main()
     assert f"{option}: 0 is less than 1" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_trained_on_and_named(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / "digits.py"), "--quick", "--epochs", "2"]
+    done = subprocess.run(
+        [*command, "--seeds", "1", "--output", str(tmp_path / "curves.png")],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Trained on {torch.cuda.get_device_name(0)} " in done.stdout
+    assert re.search(r"^EMA +[\d.]+ ± ", done.stdout, re.MULTILINE)
 
 
 def test_data_are_the_real_digits_in_two_disjoint_halves(digits: Any) -> None:
