@@ -23,6 +23,8 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt ema_fused/__init__.py \
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh \
 	csrc/tests/*.h csrc/tests/*.cpp csrc/tests/*.cu csrc/tests/*/*.h)
 HOST_TESTS := build/host_tests
+# Tests over the cores there are; tests/conftest.py says which of them one process runs.
+PARALLEL := -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 # Tests that need neither a framework nor a build, and start few processes.
 QUICK := tests/engine tests/offloading tests/modules tests/saving tests/posthoc tests/averages \
 	tests/project/test_layers.py
@@ -35,10 +37,10 @@ demo: $(VENV)/.built-here
 
 test-quick: $(VENV)/.quick $(VENV)/.built-here
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 -m "not slow" $(or $(TESTS),$(QUICK))
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(or $(TESTS),$(QUICK))
 
 test: lint host-test
-	$(BIN)/python -m pytest -n logical --maxprocesses 8 $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
 
 bench: $(VENV)/.test $(VENV)/.built
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,9 @@ from hypothesis import HealthCheck, settings
 from ema_fused.engine import backends
 from tests import ranks
 from tests.ranks import Ranks
+
+HERE = Path(__file__).parent
+_NO_GPU = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
 
 # The same examples in every run, and as much time for each as a busy machine takes.
 settings.register_profile(
@@ -22,13 +27,28 @@ settings.register_profile(
 settings.load_profile("ema_fused")
 
 
+# The processes that run tests side by side share the cores. Tests of threads set their own number.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+if _WORKERS > 1:
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _WORKERS))
+
+# Files that take longest are begun first, so that no process is left alone with one at the end.
+_LONGEST = (
+    "project/test_build.py",
+    "documentation/test_docs.py",
+    "bench/test_benchmarks.py",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        # A file's tests share fixtures, so one process runs them; a group is several such files.
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(HERE).as_posix()))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(_NO_GPU)
+    items.sort(key=lambda item: not item.path.as_posix().endswith(_LONGEST))
 
 
 @pytest.fixture(params=["cpu", "foreach"])

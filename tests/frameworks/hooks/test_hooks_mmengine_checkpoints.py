@@ -101,8 +101,8 @@ def test_a_run_resumed_in_a_new_process_is_equal_to_one_that_was_never_broken_of
         broken_off(hook, tmp_path / loop / "parts", BREAK, **LOOPS[loop])
     in_new_process(
         "import sys\n"
-        "from ema_hooks import LOOPS, Path\n"
-        "from mmengine_runs import trained\n"
+        "from tests.frameworks.hooks.ema_hooks import LOOPS, Path\n"
+        "from tests.frameworks.hooks.mmengine_runs import trained\n"
         f"for loop in LOOPS:\n"
         f"    trained({hook}, Path(sys.argv[1], loop, 'parts'), resume=True, **LOOPS[loop])\n",
         tmp_path,

@@ -101,7 +101,7 @@ FUSED = {
     "FusedBYOLHook": "ema_fused.hooks.mmengine.MomentumUpdateHook",
     "FusedCosineEMA": "ema_fused.hooks.mmengine_averages.CosineEMA",
     "FusedInvertedCosineEMA": "ema_fused.hooks.mmengine_averages.InvertedCosineEMA",
-    "FusedExpMomentumEMA": "ema_fused.averages.ExpMomentumEMA",
+    "FusedExpMomentumEMA": "ema_fused.averages.kinds.ExpMomentumEMA",
 }
 
 
@@ -166,7 +166,7 @@ OURS = [
     "ema_fused.hooks.mmpretrain.EMAHook",
     "ema_fused.hooks.mmengine_averages.CosineEMA",
     "ema_fused.hooks.mmengine.EMAHook",
-    "ema_fused.averages.ExpMomentumEMA",
+    "ema_fused.averages.kinds.ExpMomentumEMA",
 ]
 REPLACE = """
 import ema_fused.hooks.mmdet, ema_fused.hooks.mmpretrain, ema_fused.hooks.mmengine
