@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,12 +44,24 @@ _LONGEST = (
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
+        if {"two_ranks", "four_ranks"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)
+            item.add_marker(pytest.mark.xdist_group("ranks"))
         # A file's tests share fixtures, so one process runs them; a group is several such files.
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.relative_to(HERE).as_posix()))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(_NO_GPU)
     items.sort(key=lambda item: not item.path.as_posix().endswith(_LONGEST))
+
+
+def pytest_collection_finish() -> None:
+    """Sets aside what was imported and collected: collecting garbage in tests then takes no time.
+
+    A full collection walks hundreds of thousands of objects otherwise.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["cpu", "foreach"])

@@ -235,6 +235,7 @@ def test_an_average_needs_no_more_than_its_method() -> None:
     assert averaged.updates == 1
 
 
+@pytest.mark.slow
 def test_a_training_killed_in_the_middle_goes_on_to_the_bit(tmp_path: Path) -> None:
     """On real data, with steps that the GradScaler skips because their gradients overflow."""
     script = Path(__file__).parent / "attach_run.py"

@@ -28,6 +28,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from ema_fused import AveragedWeights, ExponentialMovingAverage, SlowPathWarning
 from ema_fused.engine import backends
 
+pytestmark = pytest.mark.slow
+
 UPDATES = 10_000
 LOOK_EVERY = 1_000  # updates from one look at the memory to the next
 OBJECTS = 20  # more than before, after 4,000 updates

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from ema_fused import AveragedWeights, ExponentialMovingAverage
 from tests import ROOT
 
+pytestmark = pytest.mark.slow
+
 PAGE = ROOT / "docs" / "large_models.md"
 COLUMNS = ("kept", "made", "update", "swapped")
 LAYERS, WIDTH = 16, 256

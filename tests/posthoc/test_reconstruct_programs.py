@@ -19,6 +19,8 @@ from tests.posthoc.test_reconstruct import trained
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 
+pytestmark = pytest.mark.slow
+
 # Killed while it writes.
 
 PROGRAM = """

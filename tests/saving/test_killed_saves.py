@@ -30,7 +30,10 @@ from tests.saving.killed_saves_run import (
 )
 from tests.sharded_models import perceptron, trainer
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning"),
+]
 
 STEPS = 5
 
