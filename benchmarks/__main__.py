@@ -13,7 +13,6 @@ and said.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import NO_GPU, peers, targets
+from benchmarks import NO_GPU, peers, records, targets
 from ema_fused.bench.cases import host_cases, torch_cases
 from ema_fused.bench.contenders import DTYPES
 from ema_fused.bench.environment import Environment, environment, output_of, why_no_gpu
@@ -197,7 +196,7 @@ def _tables(report: Report) -> list[Table]:
 
 def _write(report: Report, chosen: argparse.Namespace) -> None:
     if chosen.json is not None:
-        chosen.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        records.write(chosen.json, report)
     if chosen.markdown is not None:
         parts = [about(report), *(markdown(table) for table in _tables(report))]
         chosen.markdown.write_text("\n".join(parts), encoding="utf-8")

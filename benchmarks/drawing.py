@@ -1,11 +1,12 @@
 """Pictures for README and docs: each once for light pages and once for dark ones.
 
-Backgrounds are transparent, letters are drawn as paths, and nothing depends on the time of day: the
-same numbers give the same file.
+Backgrounds are transparent, letters are text, and nothing depends on the time of day: the same
+numbers give the same file.
 """
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+
+from benchmarks import svg
 
 WIDTH = 8.3  # inches, 830 pixels of a page: a README's column
 
@@ -55,10 +58,9 @@ def save(stem: Path, draw: Callable[[Theme], Figure]) -> list[Path]:
     for theme in (LIGHT, DARK):
         path = stem.with_name(f"{stem.name}-{theme.name}.svg")
         with _style(theme):
-            draw(theme).savefig(path, format="svg", transparent=True, metadata={"Date": None})
-        # Without its trailing spaces, which editors and hooks take away.
-        lines = path.read_text(encoding="utf-8").splitlines()
-        path.write_text("\n".join(line.rstrip() for line in lines) + "\n", encoding="utf-8")
+            drawn = io.StringIO()
+            draw(theme).savefig(drawn, format="svg", transparent=True)
+        path.write_text(svg.small(drawn.getvalue()), encoding="utf-8")
         written.append(path)
     return written
 
@@ -82,7 +84,7 @@ def _style(theme: Theme) -> Iterator[None]:
         "grid.color": theme.grid,
         "grid.linewidth": 0.6,
         "legend.frameon": False,
-        "svg.fonttype": "path",
+        "svg.fonttype": "none",  # text, a line for each
         "svg.hashsalt": "ema_fused",
     }
     with mpl.rc_context(settings):

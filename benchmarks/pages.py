@@ -62,7 +62,7 @@ def readme_part(report: dict[str, Any]) -> str:
         [
             f"How many times as long as ours others take for one update: medians of one run on "
             f"{found['device']}, {found['threads']} threads, torch {found['torch']}, "
-            f"{found['date']} ([cpu.json](benchmarks/results/{MEASURED.name}), "
+            f"{found['date']} ([all results](benchmarks/results/{MEASURED.name}), "
             f"`{found['command']}`).",
             "",
             f"| | {' | '.join(titles[model] for model in _MODELS)} |",

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import growth, pictures, targets
+from benchmarks import growth, pictures, records, svg, targets
 from ema_fused.bench.tables import markdown, tables
 
 TIMING = {"lower_quartile": 0.0, "upper_quartile": 0.0, "rounds": 5, "calls_per_round": 1}
@@ -127,3 +127,78 @@ def test_tables_have_a_cell_for_each_case() -> None:
     assert "| torch._foreach_lerp_ | 1.25 (15 us ±0%) | 2.50 (30 us ±0%) |" in text
     assert "| b | 3 | 2e-05 | 0.75 |" in text
     assert "| c | why |" in text
+
+
+def test_a_result_file_has_a_line_a_record_and_no_more_digits_than_mean_something(
+    tmp_path: Path,
+) -> None:
+    timing = {"median": 0.028536019002785906, "rounds": 5}
+    found = {"name": "a", "ratio": 1.0, "timing": timing}
+    file = tmp_path / "run.json"
+    cases = [{"elements": 1_234_567_891, "launches": [1, 1], "contenders": [found, found]}]
+    records.write(file, {"environment": {"cores": 2}, "copy": None, "cases": cases, "failed": []})
+    line = '{"name": "a", "ratio": 1.0, "timing": {"median": 0.0285361, "rounds": 5}}'
+    assert file.read_text(encoding="utf-8").splitlines() == [
+        "{",
+        '  "environment": {',
+        '    "cores": 2',
+        "  },",
+        '  "copy": null,',
+        '  "cases": [',
+        '    {"elements": 1234567891, "launches": [1, 1], "contenders": [',
+        f"      {line},",
+        f"      {line}",
+        "    ]}",
+        "  ],",
+        '  "failed": []',
+        "}",
+    ]
+
+
+@pytest.mark.parametrize("number", [10.70499, 28.84996, 1.0, 0.1234, 5e-324, 1e-12 / 3])
+def test_numbers_round_the_same_once_more(tmp_path: Path, number: float) -> None:
+    records.write(tmp_path / "run.json", {"number": number})
+    kept = records.read(tmp_path / "run.json")["number"]
+    assert f"{kept:.3g}" == f"{number:.3g}" and f"{kept:.2f}" == f"{number:.2f}"
+    assert kept == pytest.approx(number, rel=1e-5)
+
+
+@pytest.mark.parametrize("file", sorted(records.RESULTS.glob("*.json")), ids=lambda file: file.name)
+def test_result_files_are_as_they_are_written(file: Path, tmp_path: Path) -> None:
+    records.write(tmp_path / file.name, records.read(file))
+    assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+
+
+DRAWN = """<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"
+ width="9pt" height="9pt" viewBox="0 0 9 9">
+ <g id="axes_1"><path d="M 0 0 L 9 0 z" style="fill: none"/>
+  <defs><path id="m1" d="M 0 0 L 0 -2 " style="stroke: #111"/>
+   <path id="m2" d="M 0 0 C 1 1 2 2 3 3 z" style="stroke: #222"/></defs>
+  <g><use xlink:href="#m1" x="1.004" y="5" style="stroke: #111"/></g>
+  <g><use xlink:href="#m1" x="2" y="5" style="stroke: #111"/></g>
+  <path d="M 1 1 L 2.333333 2 L 3 -0.0001 " clip-path="url(#p)" style="fill: none; stroke: #333"/>
+  <g clip-path="url(#p)"><use xlink:href="#m2" x="1" y="5" style="fill: #222"/>
+   <use xlink:href="#m2" x="2" y="5" style="fill: #222"/></g>
+  <text style="font-size: 9px; font-family: 'DejaVu Sans'; fill: #444" x="1.5" y="2"
+   transform="rotate(-0 1.5 2)">a &lt; b</text></g>
+ <defs><clipPath id="p"><rect x="0" y="0" width="9" height="9"/></clipPath></defs></svg>"""
+
+
+def test_a_small_picture_has_all_that_is_painted() -> None:
+    assert svg.small(DRAWN).splitlines()[1:] == [
+        "<style>*{stroke-linejoin:round;stroke-linecap:butt}",
+        ".s0{stroke:#111}",
+        ".s1{fill:none;stroke:#333}",
+        ".s2{fill:#222}",
+        ".s3{stroke:#222}",
+        ".s4{font-size:9px;fill:#444}",
+        "</style>",
+        '<defs><clipPath id="d0"><rect x="0" y="0" width="9" height="9"/></clipPath></defs>',
+        '<defs><path id="d1" class="s3" d="M0 0C1 1 2 2 3 3z"/></defs>',
+        '<path class="s0" d="M1 5L1 3M2 5L2 3"/>',
+        '<path class="s1" clip-path="url(#d0)" d="M1 1L2.33 2 3 0"/>',
+        '<g class="s2" clip-path="url(#d0)"><use xlink:href="#d1" x="1" y="5"/>'
+        '<use xlink:href="#d1" x="2" y="5"/></g>',
+        '<text class="s4" x="1.5" y="2">a &lt; b</text>',
+        "</svg>",
+    ]

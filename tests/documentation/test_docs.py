@@ -134,6 +134,19 @@ def test_links_to_files_lead_somewhere(name: str) -> None:
             assert inside or page.parent == ROOT, f"{link} is no page of the site"
 
 
+def test_links_show_titles_and_not_the_names_of_files() -> None:
+    pages = {*PAGES, *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")}
+    links = [
+        (page.name, text)
+        for page in pages
+        for text in re.findall(r"(?<!!)\[([^\]]+)\]\([^)\s]+\)", page.read_text(encoding="utf-8"))
+    ]
+    assert len(links) > 50
+    assert not [
+        link for link in links if re.fullmatch(r"`?[\w./-]+\.(?:md|html|json|py)`?", link[1])
+    ]
+
+
 def test_files_that_are_named_are_there() -> None:
     """Sources that the pages name in code font, which nothing else checks."""
     folders = "benchmarks|csrc|docs|ema_fused|examples|requirements|tests"
