@@ -105,18 +105,20 @@ $(VENV)/.test: requirements/test.txt $(VENV)/.quick $(wildcard requirements/*.tx
 # ---- What is built: what this machine can run, or all ------------------------------------------
 
 # Once the build's tools are in the environment they are used; before, pip gets them for the build
-# alone, in the versions of the constraints (a name for older pips, one for newer).
-ISOLATED = PIP_CONSTRAINT=requirements/constraints.txt PIP_BUILD_CONSTRAINT=requirements/constraints.txt
-BUILD = rm -f $(VENV)/build.log; \
-	$(if $(wildcard $(VENV)/.quick),,$(ISOLATED)) \
+# alone, in the versions of the constraints (which older and newer pips know by two names).
+BUILD = if [ -e $(VENV)/.quick ]; then isolation=--no-build-isolation; else \
+		isolation=; export PIP_CONSTRAINT="$(CURDIR)/requirements/constraints.txt"; \
+		export PIP_BUILD_CONSTRAINT="$$PIP_CONSTRAINT"; fi; \
+	rm -f $(VENV)/build.log; \
 	CMAKE_ARGS="-DEMA_FUSED_PTXAS_VERBOSE=ON $(CMAKE_ARGS)" $(PIP) --log $(VENV)/build.log \
-	install $(if $(wildcard $(VENV)/.quick),--no-build-isolation) --no-deps --editable . \
+		install $$isolation --no-deps --editable . \
 	&& $(BIN)/python -m ema_fused info
 
 # Kernels for GPUs only where there is one, so that the first run doesn't wait for them.
 $(VENV)/.built-here: $(SOURCES) | $(VENV)/.demo
 	@echo "building ema_fused for this machine"
-	@export EMA_FUSED_CUDA="$${EMA_FUSED_CUDA:-$(if $(wildcard /dev/nvidiactl /dev/dxg),auto,0)}"; $(BUILD)
+	@export EMA_FUSED_CUDA="$${EMA_FUSED_CUDA:-$(if $(wildcard /dev/nvidiactl /dev/dxg),auto,0)}"; \
+		$(BUILD)
 	@touch $@
 
 $(VENV)/.built: $(SOURCES) | $(VENV)/.test

@@ -138,7 +138,7 @@ if [ -z "$built" ]; then
 else
   if [ -z "$gpu" ]; then passed="no GPU: all skipped"; fi
   # By name: other files need packages that the image may not have.
-  mapfile -t files < <(grep -l "mark\.gpu" tests/test_*.py)
+  mapfile -t files < <(grep -rl --include="test_*.py" "mark\.gpu" tests | sort)
   step tests 20 "$python" -m pytest -m gpu -q "${files[@]}"
   passed=ok
   shown_lines=200 step speed 44 "$python" -m benchmarks --device cuda --seconds @SECONDS@ \

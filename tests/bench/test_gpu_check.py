@@ -100,8 +100,8 @@ def test_all_steps_run_in_order(tmp_path: Path) -> None:
     results, build = checked.results, tmp_path / "build/program"
     extension = tmp_path / "build/extension"
     with_gpu_tests = sorted(
-        f"tests/{file.name}"
-        for file in (BENCHMARKS.parent / "tests").glob("test_*.py")
+        file.relative_to(ROOT).as_posix()
+        for file in (ROOT / "tests").rglob("test_*.py")
         if "mark.gpu" in file.read_text(encoding="utf-8")
     )
     assert len(with_gpu_tests) >= 3

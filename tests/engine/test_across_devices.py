@@ -1,6 +1,6 @@
 """Sources on another device: the grouping and the order of work, with CPU tensors on both sides.
 
-(Between real devices: tests/test_gpu.py.)
+(Between real devices: tests/gpu/test_gpu.py.)
 """
 
 from __future__ import annotations

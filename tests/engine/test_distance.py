@@ -1,5 +1,5 @@
 """The squared distance between source and averages, measured by an update: on a GPU in
-tests/test_gpu_distance.py."""
+tests/gpu/test_gpu_distance.py."""
 
 from __future__ import annotations
 
