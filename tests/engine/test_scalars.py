@@ -1,4 +1,4 @@
-"""Weights and flags that are tensors: on the CPU here, on a GPU in tests/gpu/test_gpu_execution.py."""
+"""Weights and flags that are tensors: on the CPU here, on a GPU in gpu/test_gpu_execution.py."""
 
 from __future__ import annotations
 
