@@ -355,6 +355,7 @@ print(os.waitstatus_to_exitcode(status), averaged[0].unique().tolist())
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "expected"),
     [

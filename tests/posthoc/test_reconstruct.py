@@ -309,6 +309,7 @@ print(made.bytes, max(used))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells the memory")
+@pytest.mark.slow
 def test_memory_stays_at_a_few_tensors(tmp_path: Path) -> None:
     # Memory that is freed goes back at once, instead of being kept for later.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"}
