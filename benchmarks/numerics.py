@@ -60,6 +60,7 @@ def train(seed: int, epochs: int = EPOCHS) -> Curves:
     accuracy (%).
     """
     torch.manual_seed(seed)
+    digits.DEVICE = torch.device("cpu")  # what is found is said of the CPU, on every machine
     training, test = digits.load_data(seed)
     batches = DataLoader(training, digits.BATCH_SIZE, shuffle=True, drop_last=True)
     model = digits.build_network()
