@@ -28,12 +28,12 @@ def _load(name: str) -> Any:
 
 def _original(pin: str, module: str) -> Any:
     tests_importable()
-    return _load("originals").original(pin, module)
+    return _load("tests.frameworks.originals").original(pin, module)
 
 
 def _import_mmcv() -> None:
     tests_importable()
-    _load("originals").import_mmcv()
+    _load("tests.frameworks.originals").import_mmcv()
     warnings.filterwarnings("ignore", "On January 1, 2023, MMCV will release", UserWarning)
     warnings.filterwarnings("ignore", "This overload of add_ is deprecated", UserWarning)
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ema_fused.bench.contenders import FLOAT32, module_of
 
-# How the tests load originals that have no place in the environment.
-TESTS = Path(__file__).parent.parent.parent / "tests"
+# Of the source tree, whose tests load originals that have no place in the environment.
+ROOT = Path(__file__).parent.parent.parent
 
 
 @dataclass(frozen=True)
@@ -65,5 +65,5 @@ def network(values: list[Tensor]) -> nn.Module:
 
 def tests_importable() -> None:
     """Lets modules of the tests be imported."""
-    if str(TESTS) not in sys.path:
-        sys.path.append(str(TESTS))
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))

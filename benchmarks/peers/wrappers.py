@@ -73,7 +73,9 @@ def _timm_matches() -> list[Match]:
         original = _load("timm.utils")
     else:
         tests_importable()
-        original = _load("adapter_cases").timm_originals()  # from where `make` unpacked it
+        original = _load(
+            "tests.frameworks.adapters.adapter_cases"
+        ).timm_originals()  # from where `make` unpacked it
     ours = _load("ema_fused.adapters.timm")
     return [
         match(f"timm {name}", partial(_timm, name), ours, original)
