@@ -16,8 +16,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
-# Bytecode is written when a module is first imported: most are never.
+# Without bytecode: for the demo it is written when a module is first imported, and most never are.
+# The tests start many programs; for them COMPILE writes it beforehand, on all cores.
 INSTALL := $(PIP) install --no-compile --constraint requirements/constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib*/python*/site-packages || true
+unexport PYTHONDONTWRITEBYTECODE
 SOURCES := setup.py pyproject.toml CMakeLists.txt ema_fused/__init__.py \
 	$(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.in)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh \
@@ -89,6 +92,7 @@ $(VENV)/.demo: requirements/demo.txt requirements/constraints.txt | $(VENV)/.cre
 $(VENV)/.quick: requirements/quick.txt $(VENV)/.demo
 	@echo "installing what the quick tests need"
 	@$(INSTALL) --requirement $<
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.test: requirements/test.txt $(VENV)/.quick $(wildcard requirements/*.txt)
@@ -100,6 +104,7 @@ $(VENV)/.test: requirements/test.txt $(VENV)/.quick $(wildcard requirements/*.tx
 	@rm -rf $(VENV)/unpacked
 	@grep == requirements/unpacked.txt | while read pin; do \
 		$(PIP) install --no-compile --no-deps --target "$(VENV)/unpacked/$$pin" "$$pin" || exit 1; done
+	@$(COMPILE)
 	@touch $@
 
 # ---- What is built: what this machine can run, or all ------------------------------------------
