@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import Any
 
 import torch
@@ -81,6 +83,12 @@ def train(model: nn.Module, generator: torch.Generator) -> None:
             buffer.add_(1)
 
 
+def overflow_at(parameter: Tensor, steps: set[int]) -> None:
+    """Makes gradients infinite at some steps, as half precision does."""
+    count = itertools.count()
+    parameter.register_hook(lambda grad: grad * math.inf if next(count) in steps else grad)
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -107,6 +115,11 @@ def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """Copies of everything in ``module``, non-persistent buffers too."""
     tensors = [*module.named_parameters(), *module.named_buffers()]
     return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def own(module: nn.Module) -> dict[str, Tensor]:
+    """Copies of what ``state_dict`` gives."""
+    return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
 
 
 def differences(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from torch.optim import swa_utils
 
 import ema_fused
 from ema_fused import ExponentialMovingAverage
-from tests import ROOT
+from tests import processes
 from tests.networks import conv_net, differences, snapshot
 
 ACCUMULATED = 3
@@ -238,18 +235,13 @@ def test_an_average_needs_no_more_than_its_method() -> None:
 @pytest.mark.slow
 def test_a_training_killed_in_the_middle_goes_on_to_the_bit(tmp_path: Path) -> None:
     """On real data, with steps that the GradScaler skips because their gradients overflow."""
-    script = Path(__file__).parent / "attach_run.py"
-
-    def run(folder: Path, *arguments: str) -> int:
-        folder.mkdir(exist_ok=True)
-        command = [sys.executable, str(script), str(folder), "30", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.run(command, env=environment, check=False).returncode
-
-    assert run(tmp_path / "whole") == 0
-    assert run(tmp_path / "killed", "18") == -signal.SIGKILL
+    for folder in ("whole", "killed"):
+        (tmp_path / folder).mkdir()
+    script = Path(__file__).with_name("attach_run.py")
+    processes.run(script, tmp_path / "whole")
+    processes.run(script, tmp_path / "killed", "--kill-at", 18, status=-signal.SIGKILL)
     assert torch.load(tmp_path / "killed/checkpoint.pt", weights_only=True)["done"] == 16
-    assert run(tmp_path / "killed") == 0
+    processes.run(script, tmp_path / "killed", "--resume")
     whole, resumed = (
         torch.load(tmp_path / which / "checkpoint.pt", weights_only=True)
         for which in ("whole", "killed")

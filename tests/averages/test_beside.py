@@ -136,15 +136,16 @@ def test_a_model_that_is_deleted_by_the_thread_itself(monkeypatch: pytest.Monkey
         gc.enable()
 
 
+def out_of_memory() -> None:
+    raise OSError("no more memory")
+
+
 def test_a_failure_is_told_although_the_model_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     model = filled(0.0)
     averaged = offloaded(model)
 
-    def fails() -> None:
-        raise OSError("no more memory")
-
     held = Held(monkeypatch)
-    held.action = fails
+    held.action = out_of_memory
     averaged.update_parameters(model, asynchronous=True)
     assert held.reached.wait(30)
     weight = weakref.ref(model.weight)
@@ -166,11 +167,8 @@ def test_a_failure_does_not_leave_averages_in_the_model(monkeypatch: pytest.Monk
     elsewhere = filled(1.0)
     averaged = offloaded(elsewhere)
 
-    def fails() -> None:
-        raise OSError("no more memory")
-
     held = Held(monkeypatch)
-    held.action = fails
+    held.action = out_of_memory
     with pytest.raises(RuntimeError, match="no more memory"), other.swapped(model):
         averaged.update_parameters(elsewhere, asynchronous=True)
         held.go_on.set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from benchmarks import __main__ as program
 from benchmarks import peers
 from ema_fused.bench import environment
 from ema_fused.bench.timing import CpuClock
-from tests import ROOT
+from tests import processes
 
 PEERS = {
     "mmengine": 4,
@@ -32,16 +31,6 @@ PEERS = {
     "ema_pytorch": 1,
     "torch_ema": 1,
 }
-
-
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--smoke", "--threads", "1", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-    )
 
 
 def measured(*arguments: str) -> dict[str, Any]:
@@ -62,11 +51,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     for package in ("mmengine", "mmcv", "diffusers", "ema_pytorch", "torch_ema"):
         pytest.importorskip(package, reason=f"{package} is measured")
     folder = tmp_path_factory.mktemp("whole")
-    done = run(
-        *("--json", str(folder / "run.json"), "--markdown", str(folder / "run.md")),
-        *("--pictures", str(folder / "pictures")),
+    done = processes.run(
+        *("-m", "benchmarks", "--smoke", "--threads", 1, "--json", folder / "run.json"),
+        *("--markdown", folder / "run.md", "--pictures", folder / "pictures"),
     )
-    assert done.returncode == 0, done.stderr
     return SimpleNamespace(
         stdout=done.stdout,
         stderr=done.stderr,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -45,16 +43,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for package in ("mkdocs", "material", "mkdocstrings_handlers.python"):
         pytest.importorskip(package, reason="the site is built by mkdocs-material, mkdocstrings")
     folder = tmp_path_factory.mktemp("site")
-    done = subprocess.run(
-        [sys.executable, "-c", BUILD, "build", "--strict", "--site-dir", str(folder)],
-        cwd=ROOT,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0 and "WARNING" not in done.stdout, done.stdout
+    command = [sys.executable, "-c", BUILD, "build", "--strict", "--site-dir", str(folder)]
+    printed = doc_commands.output(command, NO_MKDOCS_2_WARNING="1")
+    assert "WARNING" not in printed
     return folder
 
 

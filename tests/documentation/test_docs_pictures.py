@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,14 +98,6 @@ def test_the_picture_of_past_weights_is_that_of_the_file(tmp_path: Path) -> None
 # ---- Averages in 16 bits -------------------------------------------------------------------------
 
 SMALL, LARGE = numerics.MOMENTA
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.filterwarnings("ignore:averages are kept in 16 bits")

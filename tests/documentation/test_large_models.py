@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks import marked
-from tests import ROOT
+from tests import ROOT, processes
 
 PAGE = ROOT / "docs" / "large_models.md"
 
@@ -270,14 +267,7 @@ def test_every_assumption_reaches_the_tables(large_models: Any, name: str) -> No
     assert tables(**{name: OVERRIDES[name]}) != tables()
 
 
-def run(*arguments: str, program: tuple[str, ...] = ("-m", "benchmarks.large_models")) -> Any:
-    return subprocess.run(
-        [sys.executable, *program, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+PROGRAM = ("-m", "benchmarks.large_models")
 
 
 def test_program_takes_overrides_and_needs_no_torch() -> None:
@@ -287,8 +277,7 @@ def test_program_takes_overrides_and_needs_no_torch() -> None:
         "from benchmarks import large_models; large_models.main()",
     )
     arguments = ["--parameters", "7e9", "--gpus", "8", "--bandwidth-gpu", "2400", "--every", "5"]
-    done = run(*arguments, program=without_torch)
-    assert done.returncode == 0, done.stderr
+    done = processes.run(*without_torch, *arguments)
     lines = done.stdout.splitlines()
     assert "| `--bandwidth-gpu` | 2,400 GB/s | memory of a GPU; H200, stated by NVIDIA |" in lines
     assert "| 7B on | 8 GPUs |" in lines
@@ -304,8 +293,7 @@ def test_program_writes_between_the_markers_of_a_page(large_models: Any, tmp_pat
         encoding="utf-8",
     )
     for _ in range(2):
-        done = run("--write", str(page))
-        assert done.returncode == 0, done.stderr
+        done = processes.run(*PROGRAM, "--write", page)
         assert done.stdout == ""
     written = page.read_text(encoding="utf-8")
     assert written == (
@@ -327,6 +315,5 @@ def test_program_writes_between_the_markers_of_a_page(large_models: Any, tmp_pat
     ],
 )
 def test_program_refuses_what_is_out_of_range(arguments: list[str], expected: str) -> None:
-    done = run(*arguments)
-    assert done.returncode == 2
+    done = processes.run(*PROGRAM, *arguments, status=2)
     assert expected in done.stderr

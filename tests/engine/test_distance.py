@@ -17,6 +17,7 @@ from ema_fused.engine import across_devices, backends, reference
 from ema_fused.engine.across_devices import MovedPart
 from ema_fused.engine.parts import Task, Update
 from ema_fused.engine.routing import split
+from tests.threads import on_threads
 
 AVERAGED = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SOURCES = [*AVERAGED, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -103,12 +104,8 @@ def test_it_is_the_references_and_changes_no_average(
         )
 
     found = torch.full((averages,) if averages > 1 else (), UNTOUCHED, dtype=torch.float64)
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         plan_of(averaged).lerp_(0.3, squared_distance=found)
-    finally:
-        torch.set_num_threads(before)
     assert found.view(-1).tolist() == [near(value) for value in expected]
     plan_of(alone).lerp_(0.3)
     for one, other in zip(averaged, alone, strict=True):
@@ -121,16 +118,12 @@ def test_any_number_of_threads_gives_the_same_bits(backend: str, dtype: torch.dt
     sizes = [*SIZES, 3, 300_007, 100_003]
     source = [values(n, dtype, i) for i, n in enumerate(sizes)]
     found = []
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3, 2):
-            torch.set_num_threads(threads)
-            averaged = [values(n, dtype, 99 + i) for i, n in enumerate(sizes)]
-            into = number()
+    for threads in (1, 2, 3, 2):
+        averaged = [values(n, dtype, 99 + i) for i, n in enumerate(sizes)]
+        into = number()
+        with on_threads(threads):
             Plan(averaged, source, backend=backend).lerp_(0.3, squared_distance=into)
-            found.append(into.item())
-    finally:
-        torch.set_num_threads(before)
+        found.append(into.item())
     averaged = [values(n, dtype, 99 + i) for i, n in enumerate(sizes)]
     assert found[0] == near(distance(averaged, source))
     assert found == [found[0]] * 4

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -17,6 +13,8 @@ import ema_fused
 from ema_fused import Plan
 from ema_fused.engine import reference
 from ema_fused.engine.plan import ARITHMETICS
+from tests import processes
+from tests.threads import on_threads
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SIZES = [0, 1, 15, 16, 17, 127, 128, 129, 4095, 4096, 4097, 8191, 8192, 8193]
@@ -80,9 +78,7 @@ def test_lerp_equals_torch_to_the_bit(
 def test_every_size_around_the_chunks_equals_torch(
     backend: str, dtype: torch.dtype, threads: int
 ) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with on_threads(threads):
         sizes = SIZES * 3 + [100_003]
         averaged = [values((n,), dtype, i, True) for i, n in enumerate(sizes)]
         source = [values((n,), dtype, -i - 1, True) for i, n in enumerate(sizes)]
@@ -91,8 +87,6 @@ def test_every_size_around_the_chunks_equals_torch(
         torch._foreach_lerp_(expected, source, 0.0002)
         for found, wanted in zip(averaged, expected, strict=True):
             assert_same_bits(found, wanted)
-    finally:
-        torch.set_num_threads(before)
 
 
 def as_original(averaged: Tensor, source: Tensor, weight: float, arithmetic: str) -> Tensor:
@@ -275,14 +269,7 @@ def test_kernels_follow_torch_to_every_instruction_set(capability: str) -> None:
     native = ema_fused.engine.backends.native()
     if native is None or "avx2" not in native.build_info()["cpu_isas"]:
         pytest.skip("this build has one instruction set")
-    done = subprocess.run(
-        [sys.executable, "-c", BESIDE_TORCH],
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    done = processes.run("-c", BESIDE_TORCH, ATEN_CPU_CAPABILITY=capability)
     ours, torchs = done.stdout.split()
     assert {"baseline": "DEFAULT"}.get(ours, ours.upper()) == torchs
 

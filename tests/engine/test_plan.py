@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import pickle
-import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 
 from ema_fused import Plan
 from ema_fused.engine import backends
+from tests import processes
 
 
 def make(count: int = 3) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -209,18 +208,7 @@ assert plan.changed() == (1, True, "float32 of shape (2, 2)")
 def test_without_the_c_shim_tensors_are_watched_all_the_same() -> None:
     if backends.native() is None:
         pytest.skip("the extension is not built")
-    done = run_python(WATCHED_THROUGH_DLPACK)
-    assert done.returncode == 0, done.stderr
-
-
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    processes.run("-c", WATCHED_THROUGH_DLPACK)
 
 
 WITHOUT_EXTENSION = """
@@ -241,16 +229,15 @@ assert ema_fused.Plan(a, s).backends == ("foreach",)
 
 
 def test_without_the_extension_all_runs_on_foreach_with_one_warning() -> None:
-    done = run_python(WITHOUT_EXTENSION)
-    assert done.returncode == 0, done.stderr
+    processes.run("-c", WITHOUT_EXTENSION)
 
 
 def test_the_environment_pins_a_backend() -> None:
     code = "import torch; from ema_fused import Plan; t = torch.ones(2); print(Plan([t], [t + 1]))"
-    done = run_python(code, EMA_FUSED_BACKEND="foreach")
+    done = processes.run("-c", code, EMA_FUSED_BACKEND="foreach")
     assert "backends=['foreach']" in done.stdout, done.stderr
     assert "SlowPathWarning" not in done.stderr
-    done = run_python(code, EMA_FUSED_BACKEND="quick")
+    done = processes.run("-c", code, status=1, EMA_FUSED_BACKEND="quick")
     assert "backend 'quick' is none of cuda, cpu, foreach" in done.stderr
 
 

@@ -16,6 +16,7 @@ import ema_fused
 from ema_fused import ExponentialMovingAverage, Plan, StochasticWeightAverage
 from ema_fused.engine import backends
 from ema_fused.engine.rounding import philox, random_halves, round_stochastically
+from tests.threads import on_threads
 
 HALVES = [torch.bfloat16, torch.float16]
 SOURCES = [
@@ -85,15 +86,11 @@ def test_the_kernel_and_torchs_functions_give_the_same_bits(
 @needs_native
 def test_bits_depend_on_neither_threads_nor_the_way_a_tensor_is_cut() -> None:
     results = []
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            averaged, source = torch.zeros(300_001).bfloat16(), torch.full((300_001,), 0.3)
+    for count in (1, 2, 3):
+        averaged, source = torch.zeros(300_001).bfloat16(), torch.full((300_001,), 0.3)
+        with on_threads(count):
             Plan([averaged], [source], rounding="stochastic", backend="cpu").lerp_(0.01)
-            results.append(averaged)
-    finally:
-        torch.set_num_threads(threads)
+        results.append(averaged)
     assert same_bits(results[:1] * 2, results[1:])
     # The same elements in memory that is aligned otherwise.
     memory = torch.zeros(300_004).bfloat16()

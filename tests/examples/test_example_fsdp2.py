@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import re
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import ROOT
+from tests import ROOT, processes
 from tests.ranks import Ranks
 
 pytest.importorskip("tqdm", reason="the example shows its progress with tqdm")
@@ -46,24 +44,17 @@ class Run:
         return int(found[1])
 
 
-def run(*arguments: str, processes: int | None = None) -> Run:
+def run(*arguments: str, ranks: int | None = None) -> Run:
     """Started as its user would: by torchrun, or as a plain program."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [sys.executable, *(launcher if processes else []), EXAMPLE, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
+    program = [*(launcher if ranks else []), EXAMPLE, *arguments]
+    done = processes.run(*program, OMP_NUM_THREADS="1")
     return Run(done.stdout, done.stderr)
 
 
 def test_two_processes_train_one_evaluates_and_one_goes_on(tmp_path: Path) -> None:
     folder = str(tmp_path / "run")
-    trained = run(*TINY, "--steps", "12", "--output", folder, processes=2)
+    trained = run(*TINY, "--steps", "12", "--output", folder, ranks=2)
     assert "12/12" in trained.errors, "the progress bar counts steps to the end"
     assert f"Checkpoint: {folder}" in trained.output
     assert trained.steps == 12
@@ -75,7 +66,7 @@ def test_two_processes_train_one_evaluates_and_one_goes_on(tmp_path: Path) -> No
     assert alone.steps == 12
     assert alone.losses == pytest.approx(trained.losses, abs=3e-5)
 
-    resumed = run(*TINY, "--steps", "15", "--output", folder, processes=1)
+    resumed = run(*TINY, "--steps", "15", "--output", folder, ranks=1)
     assert re.search(r"\b12/15 ", resumed.errors), "it begins where the other ended"
     assert resumed.steps == 15
     assert resumed.losses["averaged"] < trained.losses["averaged"] - 0.01

@@ -6,7 +6,6 @@ import functools
 import os
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import ROOT
+from tests import ROOT, processes
 
 pytest.importorskip("sklearn", reason="the example's data ship with scikit-learn")
 
@@ -44,23 +43,17 @@ class Run:
 
 
 def start(config: Path, folder: Path, epochs: int, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, str(EXAMPLES / "mmengine_train.py"), str(config), *options]
+    command = [EXAMPLES / "mmengine_train.py", config, *options, "--work-dir", folder]
     # The script is to see to what torch asks of those who resume.
-    ours = {key: value for key, value in os.environ.items() if "WEIGHTS_ONLY" not in key}
-    return subprocess.Popen(
-        [*command, "--work-dir", str(folder), "--cfg-options", f"train_cfg.max_epochs={epochs}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # One thread: the runs share the machine, and sums are to be in one order in all of them.
-        env={**ours, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-    )
+    removed = {name: None for name in os.environ if "WEIGHTS_ONLY" in name}
+    # One thread: the runs share the machine, and sums are to be in one order in all of them.
+    environment = {"OMP_NUM_THREADS": "1", **removed}
+    length = f"train_cfg.max_epochs={epochs}"
+    return processes.start(*command, "--cfg-options", length, **environment)
 
 
 def finish(running: subprocess.Popen[str], folder: Path) -> Run:
-    output, _ = running.communicate()
-    assert running.returncode == 0, output
-    return Run(folder, output)
+    return Run(folder, processes.finish(running).stdout)
 
 
 @pytest.fixture(scope="module")

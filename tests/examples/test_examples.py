@@ -4,49 +4,36 @@ from __future__ import annotations
 
 import importlib
 import math
-import os
 import re
-import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests import ROOT
+from tests import ROOT, processes
 
 pytest.importorskip("sklearn", reason="the example's data ship with scikit-learn")
 pytest.importorskip("matplotlib", reason="the example draws with matplotlib")
 pytest.importorskip("tqdm", reason="the example shows its progress with tqdm")
 
 EXAMPLES = ROOT / "examples"
+COMMAND = [EXAMPLES / "digits.py", "--quick", "--epochs", 2, "--seeds", 1, "--output"]
 
 
 @pytest.fixture
-def digits(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def digits(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> Any:
     """The example as a module, on one thread of the CPU."""
     monkeypatch.syspath_prepend(EXAMPLES)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     example: Any = importlib.import_module("digits")
     monkeypatch.setattr(example, "DEVICE", torch.device("cpu"))
-    yield example
-    torch.set_num_threads(threads)
+    return example
 
 
 def test_command_prints_both_tables_and_draws_the_picture(tmp_path: Path) -> None:
     picture = tmp_path / "curves.png"
-    command = [sys.executable, str(EXAMPLES / "digits.py"), "--quick", "--epochs", "2"]
-    done = subprocess.run(
-        [*command, "--seeds", "1", "--output", str(picture)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr
+    done = processes.run(*COMMAND, picture)
     assert "2/2" in done.stderr, "the progress bar counts epochs to the end"
     assert str(picture) in done.stdout
 
@@ -88,15 +75,7 @@ def test_command_refuses_to_do_nothing(
 
 @pytest.mark.gpu
 def test_a_gpu_is_trained_on_and_named(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "digits.py"), "--quick", "--epochs", "2"]
-    done = subprocess.run(
-        [*command, "--seeds", "1", "--output", str(tmp_path / "curves.png")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert done.returncode == 0, done.stderr
+    done = processes.run(*COMMAND, tmp_path / "curves.png")
     assert f"Trained on {torch.cuda.get_device_name(0)} " in done.stdout
     assert re.search(r"^EMA +[\d.]+ ± ", done.stdout, re.MULTILINE)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 import threading
 import warnings
 import weakref
@@ -17,6 +15,7 @@ import torch
 from ema_fused import SlowPathWarning
 from ema_fused.offloading.offloaded_plan import OffloadedPlan
 from ema_fused.offloading.staging import Piece
+from tests import processes
 
 SECONDS = 20.0  # no test waits as long unless something hangs
 
@@ -366,7 +365,6 @@ print(os.waitstatus_to_exitcode(status), averaged[0].unique().tolist())
     ids=["exit", "exit of a deleted plan", "fork"],
 )
 def test_interpreters_end_and_fork_in_the_middle_of_an_update(program: str, expected: str) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM + program]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=4 * SECONDS)
-    assert (done.returncode, done.stderr) == (0, "")
+    done = processes.run("-W", "ignore", "-c", PROGRAM + program)
+    assert done.stderr == ""
     assert done.stdout.strip() == expected

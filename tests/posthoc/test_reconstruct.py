@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from ema_fused import PowerFunctionEMA
 from ema_fused.posthoc import power_profiles
 from ema_fused.posthoc.power_profiles import Profile, combine, density, gamma_of
 from ema_fused.posthoc.reconstruction import Reconstruction, reconstruct
+from tests import processes
 from tests.networks import Tied, Weight, conv_net, differences, generator
 
 save_file = pytest.importorskip("safetensors.torch").save_file
@@ -312,14 +312,7 @@ print(made.bytes, max(used))
 @pytest.mark.slow
 def test_memory_stays_at_a_few_tensors(tmp_path: Path) -> None:
     # Memory that is freed goes back at once, instead of being kept for later.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "100000"}
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURED, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-        check=True,
-    )
+    done = processes.run("-c", MEASURED, tmp_path, MALLOC_MMAP_THRESHOLD_="100000")
     whole, used = map(int, done.stdout.split())
     one = 2 * 2**20
     assert whole == 16 * one

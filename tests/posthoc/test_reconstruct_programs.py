@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ema_fused.posthoc.reconstruction import Reconstruction, reconstruct
-from tests import ROOT
+from tests import processes
 from tests.networks import conv_net, differences
 from tests.posthoc.test_reconstruct import trained
 
@@ -63,16 +63,7 @@ while ema.steps < 40:
 
 def start(folder: Path, kill_at: int) -> subprocess.Popen[str]:
     folder.mkdir(exist_ok=True)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder), str(kill_at)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+    return processes.start("-c", PROGRAM, folder, kill_at)
 
 
 def test_a_run_killed_while_it_saves_leaves_no_half_file_and_goes_on_to_the_bit(
@@ -83,9 +74,8 @@ def test_a_run_killed_while_it_saves_leaves_no_half_file_and_goes_on_to_the_bit(
     assert killed.stdout is not None
     assert killed.stdout.readline() == "half\n"
     killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    killed.stdout.close()
-    assert straight.wait() == 0
+    processes.finish(killed, -signal.SIGKILL)
+    processes.finish(straight)
 
     run_dir, other = tmp_path / "killed" / "run", tmp_path / "straight" / "run"
     (partial,) = run_dir.glob("*.partial")
@@ -97,9 +87,7 @@ def test_a_run_killed_while_it_saves_leaves_no_half_file_and_goes_on_to_the_bit(
     at_20 = reconstruct(run_dir, 0.07, step=20)
     assert differences(at_20, reconstruct(other, 0.07, step=20)) == []
 
-    again = start(tmp_path / "killed", -1)
-    again.communicate()
-    assert again.returncode == 0
+    processes.finish(start(tmp_path / "killed", -1))
     names = sorted(path.name for path in other.iterdir())
     assert sorted(path.name for path in run_dir.iterdir()) == names and len(names) == 8
     for name in names:
@@ -110,21 +98,15 @@ def test_a_run_killed_while_it_saves_leaves_no_half_file_and_goes_on_to_the_bit(
 # The command.
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ema_fused", "reconstruct", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+COMMAND = ("-m", "ema_fused", "reconstruct")
 
 
 def test_the_command_writes_the_file_and_the_picture(tmp_path: Path) -> None:
     image = pytest.importorskip("matplotlib.image")
     run_dir, out, png = tmp_path / "run", tmp_path / "out.safetensors", tmp_path / "profiles.png"
     trained(conv_net(), run_dir)
-    done = command(run_dir, "--sigma-rel", 0.08, "-o", out, "--step", 9, "--picture", png)
-    assert done.returncode == 0, done.stderr
+    options = ["--sigma-rel", 0.08, "-o", out, "--step", 9, "--picture", png]
+    done = processes.run(*COMMAND, run_dir, *options)
     assert "sigma_rel 0.08 at step 9 from 6 snapshots" in done.stdout
     assert done.stderr == ""  # no bar where there is no terminal
     assert differences(load_file(out), reconstruct(run_dir, 0.08, 9)) == []
@@ -142,8 +124,8 @@ def test_the_command_writes_the_file_and_the_picture(tmp_path: Path) -> None:
     ("width", "match"), [("0.3", "sigma_rel is 0.3"), ("0.08", "no snapshot-")]
 )
 def test_the_command_says_what_is_wrong(tmp_path: Path, width: str, match: str) -> None:
-    done = command(tmp_path, "--sigma-rel", width, "-o", tmp_path / "out.safetensors")
-    assert done.returncode == 1
+    options = ["--sigma-rel", width, "-o", tmp_path / "out.safetensors"]
+    done = processes.run(*COMMAND, tmp_path, *options, status=1)
     assert done.stderr.startswith("error: ") and match in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -156,7 +138,7 @@ def test_a_terminal_gets_a_progress_bar(tmp_path: Path) -> None:
     termios.tcsetwinsize(ours, (24, 80))
     arguments = [tmp_path, "--sigma-rel", "0.08", "-o", tmp_path / "out.safetensors"]
     done = subprocess.run(
-        [sys.executable, "-m", "ema_fused", "reconstruct", *map(str, arguments)],
+        [sys.executable, *COMMAND, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=theirs,
         check=True,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +12,7 @@ import torch
 import ema_fused
 from ema_fused import cli
 from ema_fused.engine import backends
+from tests import processes
 
 
 def test_info_tells_versions_build_devices_and_backends() -> None:
@@ -73,42 +72,33 @@ def test_architectures_are_told_without_the_spelling_of_the_build(
     assert "nvcc 1: 90, 120 as PTX\n" in cli.info()
 
 
-def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ema_fused", *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        check=False,
-    )
-
-
 def test_module_runs_as_a_command() -> None:
-    done = run_module("info", EMA_FUSED_BACKEND="foreach")
-    assert done.returncode == 0, done.stderr
+    done = processes.run("-m", "ema_fused", "info", EMA_FUSED_BACKEND="foreach")
     assert "foreach for everything" in done.stdout
 
 
 def test_an_unknown_pinned_backend_is_told_not_raised() -> None:
-    done = run_module("info", EMA_FUSED_BACKEND="fastest")
-    assert done.returncode == 0, done.stderr
+    done = processes.run("-m", "ema_fused", "info", EMA_FUSED_BACKEND="fastest")
     assert "'fastest' is none of" in done.stdout
 
 
 def test_an_unknown_command_is_refused() -> None:
-    done = run_module("inform")
-    assert done.returncode == 2
+    done = processes.run("-m", "ema_fused", "inform", status=2)
     assert "invalid choice" in done.stderr
+
+
+def save_snapshot(folder: Path) -> None:
+    pytest.importorskip("safetensors")
+    model = torch.nn.Linear(3, 2)
+    ema = ema_fused.PowerFunctionEMA(model)
+    ema.update_parameters(model)
+    ema.save_snapshot(folder)
 
 
 def test_reconstruct_needs_no_progress_bar(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("safetensors")
-    model = torch.nn.Linear(3, 2)
-    ema = ema_fused.PowerFunctionEMA(model)
-    ema.update_parameters(model)
-    ema.save_snapshot(tmp_path)
+    save_snapshot(tmp_path)
     monkeypatch.setitem(sys.modules, "tqdm", None)
     out = tmp_path / "out.safetensors"
     assert cli.main(["reconstruct", str(tmp_path), "--sigma-rel", "0.07", "-o", str(out)]) == 0
@@ -123,11 +113,7 @@ def test_reconstruct_tells_what_to_install(
     capsys: pytest.CaptureFixture[str],
     missing: str,
 ) -> None:
-    pytest.importorskip("safetensors")
-    model = torch.nn.Linear(3, 2)
-    ema = ema_fused.PowerFunctionEMA(model)
-    ema.update_parameters(model)
-    ema.save_snapshot(tmp_path)
+    save_snapshot(tmp_path)
     module = "safetensors.torch" if missing == "safetensors" else "matplotlib.figure"
     monkeypatch.setitem(sys.modules, module, None)
     arguments = ["--sigma-rel", "0.07", "-o", str(tmp_path / "o"), "--picture", str(tmp_path / "p")]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
@@ -30,11 +29,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ema_fused import AveragedWeights
 from ema_fused.saving.checkpoints import averaged_state_dict, load, load_averaged_state_dict, save
+from tests.processes import die
 from tests.sharded_models import perceptron, spread, train, trainer, whole
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Death(NamedTuple):

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from ema_fused import AveragedWeights
 from ema_fused.saving import checkpoints
-from tests import ROOT, ranks
+from tests import processes, ranks
 from tests.saving import killed_saves_run
 from tests.saving.killed_saves_run import (
     Death,
@@ -72,15 +69,7 @@ def different(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Kill], list[Kill]]:
     folder = tmp_path_factory.mktemp("swept")
-    program = [sys.executable, killed_saves_run.__file__, str(folder)]
-    done = subprocess.run(
-        program,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    done = processes.run(killed_saves_run.__file__, folder)
     anew, in_a_row = json.loads(done.stdout)
     return [Kill(*kill) for kill in anew], [Kill(*kill) for kill in in_a_row]
 

@@ -6,7 +6,7 @@ import gc
 import sys
 import types
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,6 +54,23 @@ def assert_within_2_ulp(
         largest = torch.stack([t.detach().to(theirs.dtype).abs() for t in (theirs, old, new)])
         bound = 2 * unit_in_the_last_place(largest.amax(0))
         assert ((ours.double() - theirs.double()).abs() <= bound).all()
+
+
+def values(tensors: Iterable[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+def assert_next_within_2_ulp(
+    model: nn.Module, our: Any, their: Any, update: Callable[[Any], object]
+) -> None:
+    """One update begins with their averages in both: the bound holds for one."""
+    before = values(their.shadow_params)
+    for ours_now, wanted in zip(our.shadow_params, before, strict=True):
+        ours_now.copy_(wanted)
+    for ema in (our, their):
+        update(ema)
+    source = list(model.parameters())
+    assert_within_2_ulp(our.shadow_params, their.shadow_params, before, source)
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +13,7 @@ from torch.optim import swa_utils
 
 import ema_fused
 from ema_fused.adapters import accelerate
+from tests import processes
 from tests.frameworks.adapters.adapter_cases import timm_originals, without_integers
 from tests.networks import conv_net, generator, train
 
@@ -168,5 +167,4 @@ def test_none_of_the_packages_is_imported_before_it_is_needed() -> None:
         "adapters.accelerate(AveragedModel(torch.nn.Linear(1, 1)))\n"
         "print([p for p in ('timm', 'diffusers', 'ema_pytorch', 'torch_ema') if p in sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert processes.run("-c", code).stdout.strip() == "[]"

@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ema_fused.engine import backends
 from tests.frameworks.adapters.adapter_cases import (
     DTYPES,
     SLOW,
-    assert_within_2_ulp,
+    assert_next_within_2_ulp,
     no_value_asked_of,
+    values,
 )
 from tests.networks import conv_net, generator, train
 
@@ -39,10 +40,6 @@ def both(parameters: Any, **arguments: Any) -> tuple[Any, Any]:
     return ours.EMAModel(parameters, **arguments), theirs.EMAModel(parameters, **arguments)
 
 
-def values(tensors: Any) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors]
-
-
 def equal(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
@@ -59,18 +56,11 @@ def assert_equal_for(steps: int, model: nn.Module, our: Any, their: Any, seed: i
 
 
 def assert_close_for(steps: int, model: nn.Module, our: Any, their: Any, seed: int = 0) -> None:
-    """Each step begins with their averages in both: the bound holds for one step."""
     random = generator(seed)
     for _ in range(steps):
         train(model, random)
-        before = values(their.shadow_params)
-        for ours_now, wanted in zip(our.shadow_params, before, strict=True):
-            ours_now.copy_(wanted)
-        for ema in (our, their):
-            ema.step(model.parameters())
+        assert_next_within_2_ulp(model, our, their, lambda ema: ema.step(model.parameters()))
         assert our.cur_decay_value == their.cur_decay_value
-        source = list(model.parameters())
-        assert_within_2_ulp(our.shadow_params, their.shadow_params, before, source)
 
 
 @SLOW

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.frameworks.adapters.adapter_cases import (
     DTYPES,
     SLOW,
-    assert_within_2_ulp,
+    assert_next_within_2_ulp,
     no_value_asked_of,
+    values,
 )
 from tests.networks import conv_net, generator, train
 
@@ -41,25 +42,16 @@ def both(parameters: Any, **arguments: Any) -> tuple[Any, Any]:
     )
 
 
-def values(tensors: Any) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in tensors]
-
-
 def assert_close_for(
     steps: int, model: nn.Module, our: Any, their: Any, *, seed: int = 0, given: bool = False
 ) -> None:
-    """Each step begins with their averages in both: the bound holds for one step."""
     random = generator(seed)
     for _ in range(steps):
         train(model, random)
-        before = values(their.shadow_params)
-        for ours_now, wanted in zip(our.shadow_params, before, strict=True):
-            ours_now.copy_(wanted)
-        for ema in (our, their):
-            ema.update(model.parameters() if given else None)
+        assert_next_within_2_ulp(
+            model, our, their, lambda ema: ema.update(model.parameters() if given else None)
+        )
         assert our.num_updates == their.num_updates
-        source = list(model.parameters())
-        assert_within_2_ulp(our.shadow_params, their.shadow_params, before, source)
 
 
 @SLOW

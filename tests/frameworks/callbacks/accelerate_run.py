@@ -1,37 +1,27 @@
 """Trains on digits with accelerate and an average of ours; the tests import it, and run it.
 
-    python accelerate_run.py FOLDER [--kill-at STEP] [--resume]
-
-leaves ``FOLDER/end.pt``: the tensors of the model and of the average.
+As a script it leaves ``end.pt``: the tensors of the model and of the average.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from ema_fused import ExponentialMovingAverage
 from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.callbacks.accelerate import update_average
-from tests.frameworks.callbacks.killed_runs import run_as_asked
+from tests.digits import digits
+from tests.processes import die, run_as_asked
 
 EPOCHS = 3
-
-
-def digits(rows: slice) -> tuple[Tensor, Tensor]:
-    data = load_digits()
-    images = torch.tensor(data.images[rows], dtype=torch.float32).unsqueeze(1) / 16
-    return images, torch.tensor(data.target[rows])
 
 
 def network() -> nn.Sequential:
@@ -54,7 +44,7 @@ class Training:
         self.average: BaseAveragedModel = ExponentialMovingAverage(
             self.plain_model, momentum=0.1, update_buffers=True
         )
-        batches = DataLoader(TensorDataset(*digits(slice(480))), 48)
+        batches = DataLoader(TensorDataset(*digits(0, 480)), 48)
         optimizer = torch.optim.AdamW(self.plain_model.parameters(), lr=0.01)
         self.model, self.optimizer, self.batches = self.accelerator.prepare(
             self.plain_model, optimizer, batches
@@ -73,14 +63,8 @@ class Training:
                 yield number, update_average(self.accelerator, self.average, self.model)
 
 
-def run(
-    folder: Path,
-    *,
-    kill_at: int | None = None,
-    resume: bool = False,
-) -> Path:
+def run(folder: Path, *, kill_at: int | None = None, resume: bool = False) -> Path:
     """A checkpoint follows the sixth batch of the second epoch, after a step of the optimizer."""
-    torch.set_num_threads(1)
     training = Training()
     first, start = 0, 0
     if resume:
@@ -91,7 +75,7 @@ def run(
             if (epoch, batch) == (1, 5):
                 training.accelerator.save_state(str(folder / "checkpoint"))
             if kill_at == 10 * epoch + batch:
-                os.kill(os.getpid(), signal.SIGKILL)
+                die()
         start = 0
     end = {"model": training.plain_model.state_dict(), "average": training.average.state_dict()}
     torch.save(end, folder / "end.pt")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import Trainer, TrainerCallback
 
@@ -18,6 +18,7 @@ from tests.frameworks.callbacks.huggingface_run import (
     digits_model,
     digits_trainer,
 )
+from tests.networks import own
 
 Tensors = dict[str, Tensor]
 MOMENTUM = 0.1
@@ -44,11 +45,6 @@ class ByHand(TrainerCallback):  # type: ignore[misc]
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.at_evaluations.append((own(rest["model"]), dict(self.average), rest["metrics"]))
-
-
-def own(model: nn.Module) -> Tensors:
-    """Copies of the tensors of ``model``."""
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def averages(callback: EMACallback) -> Tensors:

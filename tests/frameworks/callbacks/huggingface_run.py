@@ -1,20 +1,15 @@
 """Trains on digits with transformers' Trainer and our callback; the tests import it, and run it.
 
-    python huggingface_run.py FOLDER [--kill-at STEP] [--resume]
-
-leaves ``FOLDER/end.pt``: the tensors of the model and of the average, and what was logged.
+As a script it leaves ``end.pt``: the tensors of model and average, and what was logged.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
@@ -27,7 +22,8 @@ from transformers import (
 )
 
 from ema_fused.callbacks.huggingface import EMACallback
-from tests.frameworks.callbacks.killed_runs import run_as_asked
+from tests.digits import digits
+from tests.processes import die, run_as_asked
 
 TRAINING, EVALUATION = range(0, 480), range(1000, 1400)
 
@@ -73,10 +69,7 @@ class DigitsModel(PreTrainedModel):  # type: ignore[misc]
 
 class Digits(Dataset[dict[str, Tensor]]):
     def __init__(self, rows: range) -> None:
-        digits = load_digits()
-        kept = slice(rows.start, rows.stop)
-        self.images = torch.tensor(digits.images[kept], dtype=torch.float32).unsqueeze(1) / 16
-        self.labels = torch.tensor(digits.target[kept])
+        self.images, self.labels = digits(rows.start, rows.stop)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -86,14 +79,14 @@ class Digits(Dataset[dict[str, Tensor]]):
 
 
 class KillAt(TrainerCallback):  # type: ignore[misc]
-    """Ends the process after a step, with no time to tidy up."""
+    """Ends the process after a step."""
 
     def __init__(self, step: int) -> None:
         self.step = step
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
 
 
 def accuracy(results: Any) -> dict[str, float]:
@@ -142,7 +135,6 @@ def run(
     folder: Path, *, kill_at: int | None = None, resume: bool | str = False, **average: Any
 ) -> Path:
     """Checkpoints come within epochs, and evaluations between checkpoints."""
-    torch.set_num_threads(1)
     trainer = digits_trainer(
         folder,
         callbacks=[KillAt(kill_at)] if kill_at else None,

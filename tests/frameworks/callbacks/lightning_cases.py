@@ -19,12 +19,8 @@ from ema_fused.callbacks import lightning as ours
 from tests.frameworks.callbacks.lightning_run import Digits, held_out, trainer, training
 
 STATES = ("state_dict", "current_model_state", "averaging_state")
+QUIET = pytest.mark.filterwarnings("ignore")  # Lightning's advice on loaders and intervals
 BOTH = pytest.mark.parametrize("kind", [theirs, ours], ids=["theirs", "ours"])
-
-
-def floats(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without batch norm's counter: torch averages it and cuts off what is behind the point."""
-    return {name: tensor.clone() for name, tensor in state.items() if tensor.is_floating_point()}
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -73,10 +69,6 @@ def ema(kind: Any, **arguments: Any) -> Any:
 
 def saving(folder: Path, **arguments: Any) -> ModelCheckpoint:
     return ModelCheckpoint(folder, "{step}", **{"save_top_k": -1} | arguments)
-
-
-def own(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 class Climbing(LightningModule):

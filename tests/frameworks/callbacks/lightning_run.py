@@ -1,14 +1,7 @@
-"""A training of digits under Lightning's trainer; as a script, one that kills itself or resumes.
-
-python lightning_run.py FOLDER [--kill-after STEP] [--resume CHECKPOINT]
-"""
+"""A training of digits under Lightning's trainer; as a script, one that kills itself or resumes."""
 
 from __future__ import annotations
 
-import argparse
-import functools
-import os
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +9,12 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ema_fused.callbacks.lightning import EMAWeightAveraging
+from tests.digits import digits
+from tests.processes import die, run_as_asked
 
 BATCHES = 8  # an epoch
 
@@ -65,17 +59,11 @@ class Digits(LightningModule):
         return torch.optim.SGD(self.network.parameters(), lr=0.3, momentum=0.9)
 
 
-all_digits = functools.cache(load_digits)
-
-
 class Batches:
     """Images in an order that changes with the epoch; can be resumed in the middle of one."""
 
     def __init__(self, first: int = 0, count: int = BATCHES, size: int = 16) -> None:
-        digits = all_digits()
-        last = first + count * size
-        self.images = torch.tensor(digits.images[first:last]).float().unsqueeze(1) / 16
-        self.labels = torch.tensor(digits.target[first:last])
+        self.images, self.labels = digits(first, first + count * size)
         self.count = count
         self.epoch = 0
         self.position = 0
@@ -121,35 +109,31 @@ def trainer(folder: Path, callbacks: list[Any], **arguments: Any) -> Trainer:
     return Trainer(**quiet | arguments)
 
 
-class Killed(Callback):
-    """Ends the process after an optimizer step: no handler runs, nothing is written."""
+class KillAt(Callback):
+    """Ends the process after a step."""
 
-    def __init__(self, after: int) -> None:
-        self.after = after
+    def __init__(self, step: int) -> None:
+        self.step = step
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        if trainer.global_step == self.after:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if trainer.global_step == self.step:
+            die()
 
 
-def run(folder: Path, *, kill_after: int | None = None, resume: Path | None = None) -> None:
-    """Three epochs with a checkpoint after every second step; ``result.pt`` at the end."""
+def run(folder: Path, *, kill_at: int | None = None, resume: bool = False) -> None:
+    """Three epochs with a checkpoint after every second step; ``end.pt`` at the end."""
     average = EMAWeightAveraging(decay=0.8, update_every_n_steps=3, update_starting_at_epoch=1)
     saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     callbacks: list[Any] = [average, saving]
-    if kill_after is not None:
-        callbacks.append(Killed(kill_after))
+    if kill_at is not None:
+        callbacks.append(KillAt(kill_at))
+    saved = sorted(folder.glob("*.ckpt"), key=lambda path: int(path.stem.removeprefix("step=")))
+    newest = saved[-1] if resume else None
     model = Digits()
     fitting = trainer(folder, callbacks, max_epochs=3, val_check_interval=4)
-    fitting.fit(model, training(), held_out(), ckpt_path=resume, weights_only=False)
-    torch.save({"model": model.state_dict(), "step": fitting.global_step}, folder / "result.pt")
+    fitting.fit(model, training(), held_out(), ckpt_path=newest, weights_only=False)
+    torch.save({"model": model.state_dict(), "step": fitting.global_step}, folder / "end.pt")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--kill-after", type=int)
-    parser.add_argument("--resume", type=Path)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    run(options.folder, kill_after=options.kill_after, resume=options.resume)
+    run_as_asked(run)

@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import importlib
-import itertools
-import math
-import os
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ema_fused import ExponentialMovingAverage
-from tests.frameworks.callbacks.killed_runs import start
-from tests.networks import differences
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-pytest.importorskip("accelerate", reason="accelerate is not installed")
-pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-
-from accelerate import Accelerator
-from safetensors.torch import load_file
-
 from ema_fused.callbacks.accelerate import update_average
+from tests import processes
+from tests.digits import digits
 from tests.frameworks.callbacks import accelerate_run
-from tests.frameworks.callbacks.accelerate_run import Training, digits, network
+from tests.frameworks.callbacks.accelerate_run import Training, network
+from tests.networks import differences, overflow_at, own
 
 Tensors = dict[str, Tensor]
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def own(model: nn.Module) -> Tensors:
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
 def moved(average: Tensors, model: nn.Module) -> Tensors:
@@ -59,12 +46,6 @@ def test_the_average_is_the_one_by_hand_to_the_bit() -> None:
     assert training.average.steps == 12
 
 
-def overflow_at(parameter: Tensor, steps: set[int]) -> None:
-    """Makes gradients infinite at some steps, as half precision does."""
-    count = itertools.count()
-    parameter.register_hook(lambda grad: grad * math.inf if next(count) in steps else grad)
-
-
 def test_steps_that_a_gradient_scaler_skips_are_not_counted() -> None:
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu")
@@ -82,7 +63,7 @@ def test_evaluation_and_files_have_the_average(tmp_path: Path) -> None:
     weights, average = own(training.plain_model), own(training.average.module)
     alone = network()
     alone.load_state_dict(average)
-    images, _ = digits(slice(1000, 1400))
+    images, _ = digits(1000, 1400)
     expected = alone.eval()(images)
     training.model.eval()
     assert not torch.equal(training.model(images), expected)
@@ -108,14 +89,11 @@ def test_wrapped_models_are_averaged_and_swapped() -> None:
 
 def test_a_killed_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
     whole_folder, folder = tmp_path / "whole", tmp_path / "killed"
-    killed = start("accelerate_run.py", folder, "--kill-at", "17")
+    killed = processes.start(accelerate_run.__file__, folder, "--kill-at", 17)
     whole = torch.load(accelerate_run.run(whole_folder))
-    output, _ = killed.communicate(timeout=300)
-    assert killed.returncode == -signal.SIGKILL, output
+    processes.finish(killed, -signal.SIGKILL)
     assert [path.name for path in folder.iterdir()] == ["checkpoint"]
-    resumed = start("accelerate_run.py", folder, "--resume")
-    output, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, output
+    processes.run(accelerate_run.__file__, folder, "--resume")
     end = torch.load(folder / "end.pt")
     assert whole["average"]["steps"] == 12
     for part in ("model", "average"):

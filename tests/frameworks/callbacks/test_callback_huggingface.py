@@ -3,31 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import itertools
-import math
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 
 from ema_fused import ExponentialMovingAverage, StochasticWeightAverage
-from tests.networks import differences
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("accelerate", reason="accelerate is not installed")
-pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-
-from transformers import (
-    EarlyStoppingCallback,
-    Trainer,
-    TrainingArguments,
-)
-
 from ema_fused.callbacks.huggingface import EMACallback
 from tests.frameworks.callbacks.huggingface_cases import (
     MOMENTUM,
@@ -37,7 +21,6 @@ from tests.frameworks.callbacks.huggingface_cases import (
     attached,
     averages,
     metrics_of,
-    own,
 )
 from tests.frameworks.callbacks.huggingface_run import (
     EVALUATION,
@@ -45,8 +28,7 @@ from tests.frameworks.callbacks.huggingface_run import (
     Digits,
     digits_trainer,
 )
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from tests.networks import differences, floating, overflow_at, own, snapshot
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
@@ -82,12 +64,6 @@ def test_other_kinds_of_average_and_functions(tmp_path: Path) -> None:
         assert type(callback.average) is StochasticWeightAverage
         assert callback.average.interval == 2
         assert callback.average.steps == 5
-
-
-def overflow_at(parameter: Tensor, steps: set[int]) -> None:
-    """Makes gradients infinite at some steps, as half precision does."""
-    count = itertools.count()
-    parameter.register_hook(lambda grad: grad * math.inf if next(count) in steps else grad)
 
 
 def test_steps_that_a_gradient_scaler_skips_are_not_counted(tmp_path: Path) -> None:
@@ -135,17 +111,11 @@ def test_evaluate_and_predict_after_training_measure_the_average(tmp_path: Path)
     assert several["eval_a_loss"] == pytest.approx(metrics_of(average)["eval_loss"])
     assert several["eval_b_loss"] == pytest.approx(metrics_of(average, TRAINING)["eval_loss"])
     with callback.swapped() as model:
-        assert differences(own_inside(model), average) == []
+        assert differences(snapshot(model), average) == []
     assert differences(own(trainer.model), weights) == []
     assert differences(averages(callback), average) == []
     trainer.remove_callback(callback)
     assert_measured_with(weights, trainer.evaluate())
-
-
-def own_inside(model: nn.Module) -> Tensors:
-    """As ``own`` where ``state_dict`` is refused."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor.detach().clone() for name, tensor in tensors}
 
 
 def test_an_evaluation_that_raises_leaves_no_averages_in_the_model(tmp_path: Path) -> None:
@@ -220,10 +190,9 @@ def test_evaluation_in_sixteen_bits_leaves_the_average_alone(tmp_path: Path) -> 
     assert metrics["eval_loss"] == pytest.approx(metrics_of(average)["eval_loss"], rel=0.02)
     assert differences(averages(callback), average) == []
     # The trainer leaves the model in bfloat16, with an average or without.
-    floats = {name: t for name, t in weights.items() if t.is_floating_point()}
     assert all(
         torch.equal(trainer.model.state_dict()[name], tensor.bfloat16())
-        for name, tensor in floats.items()
+        for name, tensor in floating(weights).items()
     )
 
 
@@ -291,7 +260,7 @@ def test_a_trainer_of_another_class_keeps_its_methods(tmp_path: Path) -> None:
 
     class Loud(Trainer):  # type: ignore[misc]
         def evaluation_loop(self, *positional: Any, **named: Any) -> Any:
-            inside.append(own_inside(self.model))
+            inside.append(snapshot(self.model))
             return super().evaluation_loop(*positional, **named)
 
     trainer = digits_trainer(tmp_path, trainer_class=Loud, max_steps=3)

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-
-from tests.frameworks.callbacks.killed_runs import start
-from tests.networks import differences
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("accelerate", reason="accelerate is not installed")
-pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-
-from safetensors.torch import load_file
 from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
@@ -30,6 +20,7 @@ from transformers import (
 )
 
 from ema_fused.callbacks.huggingface import EMACallback
+from tests import processes
 from tests.frameworks.callbacks import huggingface_run
 from tests.frameworks.callbacks.huggingface_cases import (
     MOMENTUM,
@@ -37,7 +28,6 @@ from tests.frameworks.callbacks.huggingface_cases import (
     Tensors,
     attached,
     averages,
-    own,
 )
 from tests.frameworks.callbacks.huggingface_run import (
     Digits,
@@ -45,8 +35,7 @@ from tests.frameworks.callbacks.huggingface_run import (
     DigitsModel,
     digits_trainer,
 )
-
-pytestmark = pytest.mark.usefixtures("one_thread")
+from tests.networks import differences, own
 
 
 def test_checkpoints_hold_the_model_and_its_average(tmp_path: Path) -> None:
@@ -81,15 +70,12 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 
 def test_a_killed_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
-    killed = start("huggingface_run.py", tmp_path / "killed", "--kill-at", "10")
+    killed = processes.start(huggingface_run.__file__, tmp_path / "killed", "--kill-at", 10)
     whole = huggingface_run.run(tmp_path / "whole")
-    output, _ = killed.communicate(timeout=300)
-    assert killed.returncode == -signal.SIGKILL, output
+    processes.finish(killed, -signal.SIGKILL)
     saved = sorted(path.name for path in (tmp_path / "killed").iterdir())
     assert saved == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
-    resumed = start("huggingface_run.py", tmp_path / "killed", "--resume")
-    output, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, output
+    processes.run(huggingface_run.__file__, tmp_path / "killed", "--resume")
     assert_same_end(tmp_path / "killed" / "end.pt", whole)
 
 

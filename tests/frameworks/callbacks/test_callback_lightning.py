@@ -7,10 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("lightning.pytorch", reason="needs lightning")
-pytest.importorskip("sklearn", reason="trains on scikit-learn's digits")
-
 import torch
 from lightning.pytorch import callbacks as theirs
 from torch import Tensor, nn
@@ -19,22 +15,18 @@ from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from ema_fused.callbacks import lightning as ours
 from tests.frameworks.callbacks.lightning_cases import (
+    QUIET,
     Calls,
     Scores,
     ema,
     fit,
-    floats,
     load,
-    own,
     saving,
 )
 from tests.frameworks.callbacks.lightning_run import BATCHES, Digits, held_out, trainer, training
-from tests.networks import differences
+from tests.networks import differences, floating, own
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # Lightning's advice on loaders and intervals
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = QUIET
 
 
 @pytest.mark.parametrize("use_buffers", [True, False], ids=["buffers-too", "parameters"])
@@ -57,7 +49,8 @@ def test_a_training_is_equal_to_the_bit(tmp_path: Path, accumulate: int, use_buf
         scores.append(seen.seen)
         models.append(own(fitted.lightning_module))
     assert scores[0] == scores[1]
-    assert differences(*map(floats, models)) == []
+    # Without batch norm's counter: torch averages it and cuts off what is behind the point.
+    assert differences(*map(floating, models)) == []
     written = sorted(path.name for path in (tmp_path / "theirs").iterdir())
     assert written == sorted(path.name for path in (tmp_path / "ours").iterdir())
     assert len(written) >= 3
@@ -66,7 +59,7 @@ def test_a_training_is_equal_to_the_bit(tmp_path: Path, accumulate: int, use_buf
         assert list(their) == list(our)
         assert their["averaging_state"] == our["averaging_state"]
         assert differences(their["current_model_state"], our["current_model_state"]) == []
-        assert differences(floats(their["state_dict"]), floats(our["state_dict"])) == []
+        assert differences(floating(their["state_dict"]), floating(our["state_dict"])) == []
         assert list(their["state_dict"]) == list(our["state_dict"])
         is_copy = our["averaging_state"]["n_averaged"] == 1
         assert (differences(our["state_dict"], our["current_model_state"]) == []) == is_copy
@@ -84,7 +77,7 @@ def test_the_mean_is_equal_to_the_bit(tmp_path: Path) -> None:
 def test_the_default_differs_in_the_last_bits_alone(tmp_path: Path) -> None:
     """The mean. On a CPU the original's is another formula than on a GPU; ours is one."""
     their, our = (
-        floats(own(fit(tmp_path, [kind.WeightAveraging()]).lightning_module))
+        floating(own(fit(tmp_path, [kind.WeightAveraging()]).lightning_module))
         for kind in (theirs, ours)
     )
     torch.testing.assert_close(our, their, rtol=1e-6, atol=1e-7)
@@ -104,7 +97,7 @@ def test_the_ema_callback_differs_in_the_last_bits_alone(tmp_path: Path) -> None
         their, our = load(path), load(tmp_path / "ours" / path.name)
         assert their["averaging_state"] == our["averaging_state"]
         assert differences(their["current_model_state"], our["current_model_state"]) == []
-        for state, expected in floats(their["state_dict"]).items():
+        for state, expected in floating(their["state_dict"]).items():
             torch.testing.assert_close(our["state_dict"][state], expected, rtol=1e-6, atol=1e-7)
 
 
@@ -125,7 +118,7 @@ def test_checkpoints_go_both_ways(tmp_path: Path, first: Any, second: Any) -> No
     fitting = trainer(tmp_path, [ema(second)], max_epochs=2)
     fitting.fit(Digits(seed=1), loader, held_out(), ckpt_path=path, weights_only=False)
     assert fitting.global_step == 2 * BATCHES
-    assert differences(floats(own(whole)), floats(own(fitting.lightning_module))) == []
+    assert differences(floating(own(whole)), floating(own(fitting.lightning_module))) == []
 
 
 def test_the_other_package_s_trainer_runs_it(tmp_path: Path) -> None:

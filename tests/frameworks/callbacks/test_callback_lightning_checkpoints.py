@@ -3,67 +3,49 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests import ROOT
-
-pytest.importorskip("lightning.pytorch", reason="needs lightning")
-pytest.importorskip("sklearn", reason="trains on scikit-learn's digits")
-
 import torch
 from lightning.pytorch import callbacks as theirs
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from ema_fused.callbacks import lightning as ours
+from tests import processes
+from tests.frameworks.callbacks import lightning_run
 from tests.frameworks.callbacks.lightning_cases import (
     BOTH,
+    QUIET,
     STATES,
     Calls,
     Climbing,
     ema,
     fit,
-    floats,
     load,
-    own,
     saving,
 )
-from tests.frameworks.callbacks.lightning_run import BATCHES, Digits, held_out, run, training
-from tests.networks import differences
+from tests.frameworks.callbacks.lightning_run import BATCHES, Digits, held_out, training
+from tests.networks import differences, floating, own
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # Lightning's advice on loaders and intervals
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = QUIET
 
 
 def test_a_killed_training_is_resumed_to_the_bit(tmp_path: Path) -> None:
     """SIGKILL in the second epoch, between two checkpoints; then a new process goes on."""
     folders = [tmp_path / name for name in ("whole", "broken")]
-    script = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("lightning_run.py"))]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def process(*arguments: object) -> subprocess.CompletedProcess[str]:
-        command = [*script, *map(str, arguments)]
-        return subprocess.run(command, env=environment, capture_output=True, text=True)
-
+    script = lightning_run.__file__
+    killed = processes.start(script, folders[1], "--kill-at", BATCHES + 7)
     folders[0].mkdir()
-    run(folders[0])
-    killed = process(folders[1], "--kill-after", BATCHES + 7)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    lightning_run.run(folders[0])
+    processes.finish(killed, -signal.SIGKILL)
     left = {path.name for path in folders[1].iterdir()}
-    assert f"step={BATCHES + 6}.ckpt" in left and "result.pt" not in left
-    resumed = process(folders[1], "--resume", folders[1] / f"step={BATCHES + 6}.ckpt")
-    assert resumed.returncode == 0, resumed.stderr
-    expected, found = (load(folder / "result.pt") for folder in folders)
+    assert left == {f"step={step}.ckpt" for step in range(2, BATCHES + 7, 2)}
+    processes.run(script, folders[1], "--resume")
+    expected, found = (load(folder / "end.pt") for folder in folders)
     assert expected["step"] == found["step"] == 3 * BATCHES
     assert differences(expected["model"], found["model"]) == []
     for step in (2 * BATCHES, 2 * BATCHES + 4, 3 * BATCHES):
@@ -114,7 +96,7 @@ def test_a_bfloat16_model_s_average_keeps_its_bits_where_theirs_loses_them(
 
     def look(_: Any, module: Any) -> None:
         raw.append(own(module))
-        average.append(floats(own(callback._average_model.module)))
+        average.append(floating(own(callback._average_model.module)))
 
     callbacks = [Calls("on_validation_start", look), callback, Calls("on_validation_end", look)]
     fit(tmp_path, callbacks, limit_train_batches=5, precision="bf16-true", num_sanity_val_steps=0)

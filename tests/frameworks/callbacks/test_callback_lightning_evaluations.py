@@ -6,10 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("lightning.pytorch", reason="needs lightning")
-pytest.importorskip("sklearn", reason="trains on scikit-learn's digits")
-
 import torch
 from lightning.pytorch import callbacks as theirs
 from lightning.pytorch.callbacks import EarlyStopping
@@ -19,6 +15,7 @@ from ema_fused.callbacks import lightning as ours
 from ema_fused.modules.swapping import Exchange
 from tests.frameworks.callbacks.lightning_cases import (
     BOTH,
+    QUIET,
     STATES,
     Calls,
     Climbing,
@@ -26,16 +23,12 @@ from tests.frameworks.callbacks.lightning_cases import (
     fit,
     load,
     loss_of,
-    own,
     saving,
 )
 from tests.frameworks.callbacks.lightning_run import BATCHES, Digits, held_out, trainer, training
-from tests.networks import differences, snapshot
+from tests.networks import differences, own, snapshot
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),  # Lightning's advice on loaders and intervals
-    pytest.mark.usefixtures("one_thread"),
-]
+pytestmark = QUIET
 
 
 def test_checkpoints_are_chosen_by_the_averaged_metric(tmp_path: Path) -> None:

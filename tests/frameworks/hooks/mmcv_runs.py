@@ -10,11 +10,9 @@ import importlib
 import json
 import logging
 import os
-import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,9 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests import ROOT
 from tests.frameworks.originals import import_mmcv, original
 from tests.networks import ConvNet, differences, snapshot
+from tests.processes import finish_group, start
+from tests.threads import on_threads
 
 import_mmcv()
 mmcv_runner = importlib.import_module("mmcv.runner")
@@ -136,18 +135,7 @@ class Run(NamedTuple):
         return [moment.tensors for moment in self.moments if moment.stage == stage]
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Several threads only wait for one another with tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-@one_thread()
+@on_threads(1)  # several only wait for one another with tensors this small
 def run(
     *hooks: Any,
     model: nn.Module | None = None,
@@ -270,27 +258,12 @@ def in_new_processes(jobs: list[dict[str, Any]], folder: Path, *, processes: int
     """Does the jobs in each of ``processes`` new processes; several are a distributed group."""
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs), encoding="utf-8")
-    running = []
-    for rank in range(processes):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        if processes > 1:
-            environment |= {"RANK": str(rank), "WORLD_SIZE": str(processes)}
-        running.append(
-            subprocess.Popen(
-                [sys.executable, __file__, str(file)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
-        printed = [process.communicate(timeout=300)[0] for process in running]
-    finally:  # of a group that waits for one that has failed
-        for process in running:
-            process.kill()
-    for process, text in zip(running, printed, strict=True):
-        assert process.returncode == 0, text
+    environments = (
+        [{"RANK": str(rank), "WORLD_SIZE": str(processes)} for rank in range(processes)]
+        if processes > 1
+        else [{}]
+    )
+    finish_group([start(__file__, file, OMP_NUM_THREADS="1", **more) for more in environments])
 
 
 def main() -> None:

@@ -10,8 +10,6 @@ import contextlib
 import itertools
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +27,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tests import ROOT
 from tests.networks import snapshot
+from tests.threads import on_threads
 
 BATCHES = 5  # in an epoch
 _BATCH_SIZE = 8
@@ -153,14 +151,10 @@ class Run:
         return self._run(self.runner.test)
 
     def _run(self, loop: Callable[[], object]) -> Run:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # tensors this small take many times as long on two busy cores
-        try:
-            # mmengine's checkpoints aren't weights only, and it loads them as torch does.
-            with mock.patch.dict(os.environ, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1"):
-                loop()
-        finally:
-            torch.set_num_threads(threads)
+        # Tensors this small take many times as long on two busy cores. And mmengine's checkpoints
+        # aren't weights only, and it loads them as torch does.
+        with on_threads(1), mock.patch.dict(os.environ, TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1"):
+            loop()
         return self
 
     def checkpoint(self, name: str) -> Any:
@@ -360,37 +354,6 @@ def _is_same(one: Any, other: Any) -> bool:
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
-
-
-def in_new_process(code: str, *arguments: object, **environment: str) -> str:
-    """Runs ``code`` in an interpreter that finds this folder's modules; gives what it prints.
-
-    Args:
-        code: finds ``arguments`` in ``sys.argv[1:]``.
-    """
-    return finish(start_process(code, *arguments, **environment))
-
-
-def start_process(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Starts what :func:`in_new_process` runs; :func:`finish` waits for it."""
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path, **environment},
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    """What a process has printed, once it is at its end; fails with its errors."""
-    try:
-        output, errors = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert process.returncode == 0, errors
-    return output
 
 
 def assert_same_rest(rest: Path, whole: Path) -> None:

@@ -5,8 +5,6 @@ What is different on purpose is in ``test_hooks_mmcv_differences.py``.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests import ROOT
+from tests import processes
 from tests.frameworks.hooks.mmcv_runs import (
     BATCHES,
     OURS,
@@ -212,15 +210,6 @@ def test_the_defaults_and_positional_arguments_are_the_originals() -> None:
 # Registering.
 
 
-def python(code: str, *path: Path) -> None:
-    """Runs ``code`` in a new process."""
-    setting_out = f"import sys; sys.path[:0] = {[str(folder) for folder in path]!r}\n"
-    done = subprocess.run(
-        [sys.executable, "-c", setting_out + code], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-
-
 @pytest.mark.parametrize("name", ["EMAHook", "ExpMomentumEMAHook", "LinearMomentumEMAHook"])
 def test_ours_and_the_originals_are_registered_side_by_side(name: str) -> None:
     build = mmcv_runner.EpochBasedRunner.register_hook_from_cfg
@@ -233,8 +222,8 @@ def test_ours_and_the_originals_are_registered_side_by_side(name: str) -> None:
 
 
 def test_ours_take_the_originals_names_when_told_to() -> None:
-    python(
-        """
+    code = """
+import sys
 from tests.frameworks.hooks.mmcv_runs import OURS, THEIRS, mmcv_runner
 assert "mmengine" not in sys.modules
 names = ["EMAHook", "ExpMomentumEMAHook", "LinearMomentumEMAHook"]
@@ -243,9 +232,8 @@ OURS.register(replace=True)
 for name in names:
     assert mmcv_runner.HOOKS.get(name) is vars(OURS)[name]
     assert mmcv_runner.HOOKS.get(f"Fused{name}") is vars(OURS)[name]
-""",
-        ROOT,
-    )
+"""
+    processes.run("-c", code)
 
 
 @pytest.mark.parametrize("mmcv", ["missing", "of version 2"])
@@ -253,9 +241,9 @@ def test_without_mmcv_1_the_error_says_what_to_install(mmcv: str, tmp_path: Path
     (tmp_path / "mmcv").mkdir()
     what = "raise ImportError('no mmcv')" if mmcv == "missing" else "__version__ = '2.1.0'"
     (tmp_path / "mmcv" / "__init__.py").write_text(what, encoding="utf-8")
-    python(
-        """
-import importlib
+    code = """
+import importlib, sys
+sys.path.insert(0, sys.argv[1])
 for module in ("mmcv", "mmselfsup"):
     try:
         importlib.import_module(f"ema_fused.hooks.{module}")
@@ -264,6 +252,5 @@ for module in ("mmcv", "mmselfsup"):
         assert "pip install 'ema_fused[mmcv]'" in str(error)
     else:
         raise AssertionError(module)
-""",
-        tmp_path,
-    )
+"""
+    processes.run("-c", code, tmp_path)

@@ -17,6 +17,7 @@ from mmengine.model import BaseModel
 from torch import Tensor, nn
 
 from ema_fused.hooks.mmdet import MeanTeacherHook
+from tests import processes
 from tests.frameworks.hooks import mmengine_runs as runs
 from tests.frameworks.hooks.ema_hooks import QUIET
 from tests.frameworks.originals import original
@@ -112,7 +113,7 @@ here.trained(
     load_from=Path(sys.argv[2]), resume=True,
 )
 """
-    runs.in_new_process(code, tmp_path / "rest", whole.folder / "epoch_2.pth")
+    processes.run("-c", code, tmp_path / "rest", whole.folder / "epoch_2.pth")
     runs.assert_same_rest(tmp_path / "rest", whole.folder)
 
 
@@ -170,8 +171,8 @@ print(json.dumps({
 
 
 def test_a_wrapped_model_in_two_processes_is_equal_to_the_bit(tmp_path: Path) -> None:
-    ranks = [runs.start_process(_RANK, tmp_path, rank) for rank in range(2)]
-    told = [json.loads(runs.finish(rank).splitlines()[-1]) for rank in ranks]
+    ranks = [processes.start("-c", _RANK, tmp_path, rank) for rank in range(2)]
+    told = [json.loads(text.splitlines()[-1]) for text in processes.finish_group(ranks)]
     for rank in told:
         assert rank["wrapped"]
         assert rank["iterations"] == 9  # 3 batches an epoch for each

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ema_fused.hooks import mmengine as ours
+from tests import processes
 from tests.frameworks.hooks.ema_hooks import (
     KINDS,
     LOOPS,
@@ -26,10 +27,7 @@ from tests.frameworks.hooks.mmengine_runs import (
     build,
     comparable,
     differences,
-    finish,
-    in_new_process,
     load,
-    start_process,
     trained,
 )
 from tests.networks import snapshot
@@ -99,7 +97,8 @@ def test_a_run_resumed_in_a_new_process_is_equal_to_one_that_was_never_broken_of
     for loop in LOOPS:
         trained(hook, tmp_path / loop / "whole", **LOOPS[loop])
         broken_off(hook, tmp_path / loop / "parts", BREAK, **LOOPS[loop])
-    in_new_process(
+    processes.run(
+        "-c",
         "import sys\n"
         "from tests.frameworks.hooks.ema_hooks import LOOPS, Path\n"
         "from tests.frameworks.hooks.mmengine_runs import trained\n"
@@ -228,16 +227,11 @@ torch.distributed.destroy_process_group()
 
 def test_a_model_in_distributed_data_parallel_is_equal_to_the_bit(tmp_path: Path) -> None:
     environment = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        start_process(DISTRIBUTED, tmp_path, RANK=rank, LOCAL_RANK=rank, **environment)
+    ranks = [
+        processes.start("-c", DISTRIBUTED, tmp_path, RANK=rank, LOCAL_RANK=rank, **environment)
         for rank in ("0", "1")
     ]
-    try:
-        for process in processes:
-            finish(process)
-    finally:
-        for process in processes:  # one that waits for another that has failed
-            process.kill()
+    processes.finish_group(ranks)
     folders = [tmp_path / side for side in (THEIRS, OURS)]
     for rank in (0, 1):
         whole = [load(folder / "whole" / f"everything_{rank}") for folder in folders]

@@ -11,8 +11,9 @@ from mmengine.registry import HOOKS, MODELS
 
 import ema_fused
 from ema_fused.hooks import mmengine as ours
+from tests import processes
 from tests.frameworks.hooks.ema_hooks import KINDS, OURS, QUIET, THEIRS
-from tests.frameworks.hooks.mmengine_runs import differences, in_new_process, load, trained
+from tests.frameworks.hooks.mmengine_runs import differences, load, trained
 
 pytestmark = QUIET
 
@@ -79,7 +80,7 @@ import ema_fused.hooks.mmengine
 assert imported() == by_itself, imported()
 assert set(by_itself) <= {{"mmengine", "transformers"}}, by_itself
 """
-    in_new_process(code)
+    processes.run("-c", code)
 
 
 def test_a_config_finds_the_hook_without_an_import(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ for name in ("ExpMomentumEMA", "mmdet.ExpMomentumEMA", "CosineEMA", "mmpretrain.
     run = trained({{**hook, "ema_type": name, **more}}, folder / name, epochs=1)
     print(name, type(run.hook().ema_model).__name__)
 """
-    printed = in_new_process(code, tmp_path).splitlines()
+    printed = processes.run("-c", code, tmp_path).stdout.splitlines()
     for line in (
         "ExpMomentumEMA ExpMomentumEMA",
         "mmdet.ExpMomentumEMA ExpMomentumEMA",
@@ -136,7 +137,7 @@ for name in ("StochasticWeightAverage", "MomentumAnnealingEMA"):
 assert HOOKS.get("FusedEMAHook") is ours.EMAHook
 ours.register(replace=True)  # nothing changes if it is done again
 """
-    in_new_process(code, tmp_path / "new")
+    processes.run("-c", code, tmp_path / "new")
     run = trained({"type": THEIRS, "momentum": 0.07}, tmp_path / "here")
     assert type(run.hook()) is EMAHook
     for name in ("epoch_1.pth", "epoch_3.pth"):
@@ -155,6 +156,6 @@ try:
 except ImportError as error:
     print(error)
 """
-    printed = in_new_process(code)
+    printed = processes.run("-c", code).stdout
     assert "pip install 'ema_fused[mmengine]'" in printed
     assert printed.startswith("mmengine can't be imported")

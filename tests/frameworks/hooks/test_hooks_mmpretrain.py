@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.hooks import mmengine
 from ema_fused.hooks.mmpretrain import EMAHook
+from tests import processes
 from tests.frameworks.hooks import mmengine_runs as runs
 from tests.frameworks.hooks.ema_hooks import QUIET, without_integers
 from tests.frameworks.originals import original
@@ -169,7 +170,7 @@ mmengine_runs.trained(
     {hook!r}, Path(sys.argv[1]), epochs=4, load_from=Path(sys.argv[2]), resume=True
 )
 """
-    runs.in_new_process(code, tmp_path / "rest", whole.folder / "epoch_2.pth")
+    processes.run("-c", code, tmp_path / "rest", whole.folder / "epoch_2.pth")
     runs.assert_same_rest(tmp_path / "rest", whole.folder)
 
 

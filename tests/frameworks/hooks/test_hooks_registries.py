@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.frameworks.hooks import mmengine_runs as runs
+from tests import processes
 from tests.frameworks.originals import original
 
 # By package: the release, and the original that a location of its registries imports.
@@ -81,7 +81,7 @@ def install(folder: Path, package: str) -> None:
 
 def found_by(code: str, folder: Path) -> Any:
     """What the code has put into ``found``."""
-    output = runs.in_new_process(f"{START}{code}\nprint(json.dumps(found))", folder)
+    output = processes.run("-c", f"{START}{code}\nprint(json.dumps(found))", folder).stdout
     return json.loads(output.splitlines()[-1])
 
 

@@ -135,34 +135,20 @@ def test_checkpoints_have_the_same_keys_in_the_same_order(kind: str, update_buff
     assert all(our[name].dtype == their[name].dtype for name in their)
 
 
+@pytest.mark.parametrize("first, second", [(theirs, ours), (ours, theirs)], ids=["in", "out"])
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-def test_their_checkpoint_continues_in_ours(kind: str, interval: int) -> None:
+def test_checkpoints_go_both_ways(kind: str, interval: int, first: Any, second: Any) -> None:
     model = conv_net()
-    their = getattr(theirs, kind)(model, interval=interval, **KINDS[kind])
+    saved = getattr(first, kind)(model, interval=interval, **KINDS[kind])
     random = generator()
     for _ in range(50):
         train(model, random)
-        their.update_parameters(model)
-    our = getattr(ours, kind)(conv_net(seed=1), interval=interval, **KINDS[kind])
-    our.load_state_dict(their.state_dict(), strict=True)
-    assert our.steps == 50
-    assert_equal_for(50, model, our, their, seed=2)
-
-
-@pytest.mark.parametrize("interval", [1, 3])
-@pytest.mark.parametrize("kind", KINDS)
-def test_our_checkpoint_continues_in_theirs(kind: str, interval: int) -> None:
-    model = conv_net()
-    our = getattr(ours, kind)(model, interval=interval, **KINDS[kind])
-    random = generator()
-    for _ in range(50):
-        train(model, random)
-        our.update_parameters(model)
-    their = getattr(theirs, kind)(conv_net(seed=1), interval=interval, **KINDS[kind])
-    their.load_state_dict(our.state_dict(), strict=True)
-    assert their.steps == 50
-    assert_equal_for(50, model, our, their, seed=2)
+        saved.update_parameters(model)
+    loaded = getattr(second, kind)(conv_net(seed=1), interval=interval, **KINDS[kind])
+    loaded.load_state_dict(saved.state_dict(), strict=True)
+    assert loaded.steps == 50
+    assert_equal_for(50, model, loaded, saved, seed=2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,0 +1,36 @@
+"""What the tests of this folder have in common: what they need, and that they use one thread."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+NEEDED = {
+    "accelerate": ["accelerate", "sklearn"],
+    "huggingface": ["transformers", "accelerate", "sklearn"],
+    "lightning": ["lightning.pytorch", "sklearn"],
+}
+
+
+class _Tests(pytest.Module):
+    """A file of tests, skipped before it is imported where a package is missing."""
+
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        for package in NEEDED[self.path.stem.split("_")[2]]:
+            pytest.importorskip(package, reason=f"{package} is not installed")
+        return super().collect()
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module:
+    module: pytest.Module = _Tests.from_parent(parent, path=module_path)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread: None) -> None:
+    """Every training here."""
