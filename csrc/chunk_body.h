@@ -259,7 +259,7 @@ struct ChunkBody {
         constexpr std::uint32_t kUnroll = kPackBytes < kBytes ? kBytes / kPackBytes : 1;
         const std::uint32_t packs = (chunk.count - head) / kElements;
         walk<kElements, kUnroll, Pack<A, kElements>, Pack<S, kElements>, S>(target,
-                                                                              {packs, 0, head});
+                                                                            {packs, 0, head});
         in_packs = packs * kElements;
       }
     }

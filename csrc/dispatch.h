@@ -53,8 +53,8 @@ constexpr bool kIsCopiedBySize<Copy<T, T>> = true;
 // Whether a source of type S is read as what it is. kCommon: whether common pairs are. A float64
 // source always is: nothing is wider.
 template <template <typename, typename> class F, bool kCommon, typename A, typename S>
-constexpr bool kIsDirect = (std::is_same_v<S, double> || (kCommon && kIsCommon<A, S>)) &&
-                           !kIsCopiedBySize<F<A, S>>;
+constexpr bool kIsDirect =
+    (std::is_same_v<S, double> || (kCommon && kIsCommon<A, S>)) && !kIsCopiedBySize<F<A, S>>;
 
 template <template <typename, typename> class F, bool kCommon, typename A, typename Run>
 EMA_FUSED_HD void with_source(DType source, Run&& run) {

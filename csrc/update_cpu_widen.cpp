@@ -47,7 +47,7 @@ Compute* widen_elements(void* elements, DType dtype, std::int64_t begin, std::in
 
 template float* widen_elements(void* elements, DType dtype, std::int64_t begin, std::int64_t count,
                                float* tile);
-template double* widen_elements(void* elements, DType dtype, std::int64_t begin,
-                                std::int64_t count, double* tile);
+template double* widen_elements(void* elements, DType dtype, std::int64_t begin, std::int64_t count,
+                                double* tile);
 
 }  // namespace ema_fused::EMA_FUSED_ISA

@@ -5,13 +5,12 @@
 // A grid as large as the device can hold at once keeps every multiprocessor busy to the end
 // whatever the sizes of the tensors are. Limits: fewer than 2^32 pairs; elementwise operations
 // only.
-#include "update_cuda.cuh"
-
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
 #include "dispatch.h"
+#include "update_cuda.cuh"
 #include "update_cuda_kernel.cuh"
 #include "uploaded_memory.cuh"
 

@@ -1,9 +1,8 @@
 // Block b takes chains b, b + grid, b + 2 * grid, ...; its threads walk a chunk together
 // (chunk_body.h). Compiled for each operation and arithmetic, which EMA_FUSED_OPERATION and
 // EMA_FUSED_ARITHMETIC name.
-#include "update_cuda_kernel.cuh"
-
 #include "chunk_body.h"
+#include "update_cuda_kernel.cuh"
 
 namespace ema_fused::cuda {
 namespace {
