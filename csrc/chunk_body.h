@@ -374,12 +374,14 @@ EMA_FUSED_HD void update_as_thread(const Chunk* entries, std::int64_t heads, con
   if (is_skipped(launch)) {
     return;
   }
-  for (std::int64_t i = block; i < heads; i += blocks) {
-    if (i + blocks < heads) {
-      prefetch(entries + i + blocks, thread);
+  // Counted by the entry's address alone: an index beside it would take registers.
+  const Chunk* const end = entries + heads;
+  for (const Chunk* entry = entries + block; entry < end; entry += blocks) {
+    if (entry + blocks < end) {
+      prefetch(entry + blocks, thread);
     }
     // By reference: what is needed of an entry late is read late.
-    const Chunk& chunk = entries[i];
+    const Chunk& chunk = *entry;
     const ChunkBody<Measure> body{entries, chunk, launch, thread, threads, measure};
     if constexpr (kOperation == Operation::kAverage) {
       if (chunk.only_copy) {
