@@ -6,7 +6,7 @@
 # make format       apply the formatters
 # make clean        remove what was built, the virtual environment too
 #
-# BENCH="--models resnet50" and the like are passed on to the benchmark, TESTS="tests/hooks -k swap"
+# BENCH="--models resnet50" and the like are passed on to the benchmark, TESTS="tests/modules -k swap"
 # to pytest. Each target sets up what it needs in .venv, and no more; PYTHON=... picks the
 # interpreter (3.11 or later).
 

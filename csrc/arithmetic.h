@@ -39,12 +39,16 @@ EMA_FUSED_HD Compute multiply_add(Compute x, Compute y, Compute z) {
 #endif
 }
 
-template <typename A, typename S>
-struct Lerp {
-  using Compute = ComputeType<A, S>;
+// What all functors are, but for those that say otherwise.
+struct FunctorTraits {
   static constexpr bool kReadsAveraged = true;
   static constexpr bool kWritesSource = false;
-  static constexpr bool kRandom = false;
+  static constexpr bool kRandom = false;  // else it is called with 16 random bits an element
+};
+
+template <typename A, typename S>
+struct Lerp : FunctorTraits {
+  using Compute = ComputeType<A, S>;
   Compute coefficient;
   bool from_averaged;
 
@@ -64,7 +68,7 @@ struct Lerp {
   }
 };
 
-// Of a 16-bit average: called with 16 random bits an element.
+// Of a 16-bit average.
 template <typename A, typename S>
 struct RandomlyRoundedLerp : Lerp<A, S> {
   static constexpr bool kRandom = true;
@@ -78,11 +82,8 @@ template <typename A, typename S>
 using StochasticLerp = std::conditional_t<kIs16Bits<A>, RandomlyRoundedLerp<A, S>, Lerp<A, S>>;
 
 template <typename A, typename S>
-struct Axpby {
+struct Axpby : FunctorTraits {
   using Compute = ComputeType<A, S>;
-  static constexpr bool kReadsAveraged = true;
-  static constexpr bool kWritesSource = false;
-  static constexpr bool kRandom = false;
   Compute keep;
   Compute take;
 
@@ -98,11 +99,8 @@ struct Axpby {
 };
 
 template <typename A, typename S>
-struct Delta {
+struct Delta : FunctorTraits {
   using Compute = ComputeType<A, S>;
-  static constexpr bool kReadsAveraged = true;
-  static constexpr bool kWritesSource = false;
-  static constexpr bool kRandom = false;
   Compute take;
 
   EMA_FUSED_HD explicit Delta(double weight) : take(static_cast<Compute>(weight)) {}
@@ -118,11 +116,8 @@ struct Delta {
 };
 
 template <typename A, typename S>
-struct Products {
+struct Products : FunctorTraits {
   using Compute = ComputeType<A, S>;
-  static constexpr bool kReadsAveraged = true;
-  static constexpr bool kWritesSource = false;
-  static constexpr bool kRandom = false;
   Compute keep;
   Compute take;
 
@@ -139,10 +134,8 @@ struct Products {
 };
 
 template <typename A, typename S>
-struct Copy {
+struct Copy : FunctorTraits {
   static constexpr bool kReadsAveraged = false;
-  static constexpr bool kWritesSource = false;
-  static constexpr bool kRandom = false;
   EMA_FUSED_HD explicit Copy(double) {}
   EMA_FUSED_HD void operator()(A& averaged, S& source) const {
     if constexpr (std::is_same_v<A, S>) {
@@ -154,11 +147,9 @@ struct Copy {
 };
 
 template <typename A, typename S>
-struct Swap {
+struct Swap : FunctorTraits {
   static_assert(std::is_same_v<A, S>, "a swap would lose bits between two types");
-  static constexpr bool kReadsAveraged = true;
   static constexpr bool kWritesSource = true;
-  static constexpr bool kRandom = false;
   EMA_FUSED_HD explicit Swap(double) {}
   EMA_FUSED_HD void operator()(A& averaged, S& source) const {
     const A held = averaged;

@@ -151,6 +151,27 @@ struct Single {
   EMA_FUSED_HD void set(std::uint32_t, T element) { value = element; }
 };
 
+// The element at place `i` of a source whose type the chunk names.
+template <typename Compute>
+EMA_FUSED_HD Compute load_widened(const void* source, DType dtype, std::uint32_t i) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return to_compute<Compute>(load_streaming(static_cast<const float*>(source) + i));
+    case DType::kBFloat16:
+      return to_compute<Compute>(load_streaming(static_cast<const BFloat16*>(source) + i));
+    case DType::kFloat16:
+      return to_compute<Compute>(load_streaming(static_cast<const Float16*>(source) + i));
+    case DType::kFloat8E4M3:
+      return to_compute<Compute>(load_streaming(static_cast<const Float8E4M3*>(source) + i));
+    case DType::kFloat8E5M2:
+      return to_compute<Compute>(load_streaming(static_cast<const Float8E5M2*>(source) + i));
+    case DType::kFloat64:  // never widened
+    case DType::kBytes:
+      return Compute(0);
+  }
+  return Compute(0);
+}
+
 // Asks for an entry of the table ahead of its turn; threads 0 and 1 for its two ends, which may lie
 // in two sectors of the cache.
 EMA_FUSED_HD void prefetch([[maybe_unused]] const Chunk* entry,
@@ -223,7 +244,7 @@ struct ChunkBody {
     std::uint32_t in_packs = 0;
     // A measured update goes element by element: it is asked for once in a while, and five more
     // kernels with packs would take nearly as long to compile as all the others.
-    if constexpr (Types::kHasVectors && !Measure::kMeasures) {
+    if constexpr (kIsCommon<A, S> && !Measure::kMeasures) {
       constexpr std::uint32_t kElements = kPackElements<A, S>;
       head = elements_to_alignment(target.averaged);
       bool packs_fit = head < chunk.count && is_aligned(static_cast<S*>(chunk.source) + head);
@@ -237,12 +258,15 @@ struct ChunkBody {
         constexpr std::uint32_t kBytes = Functor::kRandom ? kBytesInFlightRandom : kBytesInFlight;
         constexpr std::uint32_t kUnroll = kPackBytes < kBytes ? kBytes / kPackBytes : 1;
         const std::uint32_t packs = (chunk.count - head) / kElements;
-        walk<kElements, kUnroll, Pack<A, kElements>, Pack<S, kElements>>(target, {packs, 0, head});
+        walk<kElements, kUnroll, Pack<A, kElements>, Pack<S, kElements>, S>(target,
+                                                                            {packs, 0, head});
         in_packs = packs * kElements;
       }
     }
     constexpr std::uint32_t kSingles = Functor::kRandom ? 1 : 4;
-    walk<1, kSingles, Single<A>, Single<S>>(target, {chunk.count - in_packs, head, in_packs});
+    using Element = typename Widening<S>::Element;
+    walk<1, kSingles, Single<A>, Single<Element>, S>(target,
+                                                     {chunk.count - in_packs, head, in_packs});
   }
 
  private:
@@ -255,10 +279,9 @@ struct ChunkBody {
   }
 
   template <std::uint32_t kElements, std::uint32_t kUnroll, typename PackA, typename PackS,
-            typename A, typename Functor>
+            typename S, typename A, typename Functor>
   EMA_FUSED_HD void walk(Target<A, Functor>& target, const Range& range) const {
-    using S = decltype(PackS().get(0));
-    S* const source = static_cast<S*>(chunk.source);
+    void* const source = chunk.source;
     for (std::uint32_t first = thread; first < range.units; first += kUnroll * threads) {
       // Recomputed where it is needed: registers are scarcer.
       const auto at = [&](std::uint32_t u) {
@@ -269,7 +292,11 @@ struct ChunkBody {
       EMA_FUSED_UNROLL
       for (std::uint32_t u = 0; u < kUnroll; ++u) {
         if (first + u * threads < range.units) {
-          s[u].load(source + at(u));
+          if constexpr (Widening<S>::kWidens) {
+            s[u].value = load_widened<decltype(s[u].value)>(source, chunk.source_dtype, at(u));
+          } else {
+            s[u].load(static_cast<const S*>(source) + at(u));
+          }
         }
       }
       while (true) {
@@ -286,16 +313,17 @@ struct ChunkBody {
             update<kElements>(target, a[u], s[u], at(u));
             a[u].store(target.averaged + at(u));
             if constexpr (Functor::kWritesSource) {
-              s[u].store(source + at(u));
+              s[u].store(static_cast<S*>(source) + at(u));
             }
           }
         }
-        if (target.next == 0) {
+        // A source that is written has one partner.
+        if (Functor::kWritesSource || target.next == 0) {
           break;
         }
         target = target_of<A, Functor>(entries[target.next]);
       }
-      if (chunk.next != 0) {
+      if (!Functor::kWritesSource && chunk.next != 0) {
         target = target_of<A, Functor>(chunk);
       }
     }
@@ -346,14 +374,23 @@ EMA_FUSED_HD void update_as_thread(const Chunk* entries, std::int64_t heads, con
   if (is_skipped(launch)) {
     return;
   }
-  for (std::int64_t i = block; i < heads; i += blocks) {
-    if (i + blocks < heads) {
-      prefetch(entries + i + blocks, thread);
+  // Counted by the entry's address alone: an index beside it would take registers.
+  const Chunk* const end = entries + heads;
+  for (const Chunk* entry = entries + block; entry < end; entry += blocks) {
+    if (entry + blocks < end) {
+      prefetch(entry + blocks, thread);
     }
     // By reference: what is needed of an entry late is read late.
-    const Chunk& chunk = entries[i];
-    dispatch<kOperation, kArithmetic>(
-        chunk, ChunkBody<Measure>{entries, chunk, launch, thread, threads, measure});
+    const Chunk& chunk = *entry;
+    const ChunkBody<Measure> body{entries, chunk, launch, thread, threads, measure};
+    if constexpr (kOperation == Operation::kAverage) {
+      if (chunk.only_copy) {
+        // Converted copies among averages are a model's few buffers: they have no vectors.
+        with_copy<false>(chunk, body);
+        continue;
+      }
+    }
+    dispatch<kOperation, kArithmetic>(chunk, body);
   }
 }
 

@@ -11,58 +11,94 @@
 
 namespace ema_fused {
 
-// kVectors: whether this combination is worth a loop of vectors on a GPU. What models have is:
-// equal types, a float32 average of something narrower, a 16-bit average of float32. The others go
-// element by element, in the same launch: each such loop would take compilers time, and nobody
-// would run it.
-template <typename A, typename S, typename F, bool kVectors>
+// The source of a pair that models hardly have. Each such pair would need loops of its own in every
+// kernel, for every instruction set and GPU; instead its source is read by the type that the chunk
+// names and widened, which is exact, to the type that the pair computes in. From there on the pair
+// is one of an average and a source of that type.
+template <typename Compute>
+struct Widened {};
+
+template <typename S>
+struct Widening {
+  static constexpr bool kWidens = false;
+  using Element = S;
+};
+template <typename Compute>
+struct Widening<Widened<Compute>> {
+  static constexpr bool kWidens = true;
+  using Element = Compute;
+};
+
+// What models have: equal types, a float32 average of a 16-bit source, a 16-bit average of float32.
+// They have loops of their own, on a GPU with vectors.
+template <typename A, typename S>
+constexpr bool kIsCommon = std::is_same_v<A, S> || (std::is_same_v<A, float> && kIs16Bits<S>) ||
+                           (std::is_same_v<S, float> && kIs16Bits<A>);
+
+// How one chunk is updated. S: the type of its source, or Widened. The functor sees the type that
+// the source is widened to.
+template <typename A, typename S, template <typename, typename> class F>
 struct Types {
   using Averaged = A;
   using Source = S;
-  using Functor = F;
-  static constexpr bool kHasVectors = kVectors;
+  using Functor = F<A, typename Widening<S>::Element>;
 };
 
-template <typename A, typename S>
-constexpr bool kWorthVectors =
-    std::is_same_v<A, S> || (std::is_same_v<A, float> && sizeof(S) <= 2) ||
-    (std::is_same_v<S, float> && sizeof(A) == 2);
+// Equal types are copied by their size alone (with_size), never converted.
+template <typename Functor>
+constexpr bool kIsCopiedBySize = false;
+template <typename T>
+constexpr bool kIsCopiedBySize<Copy<T, T>> = true;
 
-template <template <typename, typename> class Functor, bool kVectors, typename A, typename Run>
+// Whether a source of type S is read as what it is. kCommon: whether common pairs are. A float64
+// source always is: nothing is wider.
+template <template <typename, typename> class F, bool kCommon, typename A, typename S>
+constexpr bool kIsDirect =
+    (std::is_same_v<S, double> || (kCommon && kIsCommon<A, S>)) && !kIsCopiedBySize<F<A, S>>;
+
+template <template <typename, typename> class F, bool kCommon, typename A, typename Run>
 EMA_FUSED_HD void with_source(DType source, Run&& run) {
   switch (source) {
     case DType::kFloat64:
-      return run(Types < A, double, Functor<A, double>, kVectors&& kWorthVectors < A, double >> {});
+      if constexpr (kIsDirect<F, kCommon, A, double>) {
+        return run(Types<A, double, F>{});
+      }
+      break;
     case DType::kFloat32:
-      return run(Types < A, float, Functor<A, float>, kVectors&& kWorthVectors < A, float >> {});
+      if constexpr (kIsDirect<F, kCommon, A, float>) {
+        return run(Types<A, float, F>{});
+      }
+      break;
     case DType::kBFloat16:
-      return run(Types < A, BFloat16, Functor<A, BFloat16>, kVectors && kWorthVectors < A,
-                 BFloat16 >> {});
+      if constexpr (kIsDirect<F, kCommon, A, BFloat16>) {
+        return run(Types<A, BFloat16, F>{});
+      }
+      break;
     case DType::kFloat16:
-      return run(Types < A, Float16, Functor<A, Float16>, kVectors && kWorthVectors < A,
-                 Float16 >> {});
+      if constexpr (kIsDirect<F, kCommon, A, Float16>) {
+        return run(Types<A, Float16, F>{});
+      }
+      break;
     case DType::kFloat8E4M3:
-      return run(Types < A, Float8E4M3, Functor<A, Float8E4M3>, kVectors && kWorthVectors < A,
-                 Float8E4M3 >> {});
     case DType::kFloat8E5M2:
-      return run(Types < A, Float8E5M2, Functor<A, Float8E5M2>, kVectors && kWorthVectors < A,
-                 Float8E5M2 >> {});
+      break;
     case DType::kBytes:
       return;
   }
+  return run(Types<A, Widened<ComputeType<A, float>>, F>{});
 }
 
-template <template <typename, typename> class Functor, bool kVectors, typename Run>
+template <template <typename, typename> class F, bool kCommon, typename Run>
 EMA_FUSED_HD void with_types(const Chunk& chunk, Run&& run) {
   switch (chunk.averaged_dtype) {
     case DType::kFloat64:
-      return with_source<Functor, kVectors, double>(chunk.source_dtype, run);
+      return with_source<F, kCommon, double>(chunk.source_dtype, run);
     case DType::kFloat32:
-      return with_source<Functor, kVectors, float>(chunk.source_dtype, run);
+      return with_source<F, kCommon, float>(chunk.source_dtype, run);
     case DType::kBFloat16:
-      return with_source<Functor, kVectors, BFloat16>(chunk.source_dtype, run);
+      return with_source<F, kCommon, BFloat16>(chunk.source_dtype, run);
     case DType::kFloat16:
-      return with_source<Functor, kVectors, Float16>(chunk.source_dtype, run);
+      return with_source<F, kCommon, Float16>(chunk.source_dtype, run);
     case DType::kFloat8E4M3:
     case DType::kFloat8E5M2:
     case DType::kBytes:
@@ -71,55 +107,47 @@ EMA_FUSED_HD void with_types(const Chunk& chunk, Run&& run) {
 }
 
 // Equal types are copied and swapped as bits: by size alone, so that seven types need four loops.
-template <template <typename, typename> class Functor, typename Run>
+template <template <typename, typename> class F, typename Run>
 EMA_FUSED_HD void with_size(const Chunk& chunk, Run&& run) {
   switch (item_size(chunk.averaged_dtype)) {
     case 8:
-      return run(
-          Types<std::uint64_t, std::uint64_t, Functor<std::uint64_t, std::uint64_t>, true>{});
+      return run(Types<std::uint64_t, std::uint64_t, F>{});
     case 4:
-      return run(
-          Types<std::uint32_t, std::uint32_t, Functor<std::uint32_t, std::uint32_t>, true>{});
+      return run(Types<std::uint32_t, std::uint32_t, F>{});
     case 2:
-      return run(
-          Types<std::uint16_t, std::uint16_t, Functor<std::uint16_t, std::uint16_t>, true>{});
+      return run(Types<std::uint16_t, std::uint16_t, F>{});
     default:
-      return run(Types<std::uint8_t, std::uint8_t, Functor<std::uint8_t, std::uint8_t>, true>{});
+      return run(Types<std::uint8_t, std::uint8_t, F>{});
   }
 }
 
-template <bool kVectors, typename Run>
+template <bool kCommon, typename Run>
 EMA_FUSED_HD void with_copy(const Chunk& chunk, Run&& run) {
   if (chunk.averaged_dtype == chunk.source_dtype) {
     return with_size<Copy>(chunk, run);
   }
-  return with_types<Copy, kVectors>(chunk, run);
+  return with_types<Copy, kCommon>(chunk, run);
 }
 
 // kOperation and kArithmetic are fixed for a launch, so they are template parameters; the types
-// differ from chunk to chunk, so they are switched on.
+// differ from chunk to chunk, so they are switched on. Chunks that an average only copies are left
+// to the caller, who has with_copy() for them.
 template <Operation kOperation, Arithmetic kArithmetic, typename Run>
 EMA_FUSED_HD void dispatch(const Chunk& chunk, Run&& run) {
   if constexpr (kOperation == Operation::kCopy) {
     return with_copy<true>(chunk, run);
   } else if constexpr (kOperation == Operation::kSwap) {
     return with_size<Swap>(chunk, run);
+  } else if constexpr (kArithmetic == Arithmetic::kLerp) {
+    return with_types<Lerp, true>(chunk, run);
+  } else if constexpr (kArithmetic == Arithmetic::kAxpby) {
+    return with_types<Axpby, true>(chunk, run);
+  } else if constexpr (kArithmetic == Arithmetic::kDelta) {
+    return with_types<Delta, true>(chunk, run);
+  } else if constexpr (kArithmetic == Arithmetic::kProducts) {
+    return with_types<Products, true>(chunk, run);
   } else {
-    if (chunk.only_copy) {
-      // Converted copies among averages are a model's few buffers.
-      return with_copy<false>(chunk, run);
-    }
-    if constexpr (kArithmetic == Arithmetic::kLerp) {
-      return with_types<Lerp, true>(chunk, run);
-    } else if constexpr (kArithmetic == Arithmetic::kAxpby) {
-      return with_types<Axpby, true>(chunk, run);
-    } else if constexpr (kArithmetic == Arithmetic::kDelta) {
-      return with_types<Delta, true>(chunk, run);
-    } else if constexpr (kArithmetic == Arithmetic::kProducts) {
-      return with_types<Products, true>(chunk, run);
-    } else {
-      return with_types<StochasticLerp, true>(chunk, run);
-    }
+    return with_types<StochasticLerp, true>(chunk, run);
   }
 }
 

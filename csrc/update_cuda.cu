@@ -1,46 +1,20 @@
 // One launch for a whole plan.
 //
-// Block b takes chains b, b + grid, b + 2 * grid, ...; its threads walk a chunk together
-// (chunk_body.h). The table lies in device memory rather than in the kernel's arguments: arguments
-// hold a few thousand bytes, which is why other multi-tensor kernels need tens of launches for a
-// large model. A grid as large as the device can hold at once keeps every multiprocessor busy to
-// the end whatever the sizes of the tensors are. Limits: fewer than 2^32 pairs; elementwise
-// operations only.
+// The table lies in device memory rather than in the kernel's arguments: arguments hold a few
+// thousand bytes, which is why other multi-tensor kernels need tens of launches for a large model.
+// A grid as large as the device can hold at once keeps every multiprocessor busy to the end
+// whatever the sizes of the tensors are. Limits: fewer than 2^32 pairs; elementwise operations
+// only.
 #include <cuda_runtime.h>
 
 #include <algorithm>
 
-#include "chunk_body.h"
+#include "dispatch.h"
 #include "update_cuda.cuh"
+#include "update_cuda_kernel.cuh"
 #include "uploaded_memory.cuh"
 
 namespace ema_fused::cuda {
-namespace {
-
-constexpr int kThreads = 256;
-// Asks the compiler to keep registers low enough for three blocks a multiprocessor.
-constexpr int kBlocksPerMultiprocessor = 3;
-
-template <Operation kOperation, Arithmetic kArithmetic>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    update_kernel(const Chunk* __restrict__ entries, std::int64_t heads,
-                  const __grid_constant__ Launch launch) {
-  Unmeasured measure;
-  update_as_thread<kOperation, kArithmetic>(entries, heads, launch, blockIdx.x, gridDim.x,
-                                            threadIdx.x, blockDim.x, measure);
-}
-
-// A kernel of its own, so that the update that nobody measures stays as it is.
-template <Arithmetic kArithmetic>
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
-    measured_update_kernel(const Chunk* __restrict__ entries, std::int64_t heads,
-                           const __grid_constant__ Launch launch,
-                           const __grid_constant__ Partials partials) {
-  update_measured_as_thread<kArithmetic>(entries, heads, launch, partials, blockIdx.x, gridDim.x,
-                                         threadIdx.x, blockDim.x);
-}
-
-}  // namespace
 
 DeviceReport devices() {
   DeviceReport report;
@@ -60,8 +34,8 @@ std::string why_not_on(int device) {
     const DeviceGuard guard(device);
     const BesideCaptures beside;
     cudaFuncAttributes attributes;
-    check(cudaFuncGetAttributes(&attributes, update_kernel<Operation::kCopy, Arithmetic::kLerp>),
-          "the kernels have no code for this device");
+    const auto kernel = kernels<Operation::kCopy, Arithmetic::kLerp>().update;
+    check(cudaFuncGetAttributes(&attributes, kernel), "the kernels have no code for this device");
   } catch (const Error& error) {
     cudaGetLastError();
     return error.what();
@@ -119,22 +93,17 @@ void DeviceTable::run(const Launch& launch, const std::vector<double>& weights,
     on_device.weights = static_cast<const double*>(state.weights.use_on(cuda_stream));
   }
   const auto* entries = static_cast<const Chunk*>(state.entries.use_on(cuda_stream));
+  const Kernels kernel = for_launch(launch, [](auto operation, auto arithmetic) {
+    return kernels<operation.value, arithmetic.value>();
+  });
   if (measures) {
     // As many threads as there are parts, though the table may have changed since they were
     // counted: any grid does all the work, and every part is written.
     const auto grid = static_cast<unsigned>(partials.count / kThreads);
-    for_launch(launch, [&](auto operation, auto arithmetic) {
-      if constexpr (operation.value == Operation::kAverage) {
-        measured_update_kernel<arithmetic.value>
-            <<<grid, kThreads, 0, cuda_stream>>>(entries, state.heads, on_device, partials);
-      }
-    });
+    kernel.measured<<<grid, kThreads, 0, cuda_stream>>>(entries, state.heads, on_device, partials);
   } else {
     const auto grid = static_cast<unsigned>(std::min(state.heads, state.blocks));
-    for_launch(launch, [&](auto operation, auto arithmetic) {
-      update_kernel<operation.value, arithmetic.value>
-          <<<grid, kThreads, 0, cuda_stream>>>(entries, state.heads, on_device);
-    });
+    kernel.update<<<grid, kThreads, 0, cuda_stream>>>(entries, state.heads, on_device);
   }
   check(cudaGetLastError(), "launching the update");
 }

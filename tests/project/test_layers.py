@@ -231,7 +231,7 @@ def sources_of_the_core() -> list[str]:
 
 
 def test_the_core_is_what_it_is_said_to_be() -> None:
-    assert {"chunk_table.cpp", "update_cpu_kernels.cpp", "update_cuda.cu"} <= set(
+    assert {"chunk_table.cpp", "update_cpu_entry.cpp", "update_cuda_kernel.cu"} <= set(
         sources_of_the_core()
     )
 
