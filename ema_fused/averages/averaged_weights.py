@@ -36,7 +36,7 @@ class AveragedWeights(ExponentialMovingAverage):
     out.
 
     Args:
-        model: the model to average; wrapped or not; tensors have the names of the plain model.
+        model: the model to average, wrapped or not; tensors have the names of the plain model.
         momentum: the weight of the model's values, in (0, 1); or a function of the step that gives
             one in [0, 1] (:mod:`ema_fused.averages.schedules`).
         arithmetic: how an average is written (see :class:`~ema_fused.Plan`); ``"delta"`` with

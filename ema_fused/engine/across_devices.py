@@ -10,8 +10,8 @@ import torch
 from ema_fused.engine.pairs import label, overlap_error
 from ema_fused.engine.parts import ListedPart, Part, Task, Update
 
-# Sources are copied over in groups of about this size: large enough to use the link's bandwidth,
-# and small, as a group is all the extra memory (a single larger tensor is a group of its own).
+# Sources are copied over in groups of about this size: large enough to use the link's bandwidth.
+# The extra memory is that of one group, or of the largest tensor.
 _GROUP_BYTES = 32 << 20
 
 

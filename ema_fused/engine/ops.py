@@ -135,7 +135,9 @@ def copy_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
 
 
 def swap_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    """Exchanges the contents of every pair, in place and without a temporary.
+    """Exchanges the contents of every pair, in place.
+
+    Without temporary memory, except where :meth:`ema_fused.Plan.swap_` needs some.
 
     Raises:
         TypeError: the dtypes of a pair differ.

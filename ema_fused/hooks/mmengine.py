@@ -55,10 +55,10 @@ _SHOWN = 6
 class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
     """Keeps an average of the model, evaluates it, and saves it, as mmengine's ``EMAHook``.
 
-    Arguments, checkpoints and the points of the run at which it acts are the original's. Averages
-    are updated in one launch and swapped in place. The averaged models of mmengine, mmdet,
-    MMPretrain and MMSelfSup are replaced by ours; any other that derives from mmengine's classes is
-    used unchanged, with a warning.
+    Its arguments, its checkpoints and when it acts are as in the original. Averages are updated in
+    one launch and swapped in place. The averaged models of mmengine, mmdet, MMPretrain and
+    MMSelfSup are replaced by ours; any other that derives from mmengine's classes is used
+    unchanged, with a warning.
 
     Args:
         ema_type: name of an averaged model in ``MODELS``, or a callable that makes one, such as its

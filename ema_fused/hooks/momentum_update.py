@@ -1,4 +1,4 @@
-"""The target network of BYOL and MoCo v3, an average of the online network; one launch each.
+"""The target network of BYOL and MoCo v3: an average of the online network, in one launch.
 
 Only in this module ``momentum`` is the weight of the *target*, as in MMSelfSup: 0.996, not 0.004.
 """

@@ -28,7 +28,7 @@ class PairedModule(WaitingModule):
         shares: the parameters of ``module`` that share memory with the model's.
         update_buffers: whether persistent floating-point buffers are averaged too.
         backend: as in :class:`~ema_fused.Plan`; likewise ``rounding``.
-        offload: ``"cpu"``: the averages lie on the host and are updated there, in a thread.
+        offload: ``"cpu"``: the averages are in host memory and updated there, in a thread.
         overlap: averages on a CUDA device are updated on a separate stream.
 
     Attributes:
@@ -61,7 +61,7 @@ class PairedModule(WaitingModule):
         self.runs_beside = overlap or offload is not None
         self._shares = shares
         self._pairing: Pairing | None = None
-        self._unfinished: list[Pairing] = []  # their models are gone, updates aren't done
+        self._unfinished: list[Pairing] = []  # of deleted models, with unfinished updates
         self._advice = Advice()
 
     @property
@@ -126,18 +126,18 @@ class PairedModule(WaitingModule):
     def swapped(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """``with averaged.swapped(model):`` runs ``model`` with the averaged weights and buffers.
 
-        They are taken out again at the end of the block, whatever is raised in it. Tensors are
-        swapped in place, so it takes no memory, and optimizers, hooks and compiled graphs keep
-        their parameters. Where ``averaged_dtype`` differs from the model's dtype a swap would lose
-        bits: there the model's tensors are kept aside for the length of the block, at the cost of
-        their own size on the average's device.
+        They are swapped out again at the end of the block, even if it raises. Tensors are swapped
+        in place, so it takes no memory, and optimizers, hooks and compiled graphs keep their
+        parameters. If ``averaged_dtype`` differs from the model's dtype, a swap would lose bits.
+        Then copies of the model's tensors are kept during the block; they take as much memory as
+        the model's tensors, on the average's device.
 
         Inside the block the model holds the averages and the average holds the model's weights, so
         saving, loading, updating, calling the average and swapping again are refused. Call
         ``model.eval()`` yourself: batch norm in training mode would update the averaged statistics.
 
         Returns:
-            A context manager that gives ``model``.
+            A context manager that yields ``model``.
 
         Raises:
             KeyError, ValueError, TypeError: as :meth:`update_parameters`; nothing is swapped then.

@@ -224,7 +224,7 @@ class PowerFunctionEMA(nn.Module):
         ]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What ``state_dict()`` holds besides the tensors."""
+        """The part of ``state_dict()`` that isn't tensors."""
         return {
             "sigma_rel": list(self.sigma_rel),
             "time": self.time,

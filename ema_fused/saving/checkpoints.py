@@ -1,7 +1,7 @@
 """Checkpoints of averages of sharded models, by ``torch.distributed.checkpoint``.
 
-Every process calls each of these functions, as with torch's. An average can be loaded by another
-number of processes than saved it, or by one process without a process group::
+Every process calls each of these functions, as with torch's. An average can be loaded by a
+different number of processes than saved it, or by one process without a process group::
 
     checkpoints.save({"averaged": averaged_state_dict(averaged, model)}, "run/step-1000")
 
@@ -39,7 +39,7 @@ from ema_fused.saving.first_process import by_the_first
 
 __all__ = ["averaged_state_dict", "exists", "load", "load_averaged_state_dict", "save"]
 
-MODULE = "module."  # before the names of averaged tensors in a state
+MODULE = "module."  # prefix of the averaged tensors in a state
 
 
 def save(
@@ -231,5 +231,5 @@ def _in_the_model(averaged: PairedModule, model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _copied(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Copies: the model's own memory will soon hold its own weights again."""
+    """Copies of the tensors: those of the model will soon hold its own weights again."""
     return {name: tensor.clone() for name, tensor in tensors.items()}
