@@ -117,7 +117,7 @@ class Run:
         self.report["left_out"].append({"case": what, "reason": reason})
 
     def _attempt(self, case: Case) -> None:
-        """Measures a case, or records why not: one failing case must not end the run."""
+        """Measure, or record why not: a run that has come so far shouldn't end at one case."""
         free = int(self.clock.free_bytes() * MEMORY_SHARE)
         if time.monotonic() > self._end:
             self._fail(case, "no time was left")
