@@ -1,4 +1,4 @@
-"""The compiled core. ``ema_fused.backends.native()`` hands it out; nothing else imports it."""
+"""The compiled core. Only ``ema_fused.engine.backends`` imports it; its ``native()`` returns it."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,9 +33,9 @@ class Plan:
         options: Sequence[tuple[bool, int, int]],
         arithmetic: Arithmetic,
     ) -> None:
-        """options, one a pair: (only copied, which average, its number in the caller's lists)."""
+        """options, one per pair: (only copied, which average, its number in the caller's lists)."""
     def release(self) -> None:
-        """Lets the tensors go: nothing is checked from here on but by matches()."""
+        """Drops the references to the tensors; afterwards only matches() checks anything."""
     def matches(self, averaged: list[Tensor], source: list[Tensor]) -> bool:
         """Whether these are what was planned: memory, dtype, shape, strides, device."""
     def ready(self) -> bool:
@@ -54,27 +54,27 @@ class Plan:
         step_at: int,
         partials: tuple[int, int, int],
     ) -> bool:
-        """The same, with all there is. found_inf and step_at are addresses of a float32 and an
-        int64 on the plan's device, or 0. weights_by_average: (number, address of one that counts
-        instead or 0, whether there is a float64 there, else a float32). partials: (address of
-        float64 numbers on the plan's device, averages, parts of each): gets the squared distance
-        between source and averages as they were, in as many parts as :attr:`partials` says. All
-        are written; (0, 0, 0): nobody asks."""
+        """run() with all options. found_inf and step_at are addresses of a float32 and an int64 on
+        the plan's device, or 0. weights_by_average: (number, address of a weight to use instead or
+        0, whether that is a float64; else it is a float32). partials: (address of float64 numbers
+        on the plan's device, averages, sums per average) for the squared distance between source
+        and averages before the update, as :attr:`partials` sums per average. All are written. (0,
+        0, 0): not measured."""
     def changed(self) -> tuple[int, bool, str]:
-        """(the first pair with a changed dtype or shape, or -1; is it the source; as planned)."""
+        """(first pair with a changed dtype or shape or -1, is it the source, what was planned)."""
     @property
     def no_average(self) -> int:
         """The first pair that has no average and isn't only copied, or -1."""
     @property
     def no_swap(self) -> int:
-        """The first pair of two dtypes, or -1."""
+        """The first pair whose dtypes differ, or -1."""
     @property
     def elements(self) -> int: ...
     @property
     def chunks(self) -> int: ...
     @property
     def partials(self) -> int:
-        """In how many parts an average's squared distance is told."""
+        """How many partial sums the squared distance of one average is written as."""
 
 class SlotWatch:
     """Whether dictionaries still hold the objects they held."""
@@ -87,7 +87,7 @@ def connect(
     library: str,
     make_handles: Callable[[Sequence[Tensor]], Sequence[object]] | None,
 ) -> None:
-    """Finds the doors into torch. ImportError where this torch lacks the DLPack exchange table."""
+    """Looks up torch's C functions. ImportError if this torch lacks the DLPack exchange table."""
 
 def missing_doors() -> str: ...
 def build_info() -> dict[str, str]: ...

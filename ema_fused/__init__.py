@@ -2,15 +2,16 @@
 
 The folders are layers; each imports only those above it in this list:
 
-* :mod:`ema_fused.engine`: lists of tensors
-* :mod:`ema_fused.offloading`: averages in host memory, updated beside the training
-* :mod:`ema_fused.modules`: a model beside the module that holds its averages
-* :mod:`ema_fused.saving`: files
-* :mod:`ema_fused.posthoc`: averages chosen after the training
-* :mod:`ema_fused.averages`: what a user makes and holds, and momentum schedules
-* :mod:`ema_fused.adapters`, :mod:`ema_fused.hooks`, :mod:`ema_fused.callbacks`: in the wrappers,
-  frameworks and trainers of others
-* :mod:`ema_fused.bench` and :mod:`ema_fused.cli`: the commands
+* :mod:`ema_fused.engine`: updates of lists of tensors
+* :mod:`ema_fused.offloading`: averages in host memory, updated in the background while the model
+  trains
+* :mod:`ema_fused.modules`: pairs a model with the module that holds its averages
+* :mod:`ema_fused.saving`: files of averages
+* :mod:`ema_fused.posthoc`: averages whose width is chosen after training
+* :mod:`ema_fused.averages`: the averaged models that users create, and momentum schedules
+* :mod:`ema_fused.adapters`, :mod:`ema_fused.hooks`, :mod:`ema_fused.callbacks`: the same averages
+  inside other packages' wrappers, frameworks and trainers
+* :mod:`ema_fused.bench` and :mod:`ema_fused.cli`: the command line (``python -m ema_fused``)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The commands ``python -m ema_fused ...``.
 
-``info`` tells what a bug report should hold; ``bench`` measures; ``reconstruct`` makes an average
-from snapshots.
+``info`` prints the facts that a bug report needs; ``bench`` measures; ``reconstruct`` makes an
+average from snapshots.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _devices() -> Iterator[Line]:
 
 
 def _served() -> Iterator[Line]:
-    """Which backend serves tensors on the CPU and on CUDA, and why not the native one."""
+    """Which backend serves tensors on each device; where it isn't the native one, the reason."""
     devices = [torch.device("cpu")]
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices += [torch.device("cuda", index) for index in range(count)]
@@ -107,7 +107,7 @@ def _progress_bar(total: int) -> Iterator[Callable[[int], object] | None]:
 def reconstruct(
     run_dir: Path, sigma_rel: float, output: Path, step: int | None, picture: Path | None
 ) -> str:
-    """Writes the average of width ``sigma_rel``, and says what was done."""
+    """Writes the average of width ``sigma_rel``; returns the lines to print."""
     made = Reconstruction(run_dir, sigma_rel, step)
     with _progress_bar(made.bytes) as progress:
         made.save(output, progress)
@@ -123,7 +123,7 @@ def reconstruct(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit status."""
+    """Runs the command line and returns its exit status."""
     parser = argparse.ArgumentParser(prog="python -m ema_fused", description=ema_fused.__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, compiled and used: for a bug report")
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: argparse.Namespace) -> int:
     if given.command == "bench":
-        from ema_fused.bench.short import bench  # the other commands need none of it
+        from ema_fused.bench.short import bench  # imported here: only this command needs it
 
         return bench(given.device, given.model, given.json)
     if given.command == "reconstruct":

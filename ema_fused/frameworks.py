@@ -1,4 +1,4 @@
-"""What to install for a module whose framework is not there."""
+"""The error for a module whose framework isn't installed."""
 
 from __future__ import annotations
 

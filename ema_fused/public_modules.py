@@ -1,7 +1,7 @@
 """The short paths of modules that users import: ``ema_fused.schedules`` and the like.
 
-Each is a name for a module in one of the folders, and is that module itself: ``ema_fused.schedules
-is ema_fused.averages.schedules``. To add one, add a line to the table.
+Each is an alias of a module in one of the folders, the same module object: ``ema_fused.schedules is
+ema_fused.averages.schedules``. To add one, add a line to ``PUBLIC_MODULES``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PUBLIC_MODULES = {
 
 
 class _ShortPaths(MetaPathFinder, Loader):
-    """Finds the modules of the table under their short paths, when these are imported."""
+    """Imports the modules of ``PUBLIC_MODULES`` by their short paths."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -36,7 +36,7 @@ class _ShortPaths(MetaPathFinder, Loader):
         return ModuleSpec(fullname, self)
 
     def exec_module(self, module: ModuleType) -> None:
-        # A module that puts another into its place is replaced by it in the import as well.
+        # The import statement returns what sys.modules holds now, so it returns the real module.
         _, _, name = module.__name__.partition(".")
         sys.modules[module.__name__] = importlib.import_module(f"ema_fused.{PUBLIC_MODULES[name]}")
 

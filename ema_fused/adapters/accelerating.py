@@ -1,4 +1,4 @@
-"""Gives an EMA wrapper that is there already our update."""
+"""Gives an existing EMA wrapper our update."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TypeVar
 
 Wrapper = TypeVar("Wrapper")
 
-# The originals by their modules and names, and where the class of the same name is that replaces
-# each. Names alone: none of these packages is imported before an instance of its class is here.
+# The originals by module and name, and our module with the class of the same name. Names, not
+# classes: a package is imported only if an instance of its class is passed.
 _REPLACED = {
     "torch.optim.swa_utils.AveragedModel": "swa_utils",
     "timm.utils.model_ema.ModelEmaV2": "timm",
@@ -20,20 +20,20 @@ _REPLACED = {
 
 
 def accelerate(wrapper: Wrapper) -> str:
-    """Swaps the update of ``wrapper`` for ours, in place: it stays the object that it is.
+    """Replaces the update of ``wrapper`` by ours, in place: it stays the same object.
 
-    Its class becomes ours, which derives from the one that it had; all it holds stays, so it may be
-    done in the middle of a training.
+    Its class becomes ours, which derives from the original class; all attributes stay. So it may be
+    done in the middle of training.
 
     Args:
         wrapper: an instance of one of the classes that :mod:`ema_fused.adapters` lists.
 
     Returns:
-        What was done, in words, for a log.
+        A sentence for a log that says what was done.
 
     Raises:
-        TypeError: it is of another class (a derived one may update in another way); the message
-            lists what is supported.
+        TypeError: it is of another class (even a derived one, which may update in another way); the
+            message lists the supported classes.
     """
     cls = type(wrapper)
     name = f"{cls.__module__}.{cls.__qualname__}"

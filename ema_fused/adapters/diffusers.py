@@ -18,27 +18,27 @@ __all__ = ["EMAModel"]
 
 
 class EMAModel(original.EMAModel):  # type: ignore[misc]
-    """diffusers' ``EMAModel``: the whole of ``step`` is one launch a device.
+    """diffusers' ``EMAModel``: all of ``step`` is one launch per device.
 
-    With ``foreach=True`` it gives the original's bits on equal dtypes. Without, it is within 2
-    units in the last place of the original at each step, which rounds once more there (see
-    ``"delta"`` of :class:`~ema_fused.Plan`). ``foreach`` still says how ``copy_to`` and ``restore``
-    go about it. Parameters that need no gradient are copied, as there. Dtypes and devices may
-    differ within a pair, pinned memory is fine.
+    With ``foreach=True`` the results on equal dtypes are bitwise the original's. Without it, each
+    step is within 2 units in the last place of the original, which rounds once more (see
+    ``"delta"`` of :class:`~ema_fused.Plan`). ``foreach`` still selects how ``copy_to`` and
+    ``restore`` copy. Parameters that need no gradient are copied, as in the original. Dtypes and
+    devices may differ within a pair, and pinned memory is allowed.
 
-    Under DeepSpeed's ZeRO-3, whose parameters must be gathered first, and for a module in the place
-    of its parameters, which is deprecated, the original's step runs.
+    The original's step runs under DeepSpeed's ZeRO-3, where parameters must be gathered first, and
+    if a module is passed instead of parameters, which is deprecated.
 
-    Arguments, methods, attributes and ``state_dict`` as diffusers'. All but ``step`` is its own.
+    Arguments, methods, attributes and ``state_dict`` as diffusers'. Only ``step`` is replaced.
 
     Raises from ``step``:
-        ValueError: the parameters are not as many as the averages, or of other shapes.
-        TypeError: a parameter and its average have no average (integers).
-        The averages and ``optimization_step`` are unchanged then.
+        ValueError: the number of parameters isn't that of the averages, or shapes differ.
+        TypeError: a parameter can't be averaged (integers).
+        If an error is raised, the averages and ``optimization_step`` are unchanged.
     """
 
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Takes ``parameters``, a list or an iterator, into the averages."""
+        """Updates the averages with ``parameters``, a list or an iterator."""
         if isinstance(parameters, nn.Module) or _is_partitioned():
             super().step(parameters)
             return
@@ -57,7 +57,7 @@ class EMAModel(original.EMAModel):  # type: ignore[misc]
 
 
 def _is_partitioned() -> bool:
-    """Whether each process has but a part of each parameter; asked as the original asks it."""
+    """Whether ZeRO-3 partitions the parameters; determined as in the original."""
     if not original.is_transformers_available():
         return False
     return bool(original.transformers.integrations.deepspeed.is_deepspeed_zero3_enabled())

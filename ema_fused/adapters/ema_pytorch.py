@@ -24,30 +24,32 @@ __all__ = ["EMA"]
 
 
 class EMA(original.EMA):  # type: ignore[misc]
-    """ema-pytorch's ``EMA``: each average is one launch a device, and no device is waited for.
+    """ema-pytorch's ``EMA``: each average is one launch per device, without synchronising.
 
-    It gives the original's bits on equal dtypes. ``step`` and ``initted`` are known on the host and
-    written into their buffers; the decay is computed in float32 as there, but on the host. (Where
-    the buffers are on a GPU the original computes it there, and its last bit may differ.)
+    The results on equal dtypes are bitwise the original's. ``step`` and ``initted`` are cached on
+    the host and written into their buffers; the decay is computed in float32 as in the original,
+    but on the host. (If the buffers are on a GPU, the original computes it there, and its last bit
+    may differ.)
 
-    Tensors are paired by name, wrappers seen through, where the original filters by name and pairs
-    by order. ``use_foreach`` makes no difference. Dtypes and devices may differ within a pair,
-    whether ``coerce_dtype`` and ``allow_different_devices`` allow it or not; it is computed in the
-    wider of the two dtypes, with nothing rounded before. Integers stay as they are, as there.
+    Tensors are paired by name, ignoring wrappers, while the original filters by name and pairs by
+    order. ``use_foreach`` makes no difference. Dtypes and devices may differ within a pair, whether
+    ``coerce_dtype`` and ``allow_different_devices`` allow it or not; a pair is computed in the
+    wider of its two dtypes, without rounding the source first. Integers aren't updated, as in the
+    original.
 
-    All other options as there, and the arguments, methods, attributes and ``state_dict`` too. What
-    is no module becomes an ``EMAPytree``, which is the original's.
+    All other options, arguments, methods, attributes and the ``state_dict`` are as in the original.
+    If the model is no module, the result is the original's ``EMAPytree``.
 
     Raises from ``update`` and ``update_moving_average``:
         KeyError: names don't match.
         ValueError: shapes differ.
-        The averages and ``step`` are unchanged then.
+        If an error is raised, the averages and ``step`` are unchanged.
     """
 
     def get_current_decay(self) -> float:
-        """The weight of the average in the next update, from the warm-up; asks no device."""
+        """The weight of the average in the next update, by the warm-up; doesn't synchronise."""
         step = known_integer(self, "step").read(self.step)
-        # As a tensor, so that it is rounded as there.
+        # As a tensor, to round as the original does.
         epoch = torch.tensor(step, device="cpu").sub(self.update_after_step + 1).clamp(min=0.0)
         if not epoch > 0:
             return 0.0
@@ -55,7 +57,7 @@ class EMA(original.EMA):  # type: ignore[misc]
         return float(decay.clamp(min=self.min_value, max=self.beta))
 
     def update(self) -> None:
-        """Counts a step, and copies or averages the model where one of the two is due."""
+        """Counts a step, and copies or averages the model if either is due."""
         started, count = known_integer(self, "initted"), known_integer(self, "step")
         step = count.read(self.step)
         is_first = not started.read(self.initted)
@@ -83,7 +85,7 @@ class EMA(original.EMA):  # type: ignore[misc]
     def update_moving_average(
         self, ma_model: nn.Module, current_model: nn.Module, current_decay: float | None = None
     ) -> None:
-        """Averages ``current_model`` into ``ma_model``; None: by the decay of this step."""
+        """Updates ``ma_model`` with ``current_model``; by this step's decay if None is given."""
         if self.is_frozen:
             return
         if self.move_ema_to_online_device:
@@ -104,7 +106,7 @@ class EMA(original.EMA):  # type: ignore[misc]
             try:
                 kept.plan.lerp_(weight)
                 return
-            except ValueError:  # converted in place
+            except ValueError:  # a module was converted in place
                 pass
         kept = _Kept(ma_model, current_model, chosen)
         kept.plan.lerp_(weight)
@@ -112,7 +114,7 @@ class EMA(original.EMA):  # type: ignore[misc]
 
 
 class _Chosen(NamedTuple):
-    """Which tensors are averaged and which copied, by their names in the averaged copy."""
+    """Which tensors are averaged and which are copied, by their names in the averaged copy."""
 
     names: frozenset[str]
     ignored: frozenset[str]
@@ -128,7 +130,7 @@ class _Chosen(NamedTuple):
             {name: not self.ignores(name) for name in ours},
             {name: not self.ignores(name) for name in theirs},
         )
-        # Either of the two may be the averaged copy, and the other be wrapped.
+        # Either module may be the averaged copy, and the other one may be wrapped.
         pairs = [
             (name, source)
             for name, source in matched.items()
@@ -143,7 +145,7 @@ class _Chosen(NamedTuple):
 
 
 def _numbers_in(module: nn.Module) -> dict[str, Tensor]:
-    """What can be averaged: tied tensors once, non-persistent buffers too."""
+    """The tensors that can be averaged: tied ones once, non-persistent buffers too."""
     return {
         name: tensor
         for name, tensor in chain(module.named_parameters(), module.named_buffers())
@@ -152,7 +154,7 @@ def _numbers_in(module: nn.Module) -> dict[str, Tensor]:
 
 
 class _Kept:
-    """A plan, good for as long as modules and options stay as they are."""
+    """A plan, valid as long as the modules and options don't change."""
 
     def __init__(self, averaged: nn.Module, model: nn.Module, chosen: _Chosen) -> None:
         self._modules = weakref.ref(averaged), weakref.ref(model)

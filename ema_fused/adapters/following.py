@@ -1,7 +1,7 @@
-"""What is known of a wrapper from call to call: its pairing with a model, the numbers it counts.
+"""State of a wrapper between calls: its pairing with a model, and the values of its counters.
 
-Kept here and not in the wrapper: a wrapper is copied, pickled, and given our class in the middle of
-its life.
+Kept here and not in the wrapper, because wrappers are copied and pickled, and may get our class
+only after they were made.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _notes: weakref.WeakKeyDictionary[object, dict[str, Any]] = weakref.WeakKeyDicti
 
 
 class Options(TypedDict):
-    """Those arguments of a :class:`~ema_fused.modules.pairing.Pairing` in which wrappers differ."""
+    """The arguments of :class:`~ema_fused.modules.pairing.Pairing` that differ between wrappers."""
 
     arithmetic: str
     rounding: NotRequired[str]
@@ -30,17 +30,18 @@ class Options(TypedDict):
 
 
 def notes_of(wrapper: object) -> dict[str, Any]:
-    """Where to note what is known of ``wrapper``: neither copied with it nor saved.
+    """The state of ``wrapper`` as a dict, which is neither copied nor saved with it.
 
-    Nothing in it may hold the wrapper itself, which would never be freed then.
+    Nothing in it may refer to the wrapper, which would then never be garbage-collected.
     """
     return _notes.setdefault(wrapper, {})
 
 
 def known_integer(wrapper: object, name: str) -> KnownInteger:
-    """The one for the buffer ``name`` of ``wrapper``.
+    """The :class:`KnownInteger` for the buffer ``name`` of ``wrapper``.
 
-    Writing through ``buffer.data`` isn't seen, as nothing counts it; ``buffer.fill_()`` is.
+    It detects ``buffer.fill_()``, but not writes through ``buffer.data``, which don't increment the
+    version counter.
     """
     known = notes_of(wrapper).setdefault(name, KnownInteger())
     assert isinstance(known, KnownInteger)
@@ -48,7 +49,7 @@ def known_integer(wrapper: object, name: str) -> KnownInteger:
 
 
 def is_scripted(*modules: nn.Module) -> bool:
-    """Whether one is compiled by TorchScript, which hands out new tensors each time it is asked."""
+    """Whether one is compiled by TorchScript, which returns new tensor objects at each access."""
     return any(isinstance(module, torch.jit.ScriptModule) for module in modules)
 
 
@@ -61,11 +62,12 @@ def pairing_of(
     options: Callable[[], Options],
     made_for: Hashable = None,
 ) -> Pairing:
-    """The pairing that ``wrapper`` updates ``averaged`` by; made anew where modules have changed.
+    """The pairing by which ``wrapper`` updates ``averaged``; a new one if modules have changed.
 
     Args:
-        options: asked when a pairing is made.
-        made_for: what the options depend on; where it has changed, a pairing is made anew.
+        options: called when a pairing is made.
+        made_for: the values that the options depend on; if they have changed, a new pairing is
+            made.
 
     Raises:
         KeyError, ValueError, TypeError: as :class:`~ema_fused.modules.pairing.Pairing`.
@@ -80,8 +82,8 @@ def pairing_of(
         return pairing
     owner = weakref.ref(wrapper)
 
-    def let_go(_: object) -> None:
-        """The pairing would keep the tensors of a deleted model alive."""
+    def drop_pairing(_: object) -> None:
+        """Drops the pairing, which would keep the tensors of a deleted model alive."""
         living = owner()
         if living is not None:
             notes_of(living).pop("pairing", None)
@@ -90,7 +92,7 @@ def pairing_of(
         averaged,
         model,
         update_buffers=update_buffers,
-        when_one_is_gone=let_go,
+        when_one_is_gone=drop_pairing,
         **options(),
     )
     notes.update(pairing=pairing, made_for=made_for)

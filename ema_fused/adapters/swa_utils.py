@@ -24,8 +24,8 @@ MultiAverage = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None
 def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAverage:
     """``averaged = decay * averaged + (1 - decay) * current`` for lists of tensors, in one launch.
 
-    A drop-in for torch's function of this name, to the bit. Dtypes may differ within a pair, and
-    integers follow by copy, where torch's averages them and cuts off what is behind the point.
+    A drop-in for torch's function of this name, with bitwise equal results. In addition, dtypes may
+    differ within a pair, and integers are copied, while torch's averages and truncates them.
 
     Args:
         decay: the weight of the average, in [0, 1].
@@ -46,9 +46,9 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAverage:
 def get_swa_multi_avg_fn() -> MultiAverage:
     """The mean of all values so far, for lists of tensors, in one launch.
 
-    A drop-in for torch's function of this name. Where ``num_averaged`` is a tensor, as
-    ``AveragedModel`` passes it, the weight is rounded to float32 as there; on a GPU it is read by
-    the kernel. Integers follow by copy.
+    A drop-in for torch's function of this name. If ``num_averaged`` is a tensor, as
+    ``AveragedModel`` passes it, the weight is rounded to float32 as in torch; on a GPU the kernel
+    reads it. Integers are copied.
     """
 
     def swa_update(
@@ -64,17 +64,17 @@ def _update(averaged: Sequence[Tensor], current: Sequence[Tensor], weight: Tenso
 
 
 class AveragedModel(swa_utils.AveragedModel):
-    """torch's ``AveragedModel``: the whole of ``update_parameters`` is one launch a device.
+    """torch's ``AveragedModel``: all of ``update_parameters`` is one launch per device.
 
-    No device is waited for: ``n_averaged`` is counted on the host and written into its buffer.
-    Tensors are paired by name, wrappers seen through; dtypes and devices may differ. Integer
-    buffers follow the model (torch's averages them and cuts off what is behind the point).
+    It doesn't synchronise: ``n_averaged`` is counted on the host and written into its buffer.
+    Tensors are paired by name, ignoring wrappers; dtypes and devices may differ. Integer buffers
+    are copied from the model (torch's averages and truncates them).
 
     The mean of all values (the default) and the exponential average of
-    :func:`get_ema_multi_avg_fn`, ours or torch's, are planned. With those functions the bits are
-    torch's; the default is within 2 units in the last place of torch's at each call (which divides
-    on a CPU, and on a GPU has its weight in float32 whatever the dtype). Of another ``avg_fn`` or
-    ``multi_avg_fn`` nothing is known: it runs as in torch, and so does a model compiled by
+    :func:`get_ema_multi_avg_fn`, ours or torch's, are updated by a plan. With those functions the
+    results are bitwise torch's; the default is within 2 units in the last place of torch's at each
+    call (which divides on a CPU, and on a GPU has its weight in float32 whatever the dtype). Any
+    other ``avg_fn`` or ``multi_avg_fn`` runs as in torch, and so does a model compiled by
     TorchScript.
 
     Arguments, ``state_dict`` and attributes as torch's.
@@ -83,11 +83,11 @@ class AveragedModel(swa_utils.AveragedModel):
         KeyError: names don't match.
         ValueError: shapes differ.
         TypeError: one side of a pair is floating-point and the other isn't.
-        The averages are unchanged then.
+        If an error is raised, the averages are unchanged.
     """
 
     def update_parameters(self, model: nn.Module) -> None:
-        """Takes the present weights of ``model`` into the average; the first time copies them."""
+        """Updates the average with the current weights of ``model``; the first call copies them."""
         weight_at = _weight_of(self.multi_avg_fn)
         if self.avg_fn is not None or weight_at is None or is_scripted(self.module, model):
             super().update_parameters(model)
@@ -105,24 +105,24 @@ class AveragedModel(swa_utils.AveragedModel):
 
 
 def _options() -> Options:
-    # torch takes what named_buffers() has, the non-persistent ones too.
+    # torch averages all of named_buffers(), non-persistent ones included.
     return {"arithmetic": "lerp", "caches_are_buffers": True}
 
 
 def _mean(n_averaged: int) -> float:
-    """The weight of the next value in the mean of all."""
+    """The weight of the next value in the mean of all values."""
     return 1 / (n_averaged + 1)
 
 
 def _mean_in_float32(n_averaged: int) -> float:
-    """The same as torch's function for lists has it, where it comes of a tensor."""
+    """The same, rounded as in torch's function for lists, which computes it from a tensor."""
     return ctypes.c_float(_mean(n_averaged)).value
 
 
 def _weight_of(function: Callable[..., None] | None) -> Callable[[int], float] | None:
-    """The weight by ``n_averaged`` in a function that is made here or in torch; None: unknown.
+    """The weight as a function of ``n_averaged`` if ``function`` is ours or torch's; else None.
 
-    Told by where its code is: ``functools.wraps`` gives somebody else's function the name of ours.
+    Decided by the module of its code: ``functools.wraps`` can give another function our name.
     """
     if function is None:
         return _mean

@@ -20,28 +20,28 @@ __all__ = ["ModelEmaV2", "ModelEmaV3"]
 
 
 class ModelEmaV2(original.ModelEmaV2):  # type: ignore[misc]
-    """timm's ``ModelEmaV2``: the whole of ``update`` is one launch a device.
+    """timm's ``ModelEmaV2``: all of ``update`` is one launch per device.
 
-    It gives the original's bits where model and average have one dtype (in float64, with a decay
-    below 0.5, their last bits may differ). Of two dtypes the wider is computed in, where the
-    original rounds each product to the dtype that it comes of.
+    The results are bitwise the original's if model and average have the same dtype (in float64,
+    with a decay below 0.5, the last bits may differ). With two dtypes it computes in the wider one,
+    while the original rounds each product to the dtype of its tensor.
 
-    Better than there: tensors are paired by name, wrappers seen through, dtypes and devices may
-    differ; tied weights are averaged once, not once for each name; integers follow by copy, where
-    the original averages them and cuts off what is behind the point. Non-persistent buffers are
-    left alone, as there. A model compiled by TorchScript takes the original's way.
+    Better than the original: tensors are paired by name, ignoring wrappers; dtypes and devices may
+    differ; tied weights are averaged once, not once for each name; integers are copied, while the
+    original averages and truncates them. Non-persistent buffers are left alone, as in the original.
+    A model compiled by TorchScript is updated by the original's code.
 
-    Arguments, methods, attributes and ``state_dict`` as timm's. All but ``update`` is its own.
+    Arguments, methods, attributes and ``state_dict`` as timm's. Only ``update`` is replaced.
 
     Raises from ``update``:
         KeyError: names don't match.
         ValueError: shapes differ.
         TypeError: one side of a pair is floating-point and the other isn't.
-        The averages are unchanged then.
+        If an error is raised, the averages are unchanged.
     """
 
     def update(self, model: nn.Module) -> None:
-        """Takes the present weights of ``model`` into the average."""
+        """Updates the average with the current weights of ``model``."""
         if is_scripted(self.module, model):
             super().update(model)
             return
@@ -54,30 +54,30 @@ def _options_of_v2() -> Options:
 
 
 class ModelEmaV3(original.ModelEmaV3):  # type: ignore[misc]
-    """timm's ``ModelEmaV3``: the whole of ``update`` is one launch a device.
+    """timm's ``ModelEmaV3``: all of ``update`` is one launch per device.
 
-    It gives the original's bits on equal dtypes and in float32 averages of 16-bit models, but for
-    stochastic rounding: bfloat16 averages are rounded up and down with the probabilities that they
-    have there, by other random bits, which take no memory. They come of
-    ``stochastic_rounding_seed``, of the tensor's place in the model, and of the step. The step is
-    the one that ``update`` is given, or the one after the last where that has been passed already.
-    So a run that is resumed with its steps goes on to the bit, whatever the devices are. Without
-    steps the count begins again, as timm's generator does, which no ``state_dict`` holds either.
-    Where a model has float16 averages beside bfloat16 ones, they are rounded in the same way.
+    The results are bitwise the original's on equal dtypes and in float32 averages of 16-bit models,
+    except with stochastic rounding: bfloat16 averages are rounded up and down with the original's
+    probabilities, but by other random bits, which take no memory. The bits depend on
+    ``stochastic_rounding_seed``, the tensor's index in the model, and a step. This is the ``step``
+    passed to ``update``, or one more than the last step if ``step`` isn't larger than that. So a
+    run that resumes with its steps is bitwise the same on any devices. Without steps the count
+    restarts, as timm's generator does, whose state is in no ``state_dict`` either. If a model has
+    both float16 and bfloat16 averages, both are rounded stochastically.
 
-    Better than there: as for :class:`ModelEmaV2`, and complex tensors are averaged, not copied.
-    ``foreach`` matters for averages of another dtype than the model's, which two ways of writing
-    the average go with there. A model compiled by TorchScript takes the original's way.
+    Better than the original: as for :class:`ModelEmaV2`, and complex tensors are averaged, not
+    copied. ``foreach`` matters only for averages of another dtype than the model's: the original
+    has two formulas for these. A model compiled by TorchScript is updated by the original's code.
 
-    Arguments, methods, attributes and ``state_dict`` as timm's. All but ``update`` is its own.
+    Arguments, methods, attributes and ``state_dict`` as timm's. Only ``update`` is replaced.
 
     Raises from ``update``: as :class:`ModelEmaV2`.
     """
 
-    _rounding_step = -1  # what random bits were counted by last
+    _rounding_step = -1  # the last counter of random bits
 
     def update(self, model: nn.Module, step: int | None = None) -> None:
-        """Takes the present weights of ``model`` into the average, by the decay of ``step``."""
+        """Updates the average with the current weights of ``model``, by the decay of ``step``."""
         if is_scripted(self.module, model):
             super().update(model, step)
             return
@@ -95,7 +95,7 @@ class ModelEmaV3(original.ModelEmaV3):  # type: ignore[misc]
             options=lambda: self._options(model),
             made_for=made_for,
         )
-        # Never the same twice: equal random bits at every update would always round away the same.
+        # Never the same step twice: equal random bits would round in the same direction each time.
         counted = self._rounding_step + 1 if step is None else max(step, self._rounding_step + 1)
         weight = 1.0 - self.get_decay(step)
         pairing.average_(weight, seed=self.stochastic_rounding_seed % 2**63, step=counted)
@@ -111,12 +111,12 @@ class ModelEmaV3(original.ModelEmaV3):  # type: ignore[misc]
         at_random = self.stochastic_rounding and any(a == torch.bfloat16 for a, _ in dtypes)
         if self.stochastic_rounding:
             dtypes = [(a, s) for a, s in dtypes if a != torch.bfloat16]
-        # The original can't lerp two dtypes at once, and takes this for all of them.
+        # The original can't lerp a pair of two dtypes, and then uses the two-step formula for all.
         in_two_steps = self.foreach and any(a != s for a, s in dtypes) and not at_random
         return {
             "arithmetic": "axpby" if in_two_steps else "lerp",
             "rounding": "stochastic" if at_random else "nearest",
-            # Where buffers are copied the original goes over all of them.
+            # If buffers are only copied, the original copies all, non-persistent ones too.
             "leave": () if self.exclude_buffers else (Kind.CACHE,),
             "caches_are_buffers": self.exclude_buffers,
         }
@@ -128,5 +128,5 @@ class ModelEmaV3(original.ModelEmaV3):  # type: ignore[misc]
 
 
 def _first_dtype(module: nn.Module) -> torch.dtype | None:
-    """As a sign that a module has been converted in place."""
+    """The first parameter's dtype; it changes when a module is converted in place."""
     return next((parameter.dtype for parameter in module.parameters()), None)

@@ -19,23 +19,25 @@ __all__ = ["ExponentialMovingAverage"]
 
 
 class ExponentialMovingAverage(original.ExponentialMovingAverage):  # type: ignore[misc]
-    """torch-ema's average: the whole of ``update`` is one launch a device.
+    """torch-ema's average: all of ``update`` is one launch per device.
 
     An update is within 2 units in the last place of the original's, which rounds once more (see
-    ``"delta"`` of :class:`~ema_fused.Plan`). Dtypes and devices may differ within a pair, and is
-    computed in the wider of the two. Integer tensors, on which the original raises, follow by copy.
+    ``"delta"`` of :class:`~ema_fused.Plan`). Dtypes and devices may differ within a pair, which is
+    computed in the wider of the two dtypes. Integer tensors, on which the original raises, are
+    copied.
 
-    Arguments, methods, attributes and ``state_dict`` as torch-ema's. All but ``update`` is its own.
+    Arguments, methods, attributes and ``state_dict`` as torch-ema's. Only ``update`` is replaced.
 
     Raises from ``update``:
-        ValueError: the parameters are not as many as the averages, or gone; shapes differ.
-        The averages and ``num_updates`` are unchanged then.
+        ValueError: the number of parameters isn't that of the averages, or the parameters have been
+            garbage-collected; shapes differ.
+        If an error is raised, the averages and ``num_updates`` are unchanged.
     """
 
     num_updates: int | None
 
     def update(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
-        """Takes ``parameters`` into the averages; None: those that they were made of."""
+        """Updates the averages with ``parameters``; None: with those they were made from."""
         source = self._get_parameters(parameters)
         decay = self.decay
         counted: int | None = self.num_updates

@@ -1,7 +1,7 @@
-"""What a user makes and holds: averaged models, their momentum, and what updates them.
+"""The averaged models that users create, their momentum schedules, and automatic updates.
 
-:mod:`.base` counts updates and takes the model's weights in; :mod:`.kinds` are the averages with
-a copy of the model, :mod:`.averaged_weights` the one without; :mod:`.schedules` are momentum as a
+:mod:`.base` counts the updates and makes them; :mod:`.kinds` has the averages that keep a copy of
+the model, :mod:`.averaged_weights` the one without; :mod:`.schedules` gives the momentum as a
 function of the step; :mod:`.attaching` updates an average after each step of an optimizer. May
 import ``engine``, ``modules`` and ``posthoc``.
 """

@@ -1,4 +1,4 @@
-"""Updates an average after each real step of an optimizer, in any training loop."""
+"""Updates an average after each step that an optimizer really makes, in any training loop."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ema_fused.modules.sharding import drop_gathered
 
 
 class Averaged(Protocol):
-    """An averaged model: ours, torch's ``AveragedModel``, or what else is updated by its method."""
+    """An averaged model: ours, torch's ``AveragedModel``, or another with this method."""
 
     def update_parameters(self, model: nn.Module, /) -> None: ...
 
 
 class Attachment:
-    """Holds an average at its optimizer; also a context manager that detaches at its end."""
+    """The link between an average and its optimizer; a context manager that detaches at its end."""
 
     def __init__(self, *handles: Any) -> None:
         self._handles = handles
 
     def detach(self) -> None:
-        """Ends the updates. Once more does nothing."""
+        """Ends the updates. Further calls do nothing."""
         for handle in self._handles:
             handle.remove()
 
@@ -49,32 +49,34 @@ class Attachment:
 def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attachment:
     """Updates ``averaged`` with ``model`` after each step that ``optimizer`` really makes.
 
-    Once a step, however many micro-batches it takes. A step that ``torch.amp.GradScaler`` skips
-    because of overflowed gradients is not counted: most optimizers aren't called then; a fused one
-    is, and finds a flag on the device, which then decides about the update as well, without waiting
-    for the device (:meth:`BaseAveragedModel.update_parameters`; of other averaged models the flag
-    is waited for).
+    There is one update per step, however many micro-batches the step takes. A step that
+    ``torch.amp.GradScaler`` skips because of overflowed gradients is not counted. The scaler
+    doesn't call most optimizers then. A fused optimizer is called and reads a flag on the device;
+    our update reads the same flag there, without synchronising
+    (:meth:`BaseAveragedModel.update_parameters`; for other averaged models the host waits for the
+    flag).
 
-    Where the average is updated beside the training (``offload``, ``overlap``), the next step of
-    any optimizer that has a parameter of the model waits until the model has been read, and so does
-    loading into it. Whatever else writes the parameters calls ``averaged.wait_until_read()`` first.
+    If the average is updated in parallel with training (``offload``, ``overlap``), the next step of
+    any optimizer with a parameter of the model waits until the update has read the model; so does
+    loading into the model. Other code must call ``averaged.wait_until_read()`` before it writes the
+    parameters.
 
-    The optimizer's ``state_dict`` is unchanged. Pickling or copying the optimizer leaves the
-    attachment behind: attach the copy where it should update an average too.
+    The optimizer's ``state_dict`` is unchanged. A pickled or copied optimizer isn't attached:
+    attach the copy if it should update an average too.
 
     Args:
-        optimizer: as made by ``torch.optim``; of a wrapper (Accelerate's) the one inside.
-        model: the model that it trains, wrapped or not.
+        optimizer: of ``torch.optim``; if it is wrapped (by Accelerate, say), the one inside.
+        model: the model that the optimizer trains, wrapped or not.
         averaged: the average of ``model``.
 
     Returns:
         An :class:`Attachment`: ``detach()`` ends it; so does the end of a ``with`` block.
 
     Raises:
-        RuntimeError: ``averaged`` is attached to ``optimizer`` already.
-        TypeError: an argument is of another kind.
-        ValueError: the optimizer has no parameter of the model. Those it is given later
-            (``add_param_group``) don't matter.
+        RuntimeError: ``averaged`` is already attached to ``optimizer``.
+        TypeError: an argument is of a wrong type.
+        ValueError: the optimizer has no parameter of the model at the time of the call; parameters
+            added later (``add_param_group``) don't count.
     """
     hooked = getattr(optimizer, "register_step_post_hook", None)
     if hooked is None:
@@ -107,15 +109,15 @@ def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attach
         return Attachment(hooked(update))
     wait = _waits_for(averaged, model)
     before_steps = register_optimizer_step_pre_hook(wait)
-    # All optimizers have this hook, for as long as the process lives.
+    # The hook is global, for all optimizers, so it must be removed with the average.
     weakref.finalize(averaged, before_steps.remove)
     before_loading = model.register_load_state_dict_pre_hook(wait)
     return Attachment(hooked(update), before_steps, before_loading)
 
 
 def _update(averaged: Averaged, model: nn.Module, optimizer: Optimizer, _: Any, __: Any) -> None:
-    """What is hooked behind the steps."""
-    # Set while a GradScaler lets a fused optimizer decide about its step.
+    """The hook that runs after each step."""
+    # GradScaler sets it on a fused optimizer, which reads it to decide whether to step.
     found_inf: Tensor | None = getattr(optimizer, "found_inf", None)
     with torch.no_grad():
         if isinstance(averaged, BaseAveragedModel):
@@ -125,7 +127,7 @@ def _update(averaged: Averaged, model: nn.Module, optimizer: Optimizer, _: Any, 
 
 
 def _is_attached(optimizer: Any, averaged: Averaged) -> bool:
-    """Told by the optimizer's own hooks, which are gone when they are removed."""
+    """Whether ``averaged`` is attached; looked up in the optimizer's hooks, so never outdated."""
     hooks = getattr(optimizer, "_optimizer_step_post_hooks", {}).values()
     ours = (hook for hook in hooks if isinstance(hook, partial) and hook.func is _update)
     return any(hook.args[0] is averaged for hook in ours)
@@ -137,12 +139,13 @@ def _trains(optimizer: Optimizer, model: nn.Module) -> bool:
 
 
 def _waits_for(averaged: BaseAveragedModel, model: nn.Module) -> Callable[..., None]:
-    """What is called before ``model`` is written: by an optimizer's step, or by loading into it.
+    """The hook that runs before ``model`` is written: by an optimizer's step, or by loading.
 
-    Holds neither alive. Optimizers of other models don't wait.
+    It has weak references only. Optimizers of other models don't wait.
     """
     average, trained = weakref.ref(averaged), weakref.ref(model)
-    # Asked once for so many parameters: it takes longer than an update.
+    # Whether an optimizer trains the model, by its number of parameters: finding out takes longer
+    # than an update, so it is repeated only when the number changes.
     known: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
 
     def wait(writer: Any, *_: Any) -> None:

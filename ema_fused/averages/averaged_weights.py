@@ -1,4 +1,4 @@
-"""The average of a model without a copy of the model: its tensors alone, under their names."""
+"""The average of a model without a copy of the model: just the averaged tensors, by name."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ema_fused.modules.sharding import is_flattened
 class AveragedWeights(ExponentialMovingAverage):
     """The averaged tensors of a model by name, for models that are large or can't be deep-copied.
 
-    Everything that :class:`ExponentialMovingAverage` does but being called: swap the averages into
-    the model to evaluate it. Models sharded by ``fully_shard`` (FSDP2) or as DTensors are averaged
-    shard by shard, where their shards are; so are those of FSDP1 with ``use_orig_params=True``.
-    No process communicates, and each launches one kernel::
+    It does everything that :class:`ExponentialMovingAverage` does, but it can't be called: swap the
+    averages into the model to evaluate them. Models sharded by ``fully_shard`` (FSDP2) or made of
+    DTensors are averaged shard by shard, in the process of each shard; so are those of FSDP1 with
+    ``use_orig_params=True``. The processes don't communicate, and each launches one kernel::
 
         fully_shard(model)
         averaged = AveragedWeights(model, momentum=0.001, averaged_dtype=torch.float32)
@@ -31,11 +31,12 @@ class AveragedWeights(ExponentialMovingAverage):
             evaluate(model)
 
     ``state_dict()`` has the keys of the other averaged models (``steps``, ``module.*``), with
-    DTensors where the model has them, so ``torch.distributed.checkpoint`` saves it and loads it on
-    any number of processes. What is shared with the model (``share_frozen``) is left out.
+    DTensors where the model has them, so ``torch.distributed.checkpoint`` can save it and load it
+    on another number of processes. Parameters shared with the model (``share_frozen``) are left
+    out.
 
     Args:
-        model: the model to average; wrapped or not, tensors are called as in the plain model.
+        model: the model to average, wrapped or not; tensors have the names of the plain model.
         momentum: the weight of the model's values, in (0, 1); or a function of the step that gives
             one in [0, 1] (:mod:`ema_fused.averages.schedules`).
         arithmetic: how an average is written (see :class:`~ema_fused.Plan`); ``"delta"`` with
@@ -44,7 +45,7 @@ class AveragedWeights(ExponentialMovingAverage):
     The others as :class:`BaseAveragedModel`.
 
     Raises:
-        TypeError: also where ZeRO-3 holds a parameter's elements.
+        TypeError: also if ZeRO-3 has partitioned a parameter.
     """
 
     _copied = staticmethod(averaged_skeleton)
@@ -66,14 +67,14 @@ class AveragedWeights(ExponentialMovingAverage):
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The averaged tensors by the names of the plain model, persistent buffers too; no copies.
+        """The averaged tensors and persistent buffers by the names of the plain model; not copies.
 
-        DTensors where the model is sharded. What is shared with the model is there as well.
+        DTensors if the model is sharded. Parameters shared with the model are included.
         """
         return dict(self.module.state_dict())
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: there is no module to call.
+        """Always raises: there is no module to call.
 
         Raises:
             TypeError: always.
@@ -103,7 +104,7 @@ class AveragedWeights(ExponentialMovingAverage):
             key = f"{prefix}module.{name}"
             if name in self.shared_names:
                 if key in state_dict:
-                    # It has been trained since, where the checkpoint was written.
+                    # In the checkpoint it isn't shared: it was trained in that run.
                     self._shares.end(name, tensor, tensor)
                 else:
                     state_dict[key] = tensor

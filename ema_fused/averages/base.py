@@ -1,4 +1,4 @@
-"""An averaged copy of a model: updated, saved, swapped in. Subclasses say how it averages."""
+"""The averaged copy of a model: updates, saving, swapping. Subclasses define how to average."""
 
 from __future__ import annotations
 
@@ -28,63 +28,72 @@ class BaseAveragedModel(PairedModule):
     """A copy of ``model`` whose weights are a running average of the model's.
 
     The first :meth:`update_parameters` copies everything; later ones average when
-    ``steps % interval == 0``. Whatever isn't averaged follows the model by copy at every call:
+    ``steps % interval == 0``. Tensors that aren't averaged are copied from the model at every call:
     integer tensors always, buffers unless ``update_buffers``.
 
-    A subclass says how to average in one of two ways; the one defined nearer to it counts:
+    A subclass defines how to average in one of two ways; the first in its method resolution order
+    is used:
 
-    * :meth:`momentum_at` gives the weight of the new value, and everything is updated in one launch
-      a device, by the class's ``arithmetic`` (see :class:`~ema_fused.Plan`);
+    * :meth:`momentum_at` gives the weight of the new value; everything is updated in one launch per
+      device, by the class's ``arithmetic`` (see :class:`~ema_fused.Plan`);
     * :meth:`avg_func` averages one tensor in place, as mmengine's subclasses do.
 
-    ``state_dict()`` holds what mmengine's holds: ``steps`` and ``module.*``; with stochastic
-    rounding ``rounding_seed`` too.
+    ``state_dict()`` has the keys of mmengine's: ``steps`` and ``module.*``; with stochastic
+    rounding also ``rounding_seed``.
 
-    Every kind of average takes these arguments behind its own: ``shared`` stands for ``interval``,
-    ``device`` and ``update_buffers``, in this order or by name, ``options`` for those that are
-    given by name alone.
+    Every kind of average takes these arguments after its own. In signatures, ``shared`` stands for
+    ``interval``, ``device`` and ``update_buffers``, in this order or by name, and ``options`` for
+    the keyword-only arguments.
 
     Args:
         model: the model to average; deep-copied. Wrappers around it or its parts
-            (DistributedDataParallel, ``torch.compile``, activation checkpointing) may come and go
-            later.
+            (DistributedDataParallel, ``torch.compile``, activation checkpointing) may be added or
+            removed later.
         interval: calls from one average to the next.
         device: of the averaged copy; None keeps the model's.
-        update_buffers: average persistent floating-point buffers as well. Otherwise they follow by
-            copy.
-        averaged_dtype: of the floating-point tensors of the copy, say ``torch.float32`` for a
+        update_buffers: average persistent floating-point buffers as well. Otherwise they are
+            copied.
+        averaged_dtype: dtype of the floating-point tensors of the copy, say ``torch.float32`` for a
             bfloat16 model; None keeps the model's.
         share_frozen: parameters that need no gradient take no memory in the copy: they are views of
-            the model's, in its dtype and on its device, and follow it when it is moved. Loading a
-            checkpoint into the copy writes them in the model too. One that becomes trainable gets
-            memory of its own at the next update, from its value then, and is averaged.
-        begin_step: the call that makes the first copy count, as ``begin_iter`` of mmengine's
-            ``EMAHook``: calls before it copy everything and average nothing. ``steps`` is negative
-            until then (minus the calls still to wait), so a checkpoint resumes the wait as well.
-        backend: ``"cuda"``, ``"cpu"`` or ``"foreach"`` pins one; None takes the best there is.
-        rounding: of averages kept in 16 bits: ``"nearest"``, or ``"stochastic"``, which loses no
-            small change in the long run (see :class:`~ema_fused.Plan`). The state then holds the
-            seed as well, and a resumed run goes on to the bit.
+            the model's, in the model's dtype and on its device, also after the model is moved. So
+            loading a checkpoint into the copy writes the model's too. One that becomes trainable
+            gets its own memory at the next update, starts with its value at that time, and is
+            averaged from then on.
+        begin_step: the call, counted from 1, that makes the initial copy, like ``begin_iter`` of
+            mmengine's ``EMAHook``; 0 is the same as 1. Calls before it copy everything too. Until
+            then ``steps`` is negative, minus the number of calls left, so a resumed run waits for
+            the rest of them.
+        backend: ``"cuda"``, ``"cpu"`` or ``"foreach"`` uses that backend for all tensors; None
+            takes the fastest for each.
+        rounding: of averages kept in 16 bits: ``"nearest"``, or ``"stochastic"``, with which small
+            changes are not lost in the long run (see :class:`~ema_fused.Plan`). The state then
+            holds the seed as well, and a run resumes bit for bit.
         seed: of stochastic rounding, in [0, 2**63).
-        every: the average is made at every such call only, by the momentum of all the calls since
-            the one before: ``1 - (1 - m_1) * ... * (1 - m_n)``. The calls between do nothing.
-        offload: ``"cpu"`` keeps the average in host memory and updates it there, in a thread beside
-            the training (:mod:`ema_fused.offloading.offloaded_plan`).
-        overlap: update on a CUDA stream of its own, beside the next forward and backward pass.
-        capturable: an update can be captured into a CUDA graph: ``steps`` counts on the device, and
-            :meth:`momentum_at` is given it as a tensor. The first call copies, and isn't captured.
-        distance_every: measure the :attr:`distance` at such steps, of those that average.
+        every: average only at every ``every``-th call, with the combined momentum of the calls
+            since the last average: ``1 - (1 - m_1) * ... * (1 - m_n)``. The calls in between do
+            nothing.
+        offload: ``"cpu"`` keeps the average in host memory and updates it there, in a thread while
+            the model trains (:mod:`ema_fused.offloading.offloaded_plan`).
+        overlap: update on a separate CUDA stream, in parallel with the next forward and backward
+            pass.
+        capturable: updates can be captured into a CUDA graph: ``steps`` is counted on the device
+            and passed to :meth:`momentum_at` as a tensor. The first call copies, and can't be
+            captured.
+        distance_every: measure the :attr:`distance` at every ``distance_every``-th step, if that
+            step averages.
 
     With ``offload`` and ``overlap`` the next optimizer step must wait until the model has been
-    read: let :func:`ema_fused.attach` do both. Swapping and writing averages into the model wait by
-    themselves; whoever else writes its parameters calls :meth:`wait_until_read` first.
+    read: :func:`ema_fused.attach` updates and waits. Swapping and :meth:`copy_to` wait by
+    themselves; other code must call :meth:`wait_until_read` before it writes the model's
+    parameters.
 
     Attributes:
-        module: the averaged copy. No parameter of it requires a gradient.
-        steps: int64 scalar buffer, the calls counted so far; may be written.
+        module: the averaged copy. None of its parameters requires a gradient.
+        steps: int64 scalar buffer, the number of calls counted so far; may be written.
         arithmetic: how an average is written (see :class:`~ema_fused.Plan`).
         runs_beside: whether an update may still be reading the model when the call that started it
-            returns: the caller is to use :meth:`wait_until_read`.
+            returns. If so, the caller must use :meth:`wait_until_read`.
 
     Raises:
         TypeError: neither ``momentum_at`` nor ``avg_func`` is defined, or an argument is of a wrong
@@ -93,7 +102,7 @@ class BaseAveragedModel(PairedModule):
         RuntimeError: the backend asked for can't be used here.
     """
 
-    _copied = staticmethod(averaged_copy)  # what :attr:`module` is made by
+    _copied = staticmethod(averaged_copy)  # makes :attr:`module`
 
     def __init__(
         self,
@@ -137,7 +146,7 @@ class BaseAveragedModel(PairedModule):
         if offload is not None:
             device = offload
         pinned = offload is not None
-        # Tensors made in inference mode could never be updated outside it.
+        # Inference tensors could never be updated outside inference mode.
         with torch.inference_mode(False):
             module, shared = self._copied(
                 model, device, averaged_dtype, share_frozen=share_frozen, pinned=pinned
@@ -167,9 +176,9 @@ class BaseAveragedModel(PairedModule):
 
     @property
     def distance(self) -> Distance | None:
-        """The last distance that has arrived; waits for nothing.
+        """The last distance that has arrived on the host; doesn't wait for newer ones.
 
-        Of sharded models it counts the elements of this process: add up the squares of all
+        For sharded models it covers the elements of this process: add up the squares over all
         processes.
         """
         return self._distances.last
@@ -178,13 +187,13 @@ class BaseAveragedModel(PairedModule):
         """The weight of the model's values in the average made after ``steps`` updates.
 
         Args:
-            steps: an int; of a ``capturable`` average a 0-dim float64 tensor on its device.
+            steps: an int; for a ``capturable`` average a 0-dim float64 tensor on its device.
 
         Returns:
-            A number in [0, 1]; of a tensor a 0-dim tensor.
+            A number in [0, 1]; if ``steps`` is a tensor, a 0-dim tensor.
 
         Raises:
-            NotImplementedError: the class has no momentum; it averages by its own ``avg_func``.
+            NotImplementedError: the class has no momentum, but its own ``avg_func``.
         """
         raise NotImplementedError(f"{type(self).__name__} defines no momentum_at")
 
@@ -204,20 +213,21 @@ class BaseAveragedModel(PairedModule):
     def update_parameters(
         self, model: nn.Module, *, found_inf: Tensor | None = None, asynchronous: bool = False
     ) -> None:
-        """Takes the present weights of ``model`` into the average.
+        """Updates the average with the current weights of ``model``.
 
-        Doesn't wait for the device. Call it after each ``optimizer.step()``, or let
+        Doesn't synchronise with the device. Call it after each ``optimizer.step()``, or let
         :func:`ema_fused.attach` do it.
 
         Args:
             model: the model that was averaged from the start, or another of the same structure;
                 wrapped or not.
-            found_inf: a tensor of one number, as ``torch.amp.GradScaler`` gives it to a fused
-                optimizer: anything but 0 says that the step was skipped, and this call doesn't
-                count. On a CUDA device it is read there, and waited for only where a copy is due
-                (the first call, calls between intervals) or an ``avg_func`` of a class's own.
-            asynchronous: the caller changes ``model`` only after :meth:`wait_until_read`. Otherwise
-                an offloaded or overlapping update is waited for here until it has read the model.
+            found_inf: a tensor of one number, as ``torch.amp.GradScaler`` passes it to a fused
+                optimizer. Unless it is 0, the step was skipped, and this call does nothing and
+                isn't counted. On a CUDA device the kernel reads it; the host waits for it only if
+                this call copies (the first call, calls between intervals) or uses a class's own
+                ``avg_func``.
+            asynchronous: the caller promises to call :meth:`wait_until_read` before it changes
+                ``model``. If not, this call itself waits for an offloaded or overlapping update.
 
         Raises:
             KeyError: names of parameters or buffers don't match those of the average.
@@ -225,7 +235,7 @@ class BaseAveragedModel(PairedModule):
             TypeError: one side of a pair is floating-point and the other isn't.
             RuntimeError: inside a :meth:`swapped` block; or an earlier offloaded update failed.
 
-        The averages are unchanged then.
+        If an error is raised, the averages are unchanged.
         """
         refuse_while_swapped("update_parameters() was called", self, model)
         pairing = self._paired_with(model)
@@ -276,7 +286,7 @@ class BaseAveragedModel(PairedModule):
     def _average(
         self, pairing: Pairing, weight: float, steps: int, found_inf: Tensor | None
     ) -> None:
-        """An average with a seed, or one that is measured."""
+        """Averages with stochastic rounding, or with a measured distance."""
         seed = self._buffers.get("rounding_seed")
         distance = self._distances.place_for(steps, pairing.device)
         pairing.average_(
@@ -291,14 +301,14 @@ class BaseAveragedModel(PairedModule):
                 self._distances.fetch(steps, distance, pairing.is_idle)
 
     def _update_on_device(self, pairing: Pairing, found_inf: Tensor | None) -> None:
-        """The same without a number from the host, but for calls that copy and don't average."""
+        """The same update with all numbers on the device; only the first, copying calls wait."""
         buffer = self._buffers["steps"]
         assert buffer is not None
         if self._step_count.read_once(buffer) <= 0:
             if found_inf is None or not bool(found_inf):
                 pairing.copy_()
                 self._step_count.count_there(buffer, unless=None)
-                if buffer.device != pairing.device:  # made before the averages had their memory
+                if buffer.device != pairing.device:  # made while the averages were on meta
                     self._buffers["steps"] = buffer.to(pairing.device)
             return
         weight = momentum_on_device(self, buffer)
@@ -319,7 +329,7 @@ class BaseAveragedModel(PairedModule):
         self._step_count.count_there(buffer, unless=found_inf)
 
     def settle(self) -> None:
-        """Waits for updates under way, and corrects ``steps`` where the device skipped the last."""
+        """Waits for unfinished updates; corrects ``steps`` if the device skipped the last one."""
         super().settle()
         buffer = self._buffers["steps"]
         assert buffer is not None
@@ -333,9 +343,10 @@ class BaseAveragedModel(PairedModule):
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Stochastic rounding may be switched on and off between runs.
+        """Allows stochastic rounding to be switched on and off between runs.
 
-        Checkpoints written without it have no seed: ours stays. Without it a seed means nothing.
+        A checkpoint written without it has no seed: the present one is kept. Without it, a seed in
+        the checkpoint is ignored.
         """
         seed = self._buffers.get("rounding_seed")
         if seed is not None:
@@ -346,7 +357,7 @@ class BaseAveragedModel(PairedModule):
 
 
 def _device_for_counts(module: nn.Module | None, device: Device) -> torch.device:
-    """Where ``steps`` is kept: beside the averages of ``module``, if given; never on meta."""
+    """The device of ``steps``: that of the averages in ``module``, if given; never meta."""
     of_module = (parameter.device for parameter in module.parameters()) if module else iter(())
     where = next(of_module, torch.empty(0, device=device).device)
     return torch.device("cpu") if where.type == "meta" else where

@@ -1,4 +1,4 @@
-"""The kinds of average, with the names, arguments, arithmetic and checkpoints of OpenMMLab's."""
+"""The kinds of averages; names, arguments, arithmetic and checkpoints are those of OpenMMLab."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ExponentialMovingAverage(BaseAveragedModel):
         *shared: Any,
         **options: Unpack[Options],
     ) -> None:
-        # Those whose schedule is their own are given a number.
+        # Subclasses with their own schedule take a number only.
         own_schedule = type(self).momentum_at is not ExponentialMovingAverage.momentum_at
         if own_schedule or not callable(momentum):
             check_momentum(momentum)
@@ -62,7 +62,7 @@ class ExponentialMovingAverage(BaseAveragedModel):
 
 
 class MomentumAnnealingEMA(ExponentialMovingAverage):
-    """An average that moves fast at first: momentum is ``max(momentum, gamma / (gamma + steps))``.
+    """An average that changes fast at first: momentum ``max(momentum, gamma / (gamma + steps))``.
 
     Args:
         momentum: what it falls to, in (0, 1).
@@ -121,18 +121,18 @@ class ExpMomentumEMA(ExponentialMovingAverage):
 
 
 class CosineEMA(ExponentialMovingAverage):
-    """The average of BYOL and MoCo v3 in MMPretrain: momentum goes to its end along a cosine.
+    """The average of BYOL and MoCo v3 in MMPretrain: a cosine schedule for the momentum.
 
     ``end_momentum - (end_momentum - momentum) * (cos(pi * steps / max_iters) + 1) / 2``; after
     ``max_iters`` it stays at ``end_momentum``. Rounds as its original does:
     ``averaged.mul_(1 - m).add_(source, alpha=m)``.
 
-    (MMSelfSup 1.0 gives the weight of the average instead: its 0.996 -> 1 is our 0.004 -> 0.)
+    (In MMSelfSup 1.0 the momentum is the weight of the average: its 0.996 -> 1 is our 0.004 -> 0.)
 
     Args:
         momentum: at step 0, in (0, 1).
         end_momentum: at step ``max_iters``, in [0, 1].
-        max_iters: the steps of the whole training. None where a subclass knows them:
+        max_iters: the number of steps of the whole training; None if a subclass overrides
             :meth:`total_steps`.
 
     The others as :class:`BaseAveragedModel`.
@@ -158,7 +158,7 @@ class CosineEMA(ExponentialMovingAverage):
         self.max_iters = max_iters
 
     def total_steps(self) -> int:
-        """The steps of the whole training.
+        """The number of steps of the whole training.
 
         Raises:
             RuntimeError: ``max_iters`` wasn't given.
@@ -172,8 +172,8 @@ class CosineEMA(ExponentialMovingAverage):
 
     def momentum_at(self, steps: Any) -> Any:
         total = self.total_steps()
-        # The original's phase is a product of tensors, and so a number of the default dtype
-        # (float32); here it is one too, on the CPU.
+        # The original computes the phase from tensors, so in the default dtype (float32). The same
+        # is done here, on the CPU, to get the same bits.
         if isinstance(steps, Tensor):
             now = steps.clamp(max=total).to(torch.get_default_dtype())
             return schedules.half_cosine(

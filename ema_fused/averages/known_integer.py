@@ -1,4 +1,4 @@
-"""An integer in a buffer (the number of updates, a seed), known without asking a device for it."""
+"""The value of an integer buffer (the number of updates, a seed), cached on the host."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 class KnownInteger:
-    """The value of an integer buffer, read only when somebody else has written it.
+    """Caches the value of an integer buffer; reads it again only if other code has written it.
 
-    Reading a buffer on an accelerator waits for everything queued there, so the value is kept as a
-    Python int beside it. Writing needs no waiting: the buffer is written at every change and is
-    always right, whoever reads it (``state_dict``, DistributedDataParallel's broadcast of buffers).
+    Reading a buffer on a device synchronises with it, so the value is also kept as a Python int.
+    Writing doesn't synchronise: the buffer is written at every change and is always up to date for
+    its readers (``state_dict``, DistributedDataParallel's broadcast of buffers).
 
-    The buffer is read again when it is another object (``.to()``, ``load_state_dict(assign=True)``)
+    The buffer is read again if it is another object (``.to()``, ``load_state_dict(assign=True)``)
     or its version counter has moved (``fill_``, ``load_state_dict``, a broadcast).
     """
 
@@ -23,7 +23,8 @@ class KnownInteger:
         self._buffer: Tensor | None = None
         self._version = -1
         self._value = 0
-        # Whether the last change was to be, on its way to the host: (the flag there, its event).
+        # The flag that decides about the last count, being copied to the host, and the copy's
+        # event.
         self._unsettled: tuple[Tensor, torch.cuda.Event] | None = None
 
     def read(self, buffer: Tensor) -> int:
@@ -43,8 +44,8 @@ class KnownInteger:
     def count(self, buffer: Tensor, *, unless: Tensor | None) -> None:
         """Adds 1 to a buffer that has just been read, unless that flag is set.
 
-        A flag on a CUDA device is not waited for now: until :meth:`settle` a buffer elsewhere may
-        be 1 too high; one beside the flag is right at once.
+        The host doesn't wait now for a flag on a CUDA device. A buffer on the flag's device is
+        right at once; another one may be 1 too high until :meth:`settle`.
         """
         if unless is None or not unless.is_cuda:
             if unless is None or not bool(unless):
@@ -63,10 +64,10 @@ class KnownInteger:
             self.write(buffer, self._value + 1)
 
     def read_once(self, buffer: Tensor) -> int:
-        """The value when this object last read or counted it; replays of a graph have added to it.
+        """The value that this object last read or counted; replays of a CUDA graph aren't included.
 
         Raises:
-            RuntimeError: it must be read now, and a graph is being captured.
+            RuntimeError: it must be read now, and a CUDA graph is being captured.
         """
         if buffer is self._buffer and buffer._version == self._version:
             return self._value
@@ -79,7 +80,7 @@ class KnownInteger:
         return self.read(buffer)
 
     def count_there(self, buffer: Tensor, *, unless: Tensor | None) -> None:
-        """Adds 1 on the buffer's device, unless that flag is set; nothing is waited for."""
+        """Adds 1 on the buffer's device, unless that flag is set; doesn't synchronise."""
         if unless is None:
             buffer.add_(1)
         else:
@@ -88,9 +89,9 @@ class KnownInteger:
         self._version = buffer._version
 
     def settle(self, buffer: Tensor) -> None:
-        """Takes back the last :meth:`count` where its flag was set.
+        """Reverts the last :meth:`count` if its flag was set.
 
-        Waits for that flag: by the next update the device has long passed it.
+        Waits for the flag, which usually has arrived long before the next update.
         """
         if self._unsettled is None:
             return

@@ -1,4 +1,4 @@
-"""The weight of an update: what ``momentum_at`` of an averaged model says, checked."""
+"""The weight of an update: ``momentum_at`` of an averaged model, with its range checked."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def checked_momentum(averaged: _HasMomentum, steps: int) -> float:
 
 
 def momentum_of_calls(averaged: _HasMomentum, steps: int, calls: int) -> float:
-    """The momentum of the last ``calls`` calls together: ``1 - (1 - m_1) * ... * (1 - m_n)``.
+    """The combined momentum of the last ``calls`` calls: ``1 - (1 - m_1) * ... * (1 - m_n)``.
 
     Args:
-        steps: of the last of them.
+        steps: the step of the last of them.
 
     Raises:
         ValueError: one of them is outside [0, 1].
@@ -39,7 +39,7 @@ def momentum_of_calls(averaged: _HasMomentum, steps: int, calls: int) -> float:
 
 
 def momentum_on_device(averaged: _HasMomentum, steps: Tensor) -> Any:
-    """``averaged.momentum_at(steps)`` of a step that only the device knows; a tensor isn't checked.
+    """``averaged.momentum_at(steps)`` for a step on the device; a tensor's range isn't checked.
 
     Raises:
         ValueError: it is a number outside [0, 1].

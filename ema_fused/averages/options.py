@@ -1,4 +1,4 @@
-"""What every averaged model takes beside its momentum: how the average is kept."""
+"""The options of every averaged model apart from its momentum."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ema_fused.modules.sharding import Device
 
 
 class Options(TypedDict, total=False):
-    """The arguments of :class:`~ema_fused.BaseAveragedModel` by name, but for the model."""
+    """The arguments of :class:`~ema_fused.BaseAveragedModel` by name, except the model."""
 
     interval: int
     device: Device
@@ -31,7 +31,7 @@ class Options(TypedDict, total=False):
     distance_every: int | None
 
 
-# What an avg_func of a class's own can't do, and what stands for "not asked for".
+# Options that a class with its own avg_func can't have, and their defaults.
 _NEED_MOMENTUM = (
     ("rounding", "nearest"),
     ("every", 1),
@@ -43,10 +43,10 @@ _NEED_MOMENTUM = (
 
 
 def refuse_one_by_one(name: str, options: Options) -> None:
-    """Raises ValueError for what a class can't be asked for that averages by its own ``avg_func``.
+    """Raises ValueError for options that a class with its own ``avg_func`` can't have.
 
     Args:
-        name: of the class.
+        name: the name of the class, for the message.
     """
     needed = [
         f"{option}={options[option]!r}"  # type: ignore[literal-required]
@@ -61,7 +61,7 @@ def refuse_one_by_one(name: str, options: Options) -> None:
 
 
 def check_options(options: Options) -> None:
-    """Raises TypeError, ValueError or RuntimeError for what can't be, or can't be together."""
+    """Raises TypeError, ValueError or RuntimeError for invalid values and combinations."""
     check_integer("interval", options["interval"], least=1)
     check_integer("begin_step", options["begin_step"], least=0)
     check_integer("every", options["every"], least=1)

@@ -3,15 +3,15 @@
 Momentum is the weight of the new value:
 ``averaged = (1 - momentum) * averaged + momentum * source``. ``step`` counts the updates made
 before this one, so the first average after the initial copy is made at step 1. Bind the other
-arguments and give the function to a model::
+arguments and pass the function to a model::
 
     ExponentialMovingAverage(model, momentum=partial(annealing, momentum=0.001, gamma=200))
 
-``step`` may also be a 0-dim float64 tensor; the momentum is then one too, computed on its device
-without waiting for it (averages that are ``capturable`` need that).
+``step`` may also be a 0-dim float64 tensor. The momentum is then a tensor too, computed on the same
+device without synchronising (``capturable`` averages need that).
 
-Other systems state the weight of the average instead, the decay: ``momentum = 1 - decay``. Their
-``step`` is often the number of this update, counted from 1; each function says what it takes.
+Other packages use the weight of the average instead, the decay: ``momentum = 1 - decay``. Their
+``step`` often includes this update, counting from 1; each function says what it takes.
 """
 
 from __future__ import annotations
@@ -83,9 +83,9 @@ def exponential(step: Number, *, momentum: float = 0.0002, gamma: float = 2000) 
 def linear_warmup(step: Number, *, momentum: float = 0.0002, warm_up: float = 100) -> Number:
     """``min(momentum, (1 + step) / (warm_up + step))``, as mmdet 2's ``LinearMomentumEMAHook``.
 
-    Momentum grows from ``1 / warm_up`` until it meets ``momentum``. Below ``1 / warm_up``, as with
-    the defaults of the original, ``momentum`` is the smaller one from the start and the schedule is
-    constant.
+    Momentum grows from ``1 / warm_up`` until it reaches ``momentum``. If ``momentum`` is below
+    ``1 / warm_up``, as with the defaults of the original, it is the minimum from the start and the
+    schedule is constant.
 
     Raises:
         ValueError: ``momentum`` is outside [0, 1], ``warm_up`` below 1, or ``step`` negative.
@@ -143,18 +143,19 @@ def warmup_power(
     power: float = 2 / 3,
     after: int = 0,
 ) -> Number:
-    """``(1 + s / gamma) ** -power`` held in [momentum, largest], with ``s = step - after - 1``.
+    """``(1 + s / gamma) ** -power`` clamped to [momentum, largest], with ``s = step - after - 1``.
 
-    1 (a copy) as long as ``s`` is not above 0. This is the warm-up of timm's ``ModelEmaV3``
+    The momentum is 1 (a copy) until ``s`` is above 0. This is the warm-up of timm's ``ModelEmaV3``
     (``use_warmup=True``), of diffusers' ``EMAModel`` (``use_ema_warmup=True``) and of ema-pytorch's
     ``EMA``, written there as the decay ``1 - (1 + s / inv_gamma) ** -power``. Pass the step that
-    they pass to ``get_decay``: timm's and diffusers' count this update too.
+    they pass to ``get_decay``: in timm and diffusers it includes this update.
 
     Args:
         step: as the original counts it.
-        momentum: the least, 1 - ``decay`` (``beta`` in ema-pytorch).
-        largest: once above ``after``: 1 - ``min_decay`` (``min_value``).
-        gamma: ``inv_gamma`` there; a large one makes the warm-up longer.
+        momentum: the smallest value, 1 - ``decay`` (``beta`` in ema-pytorch).
+        largest: the largest value once ``s`` is above 0, 1 - ``min_decay`` (``min_value`` in
+            ema-pytorch).
+        gamma: ``inv_gamma`` there; a larger one makes the warm-up longer.
         power: 2/3 suits runs of a million steps, 3/4 shorter ones.
         after: ``update_after_step``.
 
@@ -192,7 +193,7 @@ def delayed_warmup_ratio(
 ) -> Number:
     """:func:`warmup_ratio` of ``s = step - after - 1``, at most ``largest``; 1 until s is above 0.
 
-    What diffusers' ``EMAModel`` does without ``use_ema_warmup``; arguments as
+    The schedule of diffusers' ``EMAModel`` without ``use_ema_warmup``; arguments as
     :func:`warmup_power`.
 
     Raises:
@@ -210,7 +211,8 @@ def warmup_exponential(step: Number, *, momentum: float = 0.0001, tau: float = 2
     """``1 - (1 - momentum) * (1 - exp(-step / tau))``, as the ``ModelEMA`` of ultralytics.
 
     Written there as the decay ``decay * (1 - exp(-updates / tau))``; its first update has
-    ``updates = 1``. Starts near 1 and falls to ``momentum`` with the time constant ``tau``.
+    ``updates = 1``. Starts near 1 and falls to ``momentum`` with the time constant ``tau``, in
+    steps.
 
     Raises:
         ValueError: ``momentum`` is outside [0, 1], ``tau`` not above 0, or ``step`` negative.
@@ -226,8 +228,8 @@ def half_life_ramp_up(
 ) -> Number:
     """A half-life that grows with training: ``min(half_life, ratio * samples seen)``.
 
-    The average of EDM (Karras et al. 2022, arXiv 2206.00364) and StyleGAN 2. ``half_life`` counts
-    samples where ``batch_size`` is given, else steps. 1 (a copy) at step 0.
+    The average of EDM (Karras et al. 2022, arXiv 2206.00364) and StyleGAN 2. ``half_life`` is in
+    samples if ``batch_size`` is given, else in steps. The momentum is 1 (a copy) at step 0.
 
     Raises:
         ValueError: ``half_life``, ``batch_size`` or ``ratio`` is not above 0, or ``step`` negative.
@@ -236,7 +238,7 @@ def half_life_ramp_up(
     check_positive("half_life", half_life)
     check_positive("batch_size", batch_size)
     check_positive("ratio", ratio)
-    # At least half a step's worth: at step 0 the value isn't used.
+    # At least half a step, so as not to divide by 0 at step 0, where the value isn't used.
     reached = at_most(ratio * at_least(step, 0.5) * batch_size, half_life)
     return one_until(step, -expm1(-math.log(2) * batch_size / reached))
 
@@ -244,9 +246,10 @@ def half_life_ramp_up(
 def power_function(step: Number, *, sigma_rel: float = 0.1) -> Number:
     """``1 - (1 - 1 / t) ** (gamma + 1)`` with ``t = step + 1``: the power function of EDM2.
 
-    Karras et al. 2023, arXiv 2312.02696. The average then weighs the values of time tau by
+    Karras et al. 2023, arXiv 2312.02696. The average then weights the values of time tau by
     ``tau ** gamma``: its memory grows with the run, and ``sigma_rel`` is the standard deviation of
-    that profile as a fraction of it. :class:`~ema_fused.PowerFunctionEMA` keeps several at once.
+    that profile as a fraction of the run's length. :class:`~ema_fused.PowerFunctionEMA` keeps
+    several at once.
 
     Raises:
         ValueError: ``sigma_rel`` is outside (0, 0.2887), or ``step`` negative.
@@ -258,7 +261,7 @@ def power_function(step: Number, *, sigma_rel: float = 0.1) -> Number:
 def momentum_of_half_life(half_life: float, *, batch_size: float = 1) -> float:
     """``1 - 0.5 ** (batch_size / half_life)``: a value's weight is halved after ``half_life``.
 
-    ``half_life`` counts samples where ``batch_size`` is given, else steps.
+    ``half_life`` is in samples if ``batch_size`` is given, else in steps.
 
     Raises:
         ValueError: ``half_life`` or ``batch_size`` is not above 0.
@@ -272,7 +275,7 @@ def scale_momentum(momentum: float, kappa: float) -> float:
     """The momentum for a batch ``kappa`` times as large: ``1 - (1 - momentum) ** kappa``.
 
     Busbridge et al. 2023, arXiv 2307.13813: the decay is raised to the power of ``kappa``, so that
-    the average forgets as fast per sample as before. (The learning rate has its own rule.)
+    the average forgets at the same rate per sample as before. (The learning rate has its own rule.)
 
     Raises:
         ValueError: ``momentum`` is outside [0, 1], or ``kappa`` not above 0.

@@ -1,4 +1,4 @@
-"""How far a model is from its average, measured while it is updated and read without waiting."""
+"""The distance of a model from its average, measured during updates."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# What no sum of squares is: the measurement has not been made, or the update did nothing.
+# Not a possible sum of squares: not measured yet, or the update did nothing.
 _NOT_YET = -1.0
 
 
@@ -26,10 +26,10 @@ class Distance(NamedTuple):
 
 
 class DistanceSamples:
-    """Takes a sample at every ``every``-th step; the last one that has arrived is :attr:`last`.
+    """Takes a sample at every ``every``-th step; :attr:`last` is the latest that has arrived.
 
     Args:
-        every: steps from one sample to the next; None: none is taken.
+        every: steps from one sample to the next; None: no samples.
     """
 
     def __init__(self, every: int | None) -> None:
@@ -41,10 +41,10 @@ class DistanceSamples:
         self._is_done: Callable[[], bool] | None = None
 
     def place_for(self, step: int, device: torch.device) -> Tensor | None:
-        """Where the update of ``step``, whose averages are on ``device``, is to write its sum.
+        """The tensor on ``device`` that the update at ``step`` must write its sum of squares to.
 
-        None: it is not to measure, or the sample before is still on its way: the next may be later,
-        but each that was begun arrives.
+        None if it needn't measure: no sample is due, or the previous one hasn't arrived yet. So a
+        sample may be skipped, but one that was started isn't dropped.
         """
         if self._every is None or step % self._every:
             return None
@@ -55,12 +55,12 @@ class DistanceSamples:
             return torch.full((), _NOT_YET, dtype=torch.float64, device=device)
 
     def fetch(self, step: int, place: Tensor, is_done: Callable[[], bool]) -> None:
-        """Starts bringing the sum to the host, on the current stream.
+        """Starts copying the sum to the host, on the current stream.
 
         Args:
-            step: of the update.
-            place: what :meth:`place_for` gave.
-            is_done: says of a place on the CPU whether the update is done that writes it.
+            step: the step of the update.
+            place: the tensor that :meth:`place_for` returned.
+            is_done: for a ``place`` on the CPU, tells whether the update that writes it is done.
         """
         self._step, self._arrived, self._is_done = step, None, is_done
         if not place.is_cuda:
@@ -72,23 +72,23 @@ class DistanceSamples:
         self._arrived.record(torch.cuda.current_stream(place.device))
 
     def anew(self) -> DistanceSamples:
-        """Another without samples: this one's may be on its way."""
+        """A new object without samples, for copies: a sample of this one may be unfinished."""
         return DistanceSamples(self._every)
 
     def _look(self) -> None:
         if self._sum is None or (self._arrived is not None and not self._arrived.query()):
             return
-        # In this order: what is written once it is done is there then.
+        # Ask first, then read: if the update was done, the value that it wrote is read.
         is_done = self._arrived is not None or self._is_done is None or self._is_done()
         total = float(self._sum)
         if total != _NOT_YET:
             self._last = Distance(self._step, math.sqrt(total))
         elif not is_done:
             return
-        self._sum = self._is_done = None  # known, or of an update that did nothing
+        self._sum = self._is_done = None  # read, or the update did nothing
 
     @property
     def last(self) -> Distance | None:
-        """The last sample that is known on the host."""
+        """The latest sample that has arrived on the host; None if there is none."""
         self._look()
         return self._last

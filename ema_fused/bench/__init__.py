@@ -1,8 +1,7 @@
-"""Measuring updates beside their peers: ``python -m ema_fused bench``.
+"""Compares the speed of updates with that of other packages: ``python -m ema_fused bench``.
 
-The benchmarks of the source tree build on it. Data flows one way: a list of shapes
+The benchmarks of the source tree use it too. Data flows one way: a list of shapes
 (:mod:`~ema_fused.bench.shapes`) -> contenders on tensors (:mod:`~ema_fused.bench.contenders`) ->
 timings (:mod:`~ema_fused.bench.timing`) -> results (:mod:`~ema_fused.bench.measuring`) -> tables
-(:mod:`~ema_fused.bench.tables`). May import ``engine``, and ``ema_fused`` as its
-users do.
+(:mod:`~ema_fused.bench.tables`). May import ``engine``, and ``ema_fused`` as its users do.
 """

@@ -1,4 +1,4 @@
-"""The cases that need nothing but torch: lists, several averages, whole models."""
+"""The cases that need only torch: lists, several averages, whole models."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _SEVERAL = 4
 
 
 def torch_cases(shapes: Shapes, dtypes: Sequence[str], clock: Clock) -> Iterator[Case]:
-    """Ours beside what torch alone offers, on tensors of these shapes and dtypes.
+    """Compares our updates with torch's own, on tensors of these shapes and dtypes.
 
-    Several averages are measured in float32; whole models not in mixed dtypes, which torch's
-    ``AveragedModel`` doesn't take.
+    Several averages are measured in float32 only; whole models not in mixed dtypes, which torch's
+    ``AveragedModel`` doesn't support.
     """
     chosen = [DTYPES[name] for name in dtypes]
     for pair in chosen:
@@ -50,7 +50,7 @@ def torch_cases(shapes: Shapes, dtypes: Sequence[str], clock: Clock) -> Iterator
 
 
 def host_cases(lists: Sequence[Shapes], clock: Clock) -> Iterator[Case]:
-    """Ours and foreach on tensors so small that the device has next to nothing to do."""
+    """Compares ours with foreach on tensors so small that only the host's time matters."""
     for shapes in lists:
         make = partial(_ours_and_foreach, shapes, clock.device)
         yield Case("host", "torch", "host time", shapes, FLOAT32, 0, make)
@@ -84,12 +84,12 @@ def _case(
 def _memory(
     kind: str, elements: int, dtypes: Dtypes, clock: Clock, averages: int = 1
 ) -> tuple[int, int]:
-    """How many buffer sets take turns, and the bytes that a case takes at the most."""
-    copies = 2 if kind == "models" else averages  # ours, and that of torch's AveragedModel
+    """How many buffer sets take turns, and the most memory that a case needs, in bytes."""
+    copies = 2 if kind == "models" else averages  # ours, and torch's AveragedModel's
     sets = sets_needed(elements * dtypes.bytes_held(copies), clock.cache_bytes)
     needed = elements * dtypes.bytes_held(copies) * sets
     if kind == "lists" and dtypes.averaged != dtypes.source:
-        needed += elements * dtypes.averaged.itemsize * (sets + 1)  # casts that are kept, and one
+        needed += elements * dtypes.averaged.itemsize * (sets + 1)  # kept and temporary casts
     if clock.device.type == "cpu":
         needed += limit_bytes(elements * dtypes.bytes_moved(averages))
     return sets, needed
@@ -99,10 +99,10 @@ def _memory(
 
 
 def own_model_cases(model: nn.Module, name: str, clock: Clock) -> Iterator[Case]:
-    """Ours beside torch's on a model as it is: a case for each dtype, and one for the whole.
+    """Compares ours with torch's on a given model: a case per dtype, and one for all of it.
 
     Raises:
-        ValueError: where no parameter has a dtype that torch's lerp takes, or one lies on another
+        ValueError: no parameter has a dtype that torch's lerp supports, or one is on another
             device.
     """
     averaged = [p for p in model.parameters() if p.dtype in AVERAGED_DTYPES]

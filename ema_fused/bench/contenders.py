@@ -1,8 +1,8 @@
-"""What competes: the ways to move averages towards their source, and the check of each result.
+"""The contenders, which are ways to update averages, and the check of their results.
 
-A contender is one update, as one call for each buffer set. Where caches have to be cold, sets take
-turns from call to call, so that no buffer is used again before far more than the cache holds has
-been touched.
+A contender is one update, as one call for each buffer set. If caches must be cold, calls rotate
+through the sets, so that a buffer is used again only after several times the cache size of other
+memory was used.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ OURS = "ema_fused"
 OUR_LISTS = f"{OURS} Plan.lerp_"
 FOREACH = "torch._foreach_lerp_"
 
-# Between two uses of a buffer, at least this many times the cache is touched.
+# Between two uses of a buffer, at least this many times the cache size is read or written.
 _CACHE_TIMES = 3
-# By how much a contender that rounds elsewhere may differ, relatively and absolutely.
+# Relative and absolute tolerance for a contender that rounds differently.
 _TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
@@ -36,7 +36,7 @@ _TOLERANCE = {
 }
 AVERAGED_DTYPES = tuple(_TOLERANCE)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-_BLOCK = 1_000_003  # random values, a prime number of them
+_BLOCK = 1_000_003  # number of random values, a prime
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class Dtypes:
     source: torch.dtype
 
     def bytes_held(self, averages: int = 1) -> int:
-        """What a parameter's average(s) and source take of memory."""
+        """Memory of the average(s) and the source, in bytes per element."""
         return self.averaged.itemsize * averages + self.source.itemsize
 
     def bytes_moved(self, averages: int = 1) -> int:
-        """A parameter's floor: each average read and written, the source read once."""
+        """The least traffic, in bytes per element: averages read and written, source read."""
         return 2 * self.averaged.itemsize * averages + self.source.itemsize
 
 
@@ -64,7 +64,7 @@ DTYPES = {"float32": FLOAT32, "mixed": MIXED, "bfloat16": BFLOAT16}
 
 @dataclass(frozen=True)
 class Buffers:
-    """What one call updates: averaged tensors, the source of each, and its weight."""
+    """The tensors of one call: averaged tensors, and the source and weight of each."""
 
     averaged: list[Tensor]
     source: list[Tensor]
@@ -73,7 +73,7 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Contender:
-    """An update, as one call for each buffer set; ``exact``: equal to foreach's to the bit."""
+    """An update, as one call per buffer set; ``exact``: bitwise equal to foreach's."""
 
     name: str
     calls: list[Call]
@@ -86,11 +86,11 @@ class Group:
     """Contenders that do the same work; the first is ours, and ratios are taken against it.
 
     Attributes:
-        contenders: who takes part.
-        bytes_moved: by one call, at the least.
-        check: raises AssertionError unless every contender's result is right.
-        launches: of one call of ours, for each buffer set.
-        limit: on the CPU, the same traffic over one flat buffer, if it is there already.
+        contenders: the contenders.
+        bytes_moved: bytes that one call must move at least.
+        check: raises AssertionError unless the result of every contender is right.
+        launches: kernel launches of one call of ours, for each buffer set.
+        limit: on the CPU, the same traffic over one flat buffer, if it has been made already.
     """
 
     contenders: list[Contender]
@@ -106,9 +106,9 @@ def sets_needed(bytes_a_set: int, cache_bytes: int) -> int:
 
 
 def rotating(contenders: Sequence[Contender]) -> dict[str, Call]:
-    """The contenders as plain calls that go through the buffer sets together.
+    """The contenders as functions that rotate through the buffer sets with a common index.
 
-    Together: were each to keep its own place, one could begin on the set that another just left.
+    With an index of its own, a contender could use the set that another one has just used.
     """
     turn = -1
 
@@ -130,7 +130,7 @@ def rotating(contenders: Sequence[Contender]) -> dict[str, Call]:
 
 
 def list_group(sources: list[list[Tensor]], dtypes: Dtypes) -> Group:
-    """Updates of prepared lists, all on the very same tensors; a list of sources a buffer set."""
+    """Updates of prepared lists, all on the same tensors; one list of sources per buffer set."""
     buffers = [
         Buffers(
             [torch.zeros_like(tensor, dtype=dtypes.averaged) for tensor in source],
@@ -150,7 +150,7 @@ def list_group(sources: list[list[Tensor]], dtypes: Dtypes) -> Group:
         ),
         *theirs(buffers),
         Contender(
-            "loop: mul_().add_()",  # this one takes mixed dtypes as they are
+            "loop: mul_().add_()",  # works on mixed dtypes without a cast
             [partial(multiply_add_loop, b) for b in buffers],
             buffers,
             exact=False,
@@ -167,7 +167,7 @@ def _on_equal_dtypes(buffers: list[Buffers]) -> list[Contender]:
 
 
 def _with_casts(buffers: list[Buffers]) -> list[Contender]:
-    """Torch's lerp takes one dtype: the source is cast, into new memory or into a kept copy."""
+    """torch's lerp takes one dtype: the source is cast, into new memory or into a kept copy."""
     kept = [[torch.empty_like(tensor) for tensor in b.averaged] for b in buffers]
     return [
         Contender(f"float() each, {FOREACH}", [partial(_fresh_cast, b) for b in buffers], buffers),
@@ -186,7 +186,7 @@ def _with_casts(buffers: list[Buffers]) -> list[Contender]:
 
 
 def foreach(b: Buffers) -> None:
-    """What our lists are measured against."""
+    """The update that ours is compared with."""
     torch._foreach_lerp_(b.averaged, b.source, WEIGHT)
 
 
@@ -200,7 +200,7 @@ def _kept_cast(b: Buffers, cast: list[Tensor]) -> None:
 
 
 def lerp_loop(b: Buffers) -> None:
-    """A call for each tensor."""
+    """One call per tensor."""
     for averaged, source in zip(b.averaged, b.source, strict=True):
         averaged.lerp_(source, WEIGHT)
 
@@ -211,14 +211,14 @@ def _cast_loop(b: Buffers) -> None:
 
 
 def multiply_add_loop(b: Buffers) -> None:
-    """Two calls for each tensor."""
+    """Two calls per tensor."""
     for averaged, source in zip(b.averaged, b.source, strict=True):
         averaged.mul_(1 - WEIGHT).add_(source, alpha=WEIGHT)
 
 
 def several_group(sources: list[list[Tensor]], count: int) -> Group:
-    """``count`` float32 averages of one source: in one pass, and in as many single updates."""
-    # Unequal, so that the check tells them apart.
+    """``count`` float32 averages of one source: in one pass, and in ``count`` single updates."""
+    # Different weights, so that the check notices if averages are mixed up.
     weights = [WEIGHT * (k + 1) for k in range(count)]
     buffers, all_plans = [], []
     one_pass: list[Call] = []
@@ -260,7 +260,7 @@ def _foreach_after_foreach(
 
 
 def model_group(models: list[nn.Module]) -> Group:
-    """``update_parameters`` of whole averaged models, each with its own average; a model a set."""
+    """``update_parameters`` of whole averaged models, each its own; one model per buffer set."""
     wraps: dict[str, Callable[[nn.Module], Any]] = {
         f"{OURS} ExponentialMovingAverage": lambda model: ema_fused.ExponentialMovingAverage(
             model, momentum=WEIGHT
@@ -291,14 +291,14 @@ def _model_contender(
 
 
 def _averaged_parameters(model: nn.Module) -> list[Tensor]:
-    """Those whose average is checked: of dtypes that torch's lerp takes."""
+    """The parameters whose average is checked: of dtypes that torch's lerp supports."""
     return [p.detach() for p in model.parameters() if p.dtype in AVERAGED_DTYPES]
 
 
 def module_of(tensors: list[Tensor]) -> nn.Module:
-    """A module with these tensors as parameters, two to a submodule, as weight and bias sit.
+    """A module with these tensors as parameters, two per submodule, like weight and bias.
 
-    Flat in one module they would be quicker to walk than any real network's.
+    In one flat module, iterating over them would be faster than in any real network.
     """
     pairs = [tensors[i : i + 2] for i in range(0, len(tensors), 2)]
     return nn.ModuleList(nn.ParameterList(pair) for pair in pairs)
@@ -311,7 +311,7 @@ def _group(contenders: list[Contender], bytes_moved: int, plans: list[ema_fused.
 
 
 def plan_of(averaged: list[Any], source: list[Tensor]) -> ema_fused.Plan:
-    """A plan that runs on our kernel, or an error: anything else would be measured as ours."""
+    """A plan; raises unless our kernel runs it, as something else would be measured as ours."""
     plan = ema_fused.Plan(averaged, source)
     wanted = (source[0].device.type,)
     if plan.backends != wanted:
@@ -331,8 +331,8 @@ def random_tensors(
 ) -> list[Tensor]:
     """Tensors of these shapes with normally distributed values.
 
-    They are windows of one block that goes round: a random number costs far more than a copy. Its
-    length is prime, so that nothing that is out of place by a chunk or a tensor looks right.
+    They are consecutive windows of one repeated random block, because copying is much faster than
+    random numbers. Its length is prime, so that values shifted by a chunk or a tensor differ.
     """
     generator = torch.Generator(device).manual_seed(seed)
     block = torch.empty(_BLOCK, dtype=dtype, device=device).normal_(generator=generator)
@@ -353,10 +353,10 @@ def random_tensors(
 
 
 def check(contenders: Sequence[Contender]) -> None:
-    """Raise unless one update of each contender gives torch's own result, on every buffer set.
+    """Raises unless one update of each contender gives torch's result, on every buffer set.
 
-    What an average held before is computed from the source once more, tensor by tensor, not kept:
-    the largest models leave no room for one more copy.
+    The initial averages are computed from the source again, tensor by tensor, instead of being
+    kept: the largest models leave no memory for another copy.
 
     Raises:
         AssertionError: naming the contender, the tensor and the largest difference.

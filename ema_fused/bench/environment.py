@@ -1,4 +1,4 @@
-"""What numbers belong to: the device, its driver, the versions, the command."""
+"""The environment of a measurement: the device, its driver, the versions, the command."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Environment = dict[str, str | int | float]
 
 
 def why_no_gpu() -> str | None:
-    """Why nothing can be measured on a GPU here; None where torch sees one."""
+    """Why nothing can be measured on a GPU here; None if torch sees one."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
@@ -28,7 +28,7 @@ def why_no_gpu() -> str | None:
 
 
 def environment(device: torch.device) -> Environment:
-    """The device and the versions; ``"unknown"`` for what nobody says."""
+    """The device and the versions; ``"unknown"`` for versions that can't be found."""
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         about: Environment = {
@@ -56,7 +56,7 @@ def environment(device: torch.device) -> Environment:
 
 
 def command() -> str:
-    """What was typed, with ``-m`` where a module was run."""
+    """The command line, with ``-m`` if a module was run."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     program = [sys.argv[0]] if spec is None else ["-m", spec.name.removesuffix(".__main__")]
     return shlex.join(["python", *program, *sys.argv[1:]])
@@ -72,7 +72,7 @@ def _cpu_model() -> str:
 
 
 def output_of(*words: str) -> str | None:
-    """What a command prints, or None where it is missing or fails."""
+    """The output of a command, or None if it is missing or fails."""
     program = shutil.which(words[0])
     if program is None:
         return None

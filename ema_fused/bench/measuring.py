@@ -1,8 +1,8 @@
-"""Runs cases one after another: checks, times, and relates each to its limit and its peers.
+"""Runs cases one after another: checks and times them, and compares with limit and peers.
 
-The limit of an update is the time that its bytes take. On the CPU that is the same traffic over
-one flat buffer on the same threads, taking turns with the contenders; on a GPU, what a large copy
-within the device moves, before and after everything else in the same run.
+The limit of an update is the time that its memory traffic takes. On the CPU that is measured by the
+same traffic over one flat buffer on the same threads, in turns with the contenders; on a GPU, by a
+large copy within the device, before and after all cases of the run.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from ema_fused.bench.timing import (
 from ema_fused.engine import backends
 
 LIMIT = "limit"
-# What of the free memory may be used: the allocator's rounding and the library's own want some.
+# The fraction of free memory to use; allocator rounding and libraries need the rest.
 MEMORY_SHARE = 0.9
-# How many calls' launches still fit the launch queue of about 1,000.
+# A number of calls whose launches fit into the launch queue of about 1,000.
 _HOST_CALLS = 8
 _COPY_BYTES, _LEAST_COPY_BYTES = 4 << 30, 1 << 20
 
@@ -49,12 +49,12 @@ class Case:
     Attributes:
         kind: ``lists``, ``several``, ``models``, ``peer``, ``growth`` or ``host`` (time of the host
             alone).
-        peer: the package that the contenders beside ours come from.
-        title: what is done, for tables.
+        peer: the package of the other contenders.
+        title: the name of the operation, for tables.
         shapes: of the parameters.
         dtypes: of averages and sources.
-        bytes_needed: at most so much memory is taken.
-        make: the contenders on new tensors.
+        bytes_needed: the most memory that the case needs.
+        make: makes the contenders on new tensors.
     """
 
     kind: str
@@ -67,12 +67,12 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For messages and the progress bar."""
+        """The name for messages and the progress bar."""
         return f"{self.shapes.title}, {self.dtypes.name}, {self.title}"
 
 
 class Run:
-    """One run: a clock, an end, and the report that grows.
+    """One run of the benchmark, with a time limit; collects the report.
 
     Attributes:
         report: all that was measured, ready for JSON.
@@ -102,7 +102,7 @@ class Run:
         }
 
     def measure(self, cases: Iterable[Case]) -> Iterator[Case]:
-        """Measure all; the report is worth writing after each step. Yields what was done."""
+        """Measures all cases and yields each one when done; the report is valid after each."""
         if self.clock.device.type == "cuda":
             self._copies.append(self._copy())
         for case in cases:
@@ -114,7 +114,7 @@ class Run:
             self._judge()
 
     def leave_out(self, what: str, reason: str) -> None:
-        """Record what isn't measured, and why."""
+        """Records a case that isn't measured, and the reason."""
         self.report["left_out"].append({"case": what, "reason": reason})
 
     def _attempt(self, case: Case) -> None:
@@ -139,7 +139,8 @@ class Run:
     def _measure(self, case: Case) -> None:
         group = case.make()
         with torch.no_grad(), warnings.catch_warnings():
-            # True, and beside the point: what a 16-bit average costs is measured, not its worth.
+            # True, but irrelevant here: the time of a 16-bit average is measured, not its
+            # precision.
             warnings.filterwarnings("ignore", message="averages are kept in 16 bits")
             group.check()
             entry = self._described(case, group)
@@ -185,7 +186,7 @@ class Run:
         return calls
 
     def _copy(self) -> tuple[int, Timing]:
-        """The time of a copy within the device, and its bytes."""
+        """The size in bytes of a copy within the device, and its time."""
         size = _COPY_BYTES if self.effort.rounds > FEWEST_ROUNDS else _LEAST_COPY_BYTES
         while size > _LEAST_COPY_BYTES and self.clock.free_bytes() * MEMORY_SHARE < 2 * size:
             size //= 2
@@ -198,7 +199,7 @@ class Run:
         return size, timing
 
     def _judge(self) -> None:
-        """Set everything in relation to the best copy: the stricter limit."""
+        """Relates all cases to the fastest copy, the stricter limit."""
         if not self._copies:
             return
         rates = [2 * size / timing.median for size, timing in self._copies]
@@ -216,7 +217,7 @@ class Run:
 
 
 def _why_not_ours(device: torch.device) -> str | None:
-    """Why no kernel of ours would run there."""
+    """Why no native kernel would run on ``device``; None if one would."""
     pinned = backends.pinned(None)
     if pinned not in (None, device.type):
         return f"EMA_FUSED_BACKEND pins {pinned}"
@@ -224,12 +225,12 @@ def _why_not_ours(device: torch.device) -> str | None:
 
 
 def limit_bytes(bytes_moved: int) -> int:
-    """What the flat buffers of :func:`flat_traffic` take of memory."""
+    """The memory of the flat buffers of :func:`flat_traffic`, in bytes."""
     return 8 * (bytes_moved // FLOAT32.bytes_moved() + 1)
 
 
 def flat_traffic(bytes_moved: int) -> Call:
-    """An update of one flat float32 buffer that reads and writes as many bytes."""
+    """An update of one flat float32 buffer that reads and writes ``bytes_moved`` bytes."""
     elements = max(1, bytes_moved // FLOAT32.bytes_moved())
     averaged, source = torch.ones(elements), torch.ones(elements)
     return partial(averaged.lerp_, source, WEIGHT)

@@ -1,4 +1,4 @@
-"""How far a run has come, on stderr: a bar on a terminal that has rich, else a line a step."""
+"""Progress of a run on stderr: a bar if stderr is a terminal and rich is installed, else lines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ema_fused.bench.terminal import console
 
 
 def tracked(cases: Sequence[Case]) -> Iterator[Case]:
-    """Yields the cases, telling the name of the one that is worked on."""
+    """Yields the cases, and shows the name of the current one."""
     terminal = console(stderr=True)
     if terminal is None:
         for place, case in enumerate(cases, 1):

@@ -1,6 +1,6 @@
-"""The parameter shapes that are measured: of real networks, and of lists that test one thing.
+"""The parameter shapes to measure: of real networks, and lists of equal vectors.
 
-Those of networks are in ``shapes/*.json``, each with its source.
+The shapes of networks are in ``shapes/*.json``, each file with its source.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ class Shapes:
     """The shapes of a model's parameters, in their order.
 
     Attributes:
-        key: its name on the command line.
-        title: its name in tables, which says what was left out or scaled.
-        shapes: one of each parameter.
+        key: the name on the command line.
+        title: the name in tables, which says what was left out or scaled.
+        shapes: one shape per parameter.
         source: where the shapes come from.
     """
 
@@ -40,7 +40,7 @@ class Shapes:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def capped(self, longest: int) -> Shapes:
-        """As many tensors of as many dimensions, none longer than ``longest``: for rehearsals."""
+        """The same with every dimension at most ``longest``, for quick trial runs."""
         shapes = [tuple(min(length, longest) for length in shape) for shape in self.shapes]
         return Shapes(self.key, f"{self.title}, tiny", shapes, self.source)
 
@@ -76,7 +76,7 @@ def find(key: str) -> Shapes:
 
 
 def _divided(shapes: Sequence[Shape], by: int, at_least: int) -> list[Shape]:
-    """Every dimension of ``at_least`` or more divided: a network of smaller widths."""
+    """The shapes with every dimension >= ``at_least`` divided by ``by``: a narrower network."""
     return [
         tuple(length // by if length >= at_least else length for length in shape)
         for shape in shapes

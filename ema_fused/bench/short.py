@@ -1,4 +1,4 @@
-"""The short benchmark: about a minute on the user's own machine, or on the user's own model."""
+"""The short benchmark: about a minute, on standard shapes or on the user's own model."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def bench(
     json_file: Path | None = None,
     effort: Effort = _EFFORT,
 ) -> int:
-    """Measures and prints tables of ratios; 1 where a case failed, else 0.
+    """Measures and prints tables of ratios; returns 1 if a case failed, else 0.
 
     Args:
-        device: ``"cpu"`` or ``"cuda"``; without it CUDA where torch sees a GPU.
+        device: ``"cpu"`` or ``"cuda"``; None: CUDA if torch sees a GPU.
         model: ``"package.module:name"``, a model or a function without arguments that makes one;
-            without it some standard shapes are measured.
-        json_file: all results are written here too.
+            None: standard shapes are measured.
+        json_file: a file to write all results to as well.
         effort: how long to measure.
 
     Raises:
-        ImportError: where the module of ``model`` can't be imported.
-        ValueError: where ``model`` isn't of that form, names nothing, or gives no model; where
-            ``device`` is ``"cuda"`` and torch sees none, or no native kernel of ours serves it.
+        ImportError: the module of ``model`` can't be imported.
+        ValueError: ``model`` isn't of that form, doesn't exist, or is no model; or ``device`` is
+            ``"cuda"`` and torch sees no GPU, or no native kernel serves it.
     """
     reason = why_no_gpu()
     if device == "cuda" and reason is not None:
@@ -66,7 +66,7 @@ def _cases(model: str | None, clock: Clock) -> list[Case]:
 
 
 def own_model(name: str, device: torch.device) -> nn.Module:
-    """The model that ``"package.module:name"`` is or makes, on ``device`` if it was on the CPU.
+    """The model that ``"package.module:name"`` is or makes, moved to ``device`` from the CPU.
 
     Raises:
         ImportError, ValueError: as :func:`bench`.
@@ -77,7 +77,7 @@ def own_model(name: str, device: torch.device) -> nn.Module:
             f"--model is {name!r}; it is package.module:name, where name is a model or a function "
             "without arguments that makes one"
         )
-    # As python -m does it: modules of the folder that the command was typed in are found.
+    # Makes modules in the current folder importable, as python -m does.
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     module = importlib.import_module(module_name)

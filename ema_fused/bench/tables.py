@@ -1,4 +1,4 @@
-"""Results as tables: Markdown for files, rich's on a terminal where rich is installed."""
+"""Results as tables: in Markdown, or drawn by rich on a terminal if it is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ema_fused.bench.terminal import console
 
 Entry = dict[str, Any]
 
-_BUSY = 0.5  # of the cores, before anything of ours runs
+_BUSY = 0.5  # load per core, before the benchmark begins
 
 _TITLES = {
     "lists": "Times as long as `Plan.lerp_` takes: prepared lists",
@@ -24,7 +24,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table, its first column being names; ``note`` says what the cells are."""
+    """A table whose first column has names; ``note`` explains the cells."""
 
     title: str
     heads: list[str]
@@ -36,7 +36,7 @@ class Table:
 
 
 def tables(report: Report) -> list[Table]:
-    """Everything in a report, a table a subject."""
+    """All tables of a report."""
     cases = report["cases"]
     found = []
     for kind in _TITLES:
@@ -58,7 +58,7 @@ def _distinct(cases: Sequence[Entry], key: str, kind: str) -> list[str]:
 
 
 def _ratios(cases: Sequence[Entry], kind: str, dtypes: str) -> Table:
-    """A row a contender, a column a model."""
+    """A table with a row per contender and a column per model."""
     chosen = [case for case in cases if case["kind"] == kind and case["dtypes"] == dtypes]
     names = list(dict.fromkeys(c["name"] for case in chosen for c in case["contenders"]))
     rows = []
@@ -76,7 +76,7 @@ def _cell_of(case: Entry, name: str) -> str:
 
 
 def _peers(cases: Sequence[Entry], peer: str) -> Table:
-    """A row an original, a column a model."""
+    """A table with a row per original and a column per model."""
     chosen = [case for case in cases if case["kind"] == "peer" and case["peer"] == peer]
     models = list(dict.fromkeys(case["model_title"] for case in chosen))
     rows = []
@@ -88,7 +88,7 @@ def _peers(cases: Sequence[Entry], peer: str) -> Table:
 
 
 def original_cell(case: Entry | None) -> str:
-    """What the original of a drop-in takes, over ours."""
+    """The time of a drop-in's original divided by ours."""
     if case is None:
         return ""
     ours, original = case["contenders"]
@@ -96,11 +96,11 @@ def original_cell(case: Entry | None) -> str:
 
 
 def _limits(cases: Sequence[Entry]) -> Table:
-    """A row a model, a column a pair of dtypes: our lists."""
+    """A table of our lists with a row per model and a column per pair of dtypes."""
     chosen = [case for case in cases if case["kind"] == "lists"]
     dtypes = list(dict.fromkeys(case["dtypes"] for case in chosen))
     rows = []
-    # A model of several dtypes has a row for the tensors of each.
+    # A model with several dtypes has a row for each.
     for key in dict.fromkeys((c["model_title"], c["tensors"], c["elements"]) for c in chosen):
         title, tensors, elements = key
         of_model = {
@@ -129,7 +129,7 @@ def cell(contender: Entry) -> str:
 
 
 def ratio(contender: Entry) -> str:
-    """Two digits behind the point, or two that count where it is small."""
+    """Two decimal places; for small ratios two significant digits."""
     found: float = contender["ratio"]
     return f"{found:.2f}" if found >= 0.1 else f"{found:.2g}"
 

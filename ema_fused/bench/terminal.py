@@ -1,4 +1,4 @@
-"""Whether there is a terminal that rich draws on."""
+"""rich's console, if there is a terminal to draw on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def console(*, stderr: bool = False) -> Console | None:
-    """rich's console on stdout or stderr; None without rich, or where that is no terminal."""
+    """rich's console on stdout or stderr; None without rich, or if that isn't a terminal."""
     try:
         from rich.console import Console
     except ImportError:

@@ -1,8 +1,9 @@
 """Timing calls against each other in one process.
 
-A machine's speed drifts while it is measured: clocks change, other programs come and go. So
-contenders take turns, a sample each a round, and what counts is the ratio of their medians. The
-order within a round rotates, so that nobody always runs behind the same predecessor's caches.
+A machine's speed drifts while it is measured: clock rates change, other programs start and stop. So
+contenders take turns, with one sample each per round, and the result is the ratio of their medians.
+The order within a round rotates, so that no contender always runs with the caches left by the same
+predecessor.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ import torch
 
 Call = Callable[[], object]
 
-# However slow a contender is, its median is that of at least so many samples.
+# The smallest number of samples for a median, even of a slow contender.
 FEWEST_ROUNDS = 5
 _MOST_CALLS = 10_000
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds a call took: the median over rounds, and the quartiles around it."""
+    """Seconds per call: the median over rounds, and the quartiles around it."""
 
     median: float
     lower_quartile: float
@@ -44,9 +45,9 @@ class Effort:
 
     Attributes:
         rounds: samples of each contender, at least :data:`FEWEST_ROUNDS`.
-        sample_seconds: a sample repeats its call until it lasts so long.
-        case_seconds: a case ends, after :data:`FEWEST_ROUNDS`, once so much time is over.
-        host_batches: batches in which the host's own time is taken.
+        sample_seconds: a sample repeats its call for about this long.
+        case_seconds: a case ends after this time, but not before :data:`FEWEST_ROUNDS` rounds.
+        host_batches: number of batches for measuring the host's time.
     """
 
     rounds: int = 40
@@ -55,34 +56,34 @@ class Effort:
     host_batches: int = 30
 
 
-# For tests and rehearsals: does it run at all?
+# The shortest possible run, for tests and trial runs.
 NO_EFFORT = Effort(rounds=FEWEST_ROUNDS, sample_seconds=0.0, case_seconds=0.0, host_batches=2)
 
 
 class Clock(Protocol):
-    """What measuring asks of a device."""
+    """The functions for measuring on a device."""
 
     device: torch.device
-    # As much as this is touched between two uses of a buffer; 0 where caches may stay warm.
+    # The size of the cache that must not hold a buffer between two uses; 0: caches may be warm.
     cache_bytes: int
 
     def seconds(self, call: Call, repeats: int) -> float:
         """Seconds of one call on the device, averaged over ``repeats`` calls."""
 
     def occupy(self, seconds: float) -> Callable[[], bool]:
-        """Keep the device busy for about so long; the result tells whether it still is."""
+        """Keeps the device busy for about ``seconds``; returns a function: is it still busy?"""
 
     def synchronize(self) -> None:
-        """Wait until the device has done everything."""
+        """Waits until the device has finished all work."""
 
     def free_bytes(self) -> int:
-        """How much memory could be allocated now."""
+        """How many bytes could be allocated now."""
 
 
 class CpuClock:
-    """The host does the work within the call.
+    """Times calls on the CPU, where the work is done within the call.
 
-    Caches stay warm: in a training step they'd be cold for every contender alike.
+    Caches stay warm; in a training step they would be cold for all contenders alike.
     """
 
     def __init__(self, cache_bytes: int = 0) -> None:
@@ -90,8 +91,8 @@ class CpuClock:
         self.cache_bytes = cache_bytes
 
     def seconds(self, call: Call, repeats: int) -> float:
-        # One call goes ahead unmeasured: it pays for the caches that the previous contender
-        # filled, which would otherwise weigh the more, the fewer calls a sample has.
+        # The first call isn't measured: it is slow because the previous contender filled the
+        # caches, which would distort samples of few calls most.
         call()
         start = time.perf_counter()
         for _ in range(repeats):
@@ -115,7 +116,7 @@ class CpuClock:
 
 
 def _left_to_container() -> int:
-    """What a control group leaves of its limit: /proc/meminfo tells of the whole machine."""
+    """The bytes left in the control group's limit; /proc/meminfo is for the whole machine."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, used = (
@@ -127,7 +128,7 @@ def _left_to_container() -> int:
 
 
 class CudaClock:
-    """Times with events in the current stream, on buffers that the L2 cache doesn't hold."""
+    """Times calls with events in the current stream, on buffers that aren't in the L2 cache."""
 
     def __init__(self) -> None:
         self.device = torch.device("cuda", torch.cuda.current_device())
@@ -138,8 +139,8 @@ class CudaClock:
 
     def seconds(self, call: Call, repeats: int) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        # One call goes ahead unmeasured: while it runs, the host gets to the next ones, so that
-        # the first measured call doesn't wait for its launch.
+        # The first call isn't measured: while it runs, the host enqueues the next ones, so that the
+        # device doesn't wait for the launch of the first measured call.
         call()
         start.record()
         for _ in range(repeats):
@@ -172,9 +173,9 @@ def clock_of(device: str) -> Clock:
 def time_in_turns(
     clock: Clock, contenders: Mapping[str, Call], effort: Effort
 ) -> dict[str, Timing]:
-    """Time each contender's call in interleaved rounds, whose order rotates.
+    """Times the contenders' calls in interleaved rounds, whose order rotates.
 
-    Garbage collection waits meanwhile: a collection hits whoever happens to be running.
+    Garbage collection is off meanwhile: it would slow whichever contender happens to run.
     """
     names = list(contenders)
     calls = {name: _calls_per_sample(clock, contenders[name], effort) for name in names}
@@ -193,7 +194,7 @@ def time_in_turns(
 def _calls_per_sample(clock: Clock, call: Call, effort: Effort) -> int:
     call()  # the first call may prepare things that later ones reuse
     fastest = clock.seconds(call, 1)
-    if fastest < effort.sample_seconds:  # more looks cost little
+    if fastest < effort.sample_seconds:  # further samples are cheap
         fastest = min(fastest, *(clock.seconds(call, 1) for _ in range(2)))
     return max(1, min(_MOST_CALLS, int(effort.sample_seconds / max(fastest, 1e-7)) + 1))
 
@@ -201,11 +202,11 @@ def _calls_per_sample(clock: Clock, call: Call, effort: Effort) -> int:
 def time_host(
     clock: Clock, contenders: Mapping[str, Call], batches: int, calls: int
 ) -> tuple[dict[str, Timing], int]:
-    """Time what calls take of the host alone, and count the batches that were thrown away.
+    """Times calls on the host alone; also returns how many batches were discarded.
 
-    The device is kept busy meanwhile, so that no call finds it idle, and a batch is few calls, so
-    that none waits for room in the launch queue. A batch that outlasted the device's work doesn't
-    count.
+    The device is kept busy meanwhile, so that launches are only enqueued, and a batch has few
+    calls, so that the launch queue is never full. A batch that took longer than the device's work
+    is discarded.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     thrown_away = 0
@@ -226,7 +227,7 @@ def time_host(
 
 
 def _busy_seconds(call: Call, calls: int) -> float:
-    """Well more than the host needs for a batch."""
+    """Seconds to keep the device busy: well more than the host needs for a batch."""
     call()
     start = time.perf_counter()
     for _ in range(calls):

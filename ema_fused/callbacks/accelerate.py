@@ -1,7 +1,7 @@
 """An average of a model that is trained with Hugging Face's ``accelerate``.
 
-Our averaged models need no wrapper there: they have the ``state_dict`` that checkpoints take, and
-know models that ``prepare`` has wrapped. What has to be added is when to update::
+Our averaged models need no wrapper there: checkpoints save their ``state_dict``, and they accept
+models that ``prepare`` has wrapped. The loop only has to decide when to update::
 
     average = ExponentialMovingAverage(model, momentum=0.001)
     model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
@@ -38,18 +38,18 @@ __all__ = ["update_average"]
 
 
 def update_average(accelerator: Any, average: BaseAveragedModel, model: nn.Module) -> bool:
-    """Takes ``model`` into ``average`` if the optimizer has just made a step.
+    """Updates ``average`` with ``model`` if the optimizer has just made a step.
 
-    It has made none where gradients are still being accumulated, nor where the gradient scaler
-    found an overflow. Call it after ``optimizer.step()``, for each batch.
+    The optimizer makes no step while gradients are accumulated, or if the gradient scaler found an
+    overflow. Call this function after ``optimizer.step()``, for each batch.
 
     Args:
         accelerator: an ``accelerate.Accelerator``.
-        average: of the model.
-        model: wrapped by ``prepare`` or not.
+        average: the average of ``model``.
+        model: the model, wrapped by ``prepare`` or not.
 
     Returns:
-        Whether it was updated.
+        Whether the average was updated.
 
     Raises:
         TypeError: ``accelerator`` or ``average`` is something else.

@@ -4,9 +4,9 @@
     callback = EMACallback(momentum=0.001).attach(trainer)
     trainer.train()
 
-A ``Trainer`` tells its callbacks when an evaluation is over, but not when one begins, nor which
-checkpoint it resumes. So the callback has to be given the trainer: ``attach`` does, and adds the
-callback where it isn't among ``Trainer(callbacks=...)``.
+A ``Trainer`` notifies its callbacks when an evaluation ends, but not when one begins, nor which
+checkpoint it resumes from. So the callback needs the trainer: ``attach`` passes it, and adds the
+callback unless it was passed in ``Trainer(callbacks=...)``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ AVERAGED = "averaged"
 _STATE = "average_state.safetensors"
 _WEIGHTS = "model*.safetensors"
 
-# Trainers that keep a part of each tensor in each process, by the attribute that says so.
+# Attributes that are set on a Trainer that shards the model, and how it does.
 _SHARDING = {
     "is_fsdp_enabled": "FSDP",
     "is_fsdp_xla_enabled": "FSDP",
@@ -53,28 +53,28 @@ _SHARDING = {
 class EMACallback(TrainerCallback):  # type: ignore[misc]
     """Keeps an average of the model, evaluates it, and saves it beside the model.
 
-    * The model is averaged after each step of the optimizer: once where gradients are accumulated
-      over several batches, and not at all where a gradient scaler skipped the step. Each
-      ``train()`` starts a new average.
+    * The average is updated after each step of the optimizer: once if gradients are accumulated
+      over several batches, and not at all if a gradient scaler skipped the step. Each ``train()``
+      starts a new average.
     * ``evaluate()`` and ``predict()``, inside ``train()`` and afterwards, run with the averaged
       weights. The log, ``metric_for_best_model`` and ``EarlyStoppingCallback`` see their metrics.
-      Whatever is raised, the model has its own weights again at the end. An evaluation of your own
-      does the same with ``with callback.swapped():``.
-    * ``save_model()``, and so each checkpoint, writes the model's own weights where they always
-      are, and the average into the folder ``averaged`` beside them:
+      Afterwards the model has its own weights again, even if the evaluation raises. In your own
+      evaluation use ``with callback.swapped():``.
+    * ``save_model()``, and so each checkpoint, writes the model's own weights to the usual place,
+      and the average into the folder ``averaged`` beside them:
       ``from_pretrained("checkpoint-500/averaged")`` is the averaged model.
-    * ``train(resume_from_checkpoint=...)`` resumes the average from that folder, to the bit.
+    * ``train(resume_from_checkpoint=...)`` resumes the average from that folder, bit for bit.
     * With ``load_best_model_at_end`` both the model and its average are those of the best
-      checkpoint when ``train()`` returns. ``trainer.model`` then has its own weights still;
-      ``callback.average.copy_to(trainer.model)`` makes the averages its own.
+      checkpoint when ``train()`` returns. ``trainer.model`` then still has its own weights;
+      ``callback.average.copy_to(trainer.model)`` writes the averages into it.
     * ``trainer.remove_callback(callback)`` ends all of this.
 
     Args:
-        average: the kind of average: a class of ours, or a function that takes the model and
+        average: the kind of average: a class of ema_fused, or a function that takes the model and
             returns an averaged model.
         **arguments: its arguments: ``momentum=0.001``, ``update_buffers=True``,
             ``averaged_dtype=torch.float32``, ... With batch norm in the model, ``update_buffers``
-            averages its statistics too; otherwise averages run with the model's latest.
+            averages its statistics too; otherwise the average uses the model's latest statistics.
 
     Attributes:
         average: the averaged model; None before ``train()``.
@@ -95,7 +95,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 f"EMACallback(momentum=0.001))"
             )
         if isinstance(average, type) and issubclass(average, BaseAveragedModel):
-            # What is wrong with the arguments is better said here than when training starts.
+            # Raises for wrong arguments now instead of when training starts.
             average(nn.Identity(), **{**arguments, "device": None})
         self.average: BaseAveragedModel | None = None
         self._make_average = functools.partial(average, **arguments)
@@ -103,20 +103,21 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self._resumed_from: str | None = None
 
     def attach(self, trainer: Any) -> Self:
-        """Lets the callback see evaluations, checkpoints and resuming of ``trainer``.
+        """Connects the callback to the evaluations, checkpoints and resuming of ``trainer``.
 
-        The trainer's methods ``train``, ``evaluation_loop`` and ``save_model`` are replaced by ones
-        that call them; a subclass's are called all the same.
+        The trainer's methods ``train``, ``evaluation_loop`` and ``save_model`` are wrapped;
+        overrides in a subclass are still called.
 
         Args:
-            trainer: a ``transformers.Trainer``; the callback is added unless it was passed to it.
+            trainer: a ``transformers.Trainer``; the callback is added to it unless it was passed
+                before.
 
         Returns:
             The callback itself.
 
         Raises:
-            TypeError: it is something else.
-            RuntimeError: the callback or the trainer is attached already.
+            TypeError: ``trainer`` isn't a ``transformers.Trainer``.
+            RuntimeError: the callback is attached already, or the trainer has another EMACallback.
             NotImplementedError: the trainer shards the model (FSDP, DeepSpeed).
         """
         lacking = [
@@ -164,7 +165,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         return self.average.swapped(self._trainer.model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Makes the average, and loads it where training is resumed.
+        """Makes the average, and loads it if training is resumed.
 
         Raises:
             RuntimeError: the callback isn't attached, or the average doesn't match the model.
@@ -186,19 +187,19 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             self._load(self._resumed_from)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Takes the model into the average, unless the step was skipped."""
+        """Updates the average with the model, unless the step was skipped."""
         assert self.average is not None
         if not self._trainer.accelerator.optimizer_step_was_skipped:
             self.average.update_parameters(self._trainer.model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        """Loads the best average where the trainer has loaded the best model."""
+        """Loads the best checkpoint's average if the trainer has loaded its model."""
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self._load(state.best_model_checkpoint)
 
     @contextmanager
     def _training(self, arguments: dict[str, Any]) -> Iterator[None]:
-        """Remembers for ``on_train_begin`` what is resumed: only ``train`` is told."""
+        """Keeps ``resume_from_checkpoint``, an argument of ``train``, for ``on_train_begin``."""
         folder = arguments.get("resume_from_checkpoint")
         if folder is True:
             folder = get_last_checkpoint(self._trainer.args.output_dir)
@@ -208,23 +209,24 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         finally:
             self._resumed_from = None
 
-    # Around the loop rather than around evaluate(): the trainer logs and calls its callbacks after
-    # the loop, when they may save what they like.
+    # Wraps the loop, not evaluate(): after the loop evaluate() calls the callbacks, which may save
+    # the model and must find its own weights.
     def _evaluation(self, _: dict[str, Any]) -> AbstractContextManager[Any]:
         if self.average is None:
             return nullcontext()
         trainer, args = self._trainer, self._trainer.args
         if not trainer.is_in_train and (args.fp16_full_eval or args.bf16_full_eval):
-            # The loop would do it with the averages in the model, which could then not be taken
-            # out again. (The trainer leaves the model like that, too.)
+            # The loop would convert the model while the averages are in it, and they couldn't be
+            # swapped out again. (The trainer doesn't convert the model back either.)
             trainer.model.to(torch.float16 if args.fp16_full_eval else torch.bfloat16)
         return self.swapped()
 
     @contextmanager
     def _saving(self, arguments: dict[str, Any]) -> Iterator[None]:
-        """Writes the average as soon as the model is written.
+        """Writes the average right after the model is written.
 
-        A checkpoint's ``trainer_state.json`` comes later: none that can be resumed lacks it.
+        A checkpoint's ``trainer_state.json`` is written later, so every checkpoint that can be
+        resumed has its average.
         """
         yield
         if self.average is not None and self._trainer.args.should_save:
@@ -232,7 +234,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             _write(self.average, Path(folder) / AVERAGED)
 
     def _model(self) -> nn.Module:
-        """The model without wrappers, which ``save_pretrained`` of its copy needs."""
+        """The model without wrappers: the average's copy needs its ``save_pretrained``."""
         model = self._trainer.accelerator.unwrap_model(self._trainer.model)
         unwrapped: nn.Module = getattr(model, "_orig_mod", model)
         return unwrapped
@@ -254,9 +256,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 def _call_inside(
     trainer: Any, name: str, context: Callable[[dict[str, Any]], AbstractContextManager[Any]]
 ) -> None:
-    """Replaces a method of ``trainer`` by one that calls it inside ``context(its arguments)``.
+    """Replaces a method of ``trainer`` by one that calls it inside ``context(arguments)``.
 
-    Only while the callback that ``context`` belongs to is among the trainer's.
+    The context is entered only while the callback that ``context`` is a method of is one of the
+    trainer's.
     """
     method = getattr(trainer, name)
     signature = inspect.signature(method)
@@ -273,18 +276,18 @@ def _call_inside(
 
 
 def _write(average: BaseAveragedModel, folder: Path) -> None:
-    """Writes weights as ``from_pretrained`` reads them, and the rest of the state beside them."""
+    """Writes the weights for ``from_pretrained``, and the rest of the state in another file."""
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(average.module, PreTrainedModel):
-        # By the names that the model has: some architectures are otherwise written as an older
-        # release had them, and would have to be converted back to the bit.
+        # With the model's own names: otherwise some architectures are saved in an older format, and
+        # would have to be converted back bit for bit.
         average.module.save_pretrained(folder, save_original_format=False)
     else:
         weights = _but_ties(average.module.state_dict(), {})
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     state = average.state_dict()
     written = {name: state.pop(name) for name in _names_written(folder) if name in state}
-    # The number of updates, and what models leave out of their files.
+    # The number of updates, and tensors that save_pretrained leaves out.
     save_file(_but_ties(state, written), folder / _STATE)
 
 
@@ -292,7 +295,7 @@ def _read(average: BaseAveragedModel, folder: Path) -> None:
     """Loads what ``_write`` wrote.
 
     Raises:
-        RuntimeError: it doesn't match.
+        RuntimeError: the files are incomplete, or don't match the average.
     """
     if not (folder / _STATE).is_file():
         raise RuntimeError(
@@ -317,7 +320,7 @@ def _read(average: BaseAveragedModel, folder: Path) -> None:
 
 
 def _names_written(folder: Path) -> list[str]:
-    """Names in an averaged model's state of the tensors that ``save_pretrained`` has written."""
+    """The names, in an averaged model's state, of the tensors that ``save_pretrained`` wrote."""
     names: list[str] = []
     for file in folder.glob(_WEIGHTS):
         with safe_open(file, framework="pt") as opened:
@@ -326,7 +329,7 @@ def _names_written(folder: Path) -> list[str]:
 
 
 def _but_ties(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` as safetensors takes them, without those tied to one of ``others`` or before."""
+    """``tensors`` for safetensors: contiguous, each tied one once, none tied to ``others``."""
     seen = {_memory(tensor) for tensor in others.values()}
     kept = {}
     for name, tensor in tensors.items():
@@ -337,5 +340,5 @@ def _but_ties(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str
 
 
 def _memory(tensor: Tensor) -> object:
-    """The same for tensors that are views of the same memory in the same way."""
+    """A key that is equal for tensors that are the same view of the same memory."""
     return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -1,11 +1,11 @@
 """Lightning's ``WeightAveraging`` and ``EMAWeightAveraging``: one launch, swapped in place.
 
 For trainers of ``lightning`` and of ``pytorch_lightning``. The base classes come from the package
-that is imported already, else from the one that is installed.
+that is already imported, else from the one that is installed.
 
-What the originals do and these don't: evaluate, save, or end with weights from before the first
-update; test raw weights after ``ckpt_path=``; leave averages in a model that trains on. The
-docstrings below say which method differs.
+Unlike the originals, these callbacks never evaluate, save or end with an "average" from before the
+first update; don't test raw weights after ``ckpt_path=``; and don't leave averages in a model that
+trains on. The docstrings below say which methods differ.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from ema_fused.modules.swapping import Exchange
 
 __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 
-_AVERAGED = "module."  # before the names of averaged tensors in an averaged model's state
+_AVERAGED = "module."  # prefix of the averaged tensors in an averaged model's state
 
 
 def _originals() -> Any:
-    """The module with the callbacks that are replaced.
+    """Lightning's module with the original callbacks.
 
     Raises:
-        ImportError: no package that has it is installed.
+        ImportError: no installed package has it.
     """
     packages = ["lightning.pytorch", "pytorch_lightning"]
     why = None
-    # The one that is in use first: importing the other as well would take seconds.
+    # The package in use first: importing the other one as well would take seconds.
     for package in sorted(packages, key=lambda name: name not in sys.modules):
         try:
             module = importlib.import_module(f"{package}.callbacks.weight_averaging")
@@ -60,29 +60,29 @@ _EMAWeightAveraging: Any = _lightning.EMAWeightAveraging
 class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     """Keeps an average of the model, evaluates it and saves it, as Lightning's callback.
 
-    The same arguments, moments, ``should_update`` and checkpoints; each loads the other's. The
-    default is the mean of all values (SWA). One update is one launch a device.
+    Arguments, hooks, ``should_update`` and checkpoints are the original's; each loads the other's
+    checkpoints. The default is the mean of all values (SWA). One update is one launch per device.
 
     The averages are in the model from ``on_validation_epoch_start`` to ``on_validation_end``, so
     the model's own ``on_validation_epoch_end`` sees them too; likewise in tests and predictions.
-    They are swapped in place, and taken out again when an evaluation raises. When ``fit`` ends they
+    They are swapped in place, and swapped out again if an evaluation raises. When ``fit`` ends they
     stay in the model. Before the first update there is no average: the model's own weights are
     evaluated and saved, and stay when ``fit`` ends.
 
     A checkpoint holds the averages under ``state_dict`` and the model's own weights under
-    ``current_model_state``, also if it is written during a validation or at the end of training.
-    One saved after ``fit`` holds what the model holds then, under both keys. ``trainer.test`` and
-    the like evaluate what a checkpoint has under ``state_dict``.
+    ``current_model_state``, also if it is written during a validation or at the end of training. A
+    checkpoint saved after ``fit`` has the model's weights at that time under both keys.
+    ``trainer.test`` and the like evaluate the ``state_dict`` of a checkpoint.
 
     As in the original, buffers are swapped with ``use_buffers=False`` too, and sharded models can't
     be averaged.
 
     Args:
-        device: of the average; None: the model's.
-        use_buffers: average floating-point buffers. If not, they are copied at each update.
+        device: device of the average; None: the model's.
+        use_buffers: average floating-point buffers too. If not, they are copied at each update.
         **kwargs: ``avg_fn`` or ``multi_avg_fn``, as in torch's ``AveragedModel``. Those of
-            :func:`~ema_fused.adapters.swa_utils.get_ema_multi_avg_fn` are planned; others run as in
-            torch.
+            :func:`~ema_fused.adapters.swa_utils.get_ema_multi_avg_fn` run in one launch per device;
+            others run as in torch.
 
     Raises:
         TypeError: an argument is unknown or of a wrong type.
@@ -99,8 +99,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     ) -> None:
         _check_arguments(device, use_buffers, kwargs)
         if isinstance(device, int):
-            device = torch.device("cuda", device)  # the original takes 0 for None
-        # Not super(): between the original and this class there may be the EMA's original.
+            device = torch.device("cuda", device)  # the original treats 0 like None
+        # Not super(): in EMAWeightAveraging the next class is the original EMAWeightAveraging.
         _WeightAveraging.__init__(self, device, use_buffers, **kwargs)
         self._steps_asked = 0  # optimizer steps that should_update() was asked about
         self._is_swapped = False
@@ -126,7 +126,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._take_out()
         made_in = type(pl_module).configure_model.__module__.partition(".")[0]
         if made_in not in ("lightning", "pytorch_lightning"):
-            # Its layers must be there to be copied. Lightning calls it again afterwards.
+            # The layers must exist to be copied. Lightning calls configure_model() again later.
             _lightning.rank_zero_warn(
                 "WeightAveraging calls configure_model() to copy the layers that it makes, but "
                 "outside the strategy's context: sharded models can't be averaged"
@@ -145,17 +145,17 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._latest_update_epoch = -1
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Counts optimizer steps from here on: a resumed run has made some."""
+        """Counts optimizer steps from here on, as a resumed run has already made some."""
         self._steps_asked = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Updates the average if ``should_update`` says so about an optimizer step of this batch.
+        """Updates the average if ``should_update`` is True for an optimizer step of this batch.
 
-        It is asked once about each: never about a batch without one (``accumulate_grad_batches``),
-        where the original asks again, and about all of a batch with several (manual optimization),
-        where the original asks about the last.
+        ``should_update`` is called exactly once for each optimizer step. The original calls it
+        again in a batch without a step (``accumulate_grad_batches``), and only for the last step in
+        a batch with several (manual optimization).
         """
         steps = trainer.global_step
         due = [self.should_update(step_idx=step) for step in range(self._steps_asked, steps)]
@@ -165,9 +165,9 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             self._latest_update_step = steps
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Puts the averages into the model, for good unless a callback after this one raises.
+        """Swaps the averages into the model; they stay unless a later callback raises.
 
-        Swapped, not copied: checkpoints that are written now still need the model's own weights.
+        Swapped, not copied: checkpoints written at this point still need the model's own weights.
         """
         if not self._has_averaged():
             _lightning.rank_zero_warn(
@@ -178,10 +178,10 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._put_in(pl_module)
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leaves the averages in both, model and average."""
+        """Copies the averages back from the model, so that both hold them."""
         if self._is_swapped:
             pairs = _pairs(self._average_model.module, pl_module)
-            # The others weren't swapped, and the average has more bits of them than the model.
+            # Pairs of two dtypes weren't swapped: the average still holds them, in its own dtype.
             alike = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
             plan_of(alike, backend=None).copy_()
             self._is_swapped = False
@@ -189,42 +189,42 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             self._is_final = True
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Takes out the averages that an evaluation which raised has left in the model."""
+        """Swaps out averages that were left in the model by an evaluation that raised."""
         self._take_out()
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Puts the averages into the model."""
+        """Swaps the averages into the model."""
         self._put_in(pl_module)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Nothing: the model's hook of this name comes later, and is a part of the evaluation."""
+        """Does nothing: the model's hook of this name runs later, as a part of the evaluation."""
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Takes them out again."""
+        """Swaps the averages out of the model again."""
         self._take_out()
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Puts the averages into the model."""
+        """Swaps the averages into the model."""
         self._put_in(pl_module)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
-        """Takes them out again."""
+        """Swaps the averages out of the model again."""
         self._take_out()
 
     def on_predict_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Puts the averages into the model."""
+        """Swaps the averages into the model."""
         self._put_in(pl_module)
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
-        """Takes them out again."""
+        """Swaps the averages out of the model again."""
         self._take_out()
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Puts the averages under ``state_dict`` and the model's own weights beside them."""
+        """Saves the averages as ``state_dict``, the model's weights as ``current_model_state``."""
         if self._average_model is None:
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
         elif self._is_final or not self._has_averaged():
-            # What the model holds counts, after fit too: update_bn() may have refined it.
+            # Save the model's present weights; after fit, update_bn() may have changed them.
             checkpoint["current_model_state"] = dict(checkpoint["state_dict"])
             state = self._average_model.state_dict()
             checkpoint["averaging_state"] = {
@@ -233,7 +233,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         elif self._is_swapped:
             self._take_out()
             own = pl_module.state_dict()
-            # Both states are to stay as they are when the averages are put in again.
+            # Copies, so that both states don't change when the averages are swapped in again.
             checkpoint["state_dict"] = {
                 name: own[name].to(value.device, copy=True)
                 if isinstance(own.get(name), Tensor)
@@ -250,27 +250,27 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
-        """Loads both into ``fit``; to evaluate a checkpoint, the model takes its averages alone."""
-        # All that could be taken out is overwritten, here or by the trainer.
+        """In ``fit`` loads weights and average; otherwise the model gets the averages only."""
+        # Nothing to swap out: all weights are overwritten, here or by the trainer.
         self._is_swapped = self._is_final = False
         self._exchange = None
         if trainer.state.fn == "fit":
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
         else:
-            self._average_model = None  # of other weights than the model's present ones
+            self._average_model = None  # it belongs to the weights before loading
 
     def _has_averaged(self) -> bool:
-        """Whether there is an average, and not just the copy that is made before training."""
+        """Whether an update was made; before that the average is just a copy of the model."""
         return self._average_model is not None and bool(self._average_model.n_averaged > 0)
 
     def _put_in(self, pl_module: Any) -> None:
-        """Puts the averages into the model, if it is the one that they are of."""
+        """Swaps the averages into the model, if ``pl_module`` is the model that they belong to."""
         model = None if self._model is None else self._model()
         if model is None or model is not pl_module or not self._has_averaged():
             return
         if self._is_swapped or self._is_final:
             return
-        # Evaluations run in inference mode, and tensors made there are of no use after it.
+        # Evaluations run in inference mode, and inference tensors can't be updated later.
         with torch.inference_mode(False), torch.no_grad():
             if self._exchange is None:
                 averaged = self._average_model.module
@@ -288,21 +288,21 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                 self._exchange.take_out()
 
     def _swap_models(self, pl_module: Any) -> None:
-        """The original's way to do either."""
+        """Swaps in or out; replaces the original's method."""
         if self._is_swapped:
             self._take_out()
         else:
             self._put_in(pl_module)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: everything but what belongs to the one model."""
+        """Copied and pickled is everything but the references to the model and its swaps."""
         return self.__dict__ | {"_model": None, "_exchange": None, "_is_swapped": False}
 
 
 class EMAWeightAveraging(WeightAveraging, _EMAWeightAveraging):  # type: ignore[misc]
-    """The exponential average, by torch's ``get_ema_multi_avg_fn``.
+    """The exponential average, as by torch's ``get_ema_multi_avg_fn``.
 
-    The original takes ``get_ema_avg_fn``, which rounds differently in the last bit.
+    The original uses ``get_ema_avg_fn``, which may differ in the last bit.
 
     Args:
         device: as :class:`WeightAveraging`.
@@ -346,7 +346,7 @@ class EMAWeightAveraging(WeightAveraging, _EMAWeightAveraging):  # type: ignore[
             )
         if isinstance(decay, bool) or not isinstance(decay, (int, float)):
             raise TypeError(f"decay is {decay!r}; a number in [0, 1] is expected")
-        # In place of the original's __init__, which sets an avg_fn.
+        # Not the original's __init__, which sets an avg_fn.
         WeightAveraging.__init__(
             self, device, use_buffers, multi_avg_fn=get_ema_multi_avg_fn(decay)
         )
@@ -375,7 +375,7 @@ def _check_arguments(device: object, use_buffers: object, kwargs: dict[str, Any]
 
 
 def _pairs(averaged: nn.Module, model: nn.Module) -> list[Pair]:
-    """All parameters and buffers, those too that no checkpoint holds."""
+    """The pairs of all parameters and buffers, non-persistent ones included."""
     return pair_up(
         averaged, model, update_buffers=True, shares=FrozenShares(), caches_are_buffers=True
     ).updated

@@ -1,11 +1,11 @@
-"""Lists of tensors, and nothing of modules: what is updated, by which backend, in one launch.
+"""Updates lists of tensors in one launch per device; knows nothing of modules.
 
-The way of an update: :mod:`.ops` (stateless, a plan found again by :mod:`.plan_cache`) or
+How a call becomes a launch: :mod:`.ops` (stateless; plans are cached in :mod:`.plan_cache`) or
 :mod:`.plan` (prepared) -> :mod:`.pairs` (each averaged tensor and its source, checked) ->
 :mod:`.routing` (which backend serves which pair) -> :mod:`.native`, :mod:`.foreach` or
-:mod:`.across_devices` (the :mod:`.parts` of a plan) -> the compiled core in ``csrc/``. What an
-update computes is written down in :mod:`.reference`. May import torch and the compiled core; of
-this package nothing else.
+:mod:`.across_devices` (each updates one of the :mod:`.parts` of a plan) -> the compiled core in
+``csrc/``. :mod:`.reference` states what an update computes. May import torch and the compiled core;
+nothing else of this package.
 """
 
 from __future__ import annotations

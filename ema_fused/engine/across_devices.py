@@ -1,4 +1,4 @@
-"""Pairs whose source lives on another device than the average (an average kept on the CPU, say)."""
+"""Pairs whose source is on another device than the average (an average on the CPU, say)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from ema_fused.engine.pairs import label, overlap_error
 from ema_fused.engine.parts import ListedPart, Part, Task, Update
 
-# Sources are brought over in groups of about this size: enough to keep a link busy, and all the
-# memory that this way ever takes beside the largest single tensor.
+# Sources are copied over in groups of about this size: large enough to use the link's bandwidth.
+# The extra memory is that of one group, or of the largest tensor.
 _GROUP_BYTES = 32 << 20
 
 
@@ -34,10 +34,10 @@ def _refuse_overlaps(tasks: Sequence[Task], names: Sequence[str] | None) -> None
 
 
 class MovedPart(ListedPart):
-    """Brings the sources to the averaged tensors' device, a group at a time, and updates there.
+    """Copies the sources to the averaged tensors' device, one group at a time, and updates there.
 
     Args:
-        split: puts pairs of one device into the parts that update them.
+        split: makes the parts that update pairs on one device.
     """
 
     backend = "moved"
@@ -51,7 +51,8 @@ class MovedPart(ListedPart):
     ) -> None:
         super().__init__(tasks, arithmetic)
         self._split = split
-        # Before anything is written: a group would see only the overlaps within it.
+        # Checked over all pairs before anything is written: a group's plan would find only the
+        # overlaps within the group.
         _refuse_overlaps(self._distinct(), names)
 
     def _groups(self) -> Iterator[list[Task]]:

@@ -1,5 +1,5 @@
-"""Numbers an update is given (weights, overflow flag, step, where to write the distance): checked,
-and as kernels take them."""
+"""Checks the arguments of an update (weights, overflow flag, step, tensor for the distance) and
+converts them to what kernels take."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ema_fused.engine.checks import as_integer
 from ema_fused.engine.pairs import label
 from ema_fused.engine.parts import kind_of
 
-_STEPS = 2**32  # what the counter of the random bits has room for
+_STEPS = 2**32  # the counter of the random bits has 32 bits for the step
 
 Weight = float | Tensor
 
@@ -23,16 +23,16 @@ def as_weights(
     pairs: int,
     labels: Sequence[str] | None,
 ) -> tuple[list[Weight], list[float]]:
-    """(one weight an average, or one number a pair).
+    """(one weight per average, one number per pair); the second is empty unless given per pair.
 
     Args:
         averages: how many averages each source has.
-        pairs: averaged tensors, of all averages.
-        labels: of the pairs, for messages.
+        pairs: how many averaged tensors there are, over all averages.
+        labels: names of the pairs, for messages.
 
     Raises:
         TypeError: a weight is no number.
-        ValueError: they are not as many as they should be.
+        ValueError: the number of weights is wrong.
     """
     if isinstance(weight, Sequence) and not isinstance(weight, str):
         if averages > 1:
@@ -52,7 +52,7 @@ def as_weights(
 
 
 def _as_number(weight: object, of: str = "") -> Weight:
-    """A weight; ``of`` says whose, for messages."""
+    """A weight as a float, or as the tensor on its CUDA device; ``of`` says whose, in messages."""
     if isinstance(weight, Tensor):
         if weight.dim() > 0:
             raise ValueError(
@@ -71,7 +71,7 @@ def _as_number(weight: object, of: str = "") -> Weight:
 
 
 def as_flag(found_inf: object) -> Tensor:
-    """``found_inf`` as kernels read it: one float32 number, where it is."""
+    """``found_inf`` as kernels read it: one float32 number, on its own device."""
     if not isinstance(found_inf, Tensor):
         raise TypeError(f"found_inf is {found_inf!r}; a tensor of one number is expected")
     if found_inf.numel() != 1:
@@ -84,7 +84,7 @@ def as_flag(found_inf: object) -> Tensor:
 
 
 def check_distance(squared_distance: object, averages: int) -> None:
-    """Raises TypeError or ValueError unless a number an average can be written to it."""
+    """Raises TypeError or ValueError unless it can hold one float64 number per average."""
     shape = () if averages == 1 else (averages,)
     expected = f"a float64 tensor of shape {shape} is expected"
     if not isinstance(squared_distance, Tensor):
@@ -102,7 +102,7 @@ def check_distance(squared_distance: object, averages: int) -> None:
 
 
 def as_step(step: object) -> int | Tensor:
-    """What random bits are counted by: modulo 2**32, or where it lies."""
+    """The counter of the random bits: an int modulo 2**32, or the tensor itself."""
     if isinstance(step, Tensor):
         if step.numel() != 1 or step.dtype != torch.int64:
             raise ValueError(

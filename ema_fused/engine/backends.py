@@ -1,7 +1,7 @@
-"""Which backend serves which tensors, and why not another.
+"""The backends, and why one can't be used for some tensors.
 
 ``cuda`` and ``cpu`` are the native kernels of the compiled extension; ``foreach`` is torch's own
-``_foreach_*`` functions, which need nothing built and work on every device.
+``_foreach_*`` functions, which need no compiled extension and work on every device.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ BACKENDS = ("cuda", "cpu", "foreach")
 
 
 class SlowPathWarning(UserWarning):
-    """Some pairs are served by torch's functions where a native kernel was to be expected."""
+    """An update takes a slow path, for example torch's functions instead of a native kernel."""
 
 
 def _connect() -> tuple[ModuleType | None, str | None]:
-    """The compiled extension with its doors into torch open, or the reason why there is none."""
+    """The compiled extension, connected to torch's C functions; or why there is none."""
     try:
         extension = importlib.import_module("ema_fused._C")
     except ImportError as error:
@@ -47,7 +47,7 @@ def native() -> ModuleType | None:
 
 
 def why_not(backend: str) -> str | None:
-    """Why ``backend`` can't be used in this process; None where it can.
+    """Why ``backend`` can't be used in this process; None if it can.
 
     Raises:
         ValueError: no backend has this name.
@@ -64,7 +64,7 @@ def why_not(backend: str) -> str | None:
 
 
 def why_not_on(device: torch.device) -> str | None:
-    """Why no native kernel serves tensors on ``device``; None where one does."""
+    """Why no native kernel serves tensors on ``device``; None if one does."""
     if device.type not in ("cpu", "cuda"):
         return f"no kernel is built for device type {device.type!r}"
     if device.type == "cuda" and torch.version.hip is not None:
@@ -77,13 +77,13 @@ def why_not_on(device: torch.device) -> str | None:
 
 
 def check_name(backend: str) -> None:
-    """Raises ValueError unless ``backend`` names one."""
+    """Raises ValueError unless ``backend`` is in ``BACKENDS``."""
     if backend not in BACKENDS:
         raise ValueError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
 
 
 def pinned(backend: str | None) -> str | None:
-    """The backend asked for: by the argument, else by the variable EMA_FUSED_BACKEND, else None.
+    """The backend that was asked for, by the argument or the variable EMA_FUSED_BACKEND; or None.
 
     Raises:
         ValueError: the name is unknown.
@@ -100,7 +100,7 @@ def pinned(backend: str | None) -> str | None:
 
 
 def warn_slow_path(reason: str, example: str, pairs: int, total: int) -> None:
-    """Says once a process and reason that pairs go to ``foreach``."""
+    """Warns that pairs are updated by ``foreach``; once per process for each reason."""
     if reason in _warned:
         return
     _warned.add(reason)

@@ -1,4 +1,4 @@
-"""Checks of numbers given by users: each names the argument, what was found, what is expected."""
+"""Checks of numbers from users; errors name the argument, its value and what is expected."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, SupportsIndex
 
 
 def as_integer(value: object, what: str) -> int:
-    """``value`` as an int (a bool is none); raises TypeError where it is no integer."""
+    """``value`` as an int; raises TypeError unless it is an integer (a bool isn't one)."""
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{what} is {value!r}; an integer is expected")
     return operator.index(value)
@@ -44,7 +44,7 @@ def check_positive(name: str, value: float) -> None:
 def check_momentum(momentum: Any) -> None:
     """Raises TypeError unless ``momentum`` is a number, ValueError unless it lies in (0, 1).
 
-    Warns above 0.5: probably it was meant as a decay.
+    Warns above 0.5: probably a decay was passed.
     """
     _check_number("momentum", momentum, "a number in (0, 1)")
     if not 0.0 < momentum < 1.0:

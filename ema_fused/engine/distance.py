@@ -1,5 +1,4 @@
-"""The squared distance between source and averages, put together from what the parts of a plan
-have measured."""
+"""Adds up the squared distances between source and averages that the parts of a plan measured."""
 
 from __future__ import annotations
 
@@ -10,21 +9,21 @@ from torch import Tensor
 
 
 def add_up(distances: Sequence[Tensor], into: Tensor, found_inf: Tensor | None) -> None:
-    """Writes the sum of all parts, without waiting for a device where ``into`` is on it.
+    """Writes the sum over all parts into ``into``; doesn't wait for the device of ``into``.
 
     Args:
-        distances: float64, one number an average each, on any devices.
-        into: float64; as many numbers.
-        found_inf: one number: anything but 0 leaves ``into`` as it is.
+        distances: float64 tensors with one number per average, on any devices.
+        into: float64, with one number per average.
+        found_inf: one number; unless it is 0, ``into`` is left as it is. None: always write.
     """
     if found_inf is not None and not found_inf.is_cuda and bool(found_inf):
         return
-    # Writes to a tensor that was made in it too, which can't be done from outside.
+    # ``into`` may be an inference tensor, which can be written in inference mode only.
     with torch.inference_mode():
         total = torch.zeros(into.numel(), dtype=torch.float64, device=into.device)
         for part in distances:
             if part.device.type == "cpu":
-                # As numbers: a copy from the host would wait for the device.
+                # As Python numbers: a copy from unpinned host memory would synchronise.
                 for k, number in enumerate(part.tolist()):
                     total[k] += number
             else:

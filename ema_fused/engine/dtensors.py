@@ -1,7 +1,7 @@
 """DTensors in lists of tensors: each process updates the shards that it holds.
 
 A DTensor (FSDP2's ``fully_shard``, tensor parallelism) holds its shard as a plain tensor. Averages
-lie as their sources do, so an update needs no communication.
+are sharded like their sources, so an update needs no communication.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _shard_of: Callable[[Any], Tensor] = attrgetter("_local_tensor")
 
 
 def class_if_imported(module: str, name: str) -> Any:
-    """A class of torch, or None where nobody has imported it, so that there is no object of it."""
+    """A class of torch; None if its module isn't imported, as then no instance can exist."""
     return getattr(sys.modules.get(module), name, None)
 
 
@@ -31,26 +31,26 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The elements of ``tensor`` that this process holds: the tensor itself if it isn't sharded."""
+    """The shard of ``tensor`` in this process; the tensor itself if it isn't a DTensor."""
     return _shard_of(tensor) if is_sharded(tensor) else tensor
 
 
 def replace_local(tensor: Tensor, shard: Tensor) -> None:
-    """Gives ``tensor`` other memory."""
+    """Makes ``tensor`` use the memory of ``shard``, as assigning to ``.data`` does."""
     if is_sharded(tensor):
-        # As FSDP2 does it; ``.data`` of a DTensor isn't what its operations use.
+        # As FSDP2 does it: a DTensor's operations don't use its ``.data``.
         tensor._local_tensor = shard  # type: ignore[attr-defined]
     else:
         tensor.data = shard
 
 
 def placed_as(tensor: Tensor, shard: Tensor) -> Tensor:
-    """``shard`` as a tensor that is spread as ``tensor`` is."""
+    """``shard`` as a DTensor with the mesh and placements of ``tensor``, if that is one."""
     if not is_sharded(tensor):
         return shard
     dtensor = class_if_imported("torch.distributed.tensor", "DTensor")
     if shard.device.type not in (tensor.device_mesh.device_type, "meta"):  # type: ignore[attr-defined]
-        # from_local() would bring it to the mesh's kind of device; an average may lie elsewhere.
+        # from_local() would move it to the mesh's device type; an offloaded average must stay.
         spec = tensor._spec  # type: ignore[attr-defined]
         meta = spec.tensor_meta._replace(dtype=shard.dtype)
         moved: Tensor = dtensor(
@@ -69,10 +69,10 @@ def placed_as(tensor: Tensor, shard: Tensor) -> Tensor:
 
 
 def check_placed_alike(name: str, averaged: Tensor, source: Tensor) -> None:
-    """Raises unless both sides of a pair are spread over the same processes in the same way.
+    """Raises unless both sides of a pair have the same device mesh and placements.
 
     Raises:
-        TypeError: only one of them is a DTensor, or its elements are sums still to be made.
+        TypeError: only one of them is a DTensor, or a placement is Partial.
         ValueError: meshes or placements differ.
     """
     sides = is_sharded(averaged), is_sharded(source)
@@ -107,7 +107,7 @@ def _placement(tensor: Any) -> tuple[Any, tuple[Any, ...]]:
 def shards_of(
     averaged: Sequence[Tensor], source: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]] | None:
-    """Both lists with the shards of DTensors in their place; None where no pair is one of DTensors.
+    """Both lists with DTensors replaced by their shards; None if there is no pair of DTensors.
 
     Raises:
         ValueError, TypeError: as :func:`check_placed_alike`.
@@ -121,7 +121,7 @@ def shards_of(
 
 
 class ShardWatch:
-    """Tells whether any DTensor of a list has been given other memory."""
+    """Tells whether the shard of any DTensor in a list has been replaced."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = [tensor for tensor in tensors if is_sharded(tensor)]

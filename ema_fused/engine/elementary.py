@@ -1,4 +1,4 @@
-"""Functions of a number, or of a 0-dim tensor where it lies: a device needn't be waited for."""
+"""Functions of a number or a 0-dim tensor; a tensor is computed on its device, without waiting."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The fallback: the same updates by torch's own functions, on any device and without a build.
+"""The fallback: the same updates by torch's own functions, on any device, without compiled code.
 
-Also the readable statement of what the native kernels compute, which tests hold against them.
+It also states readably what the native kernels compute; tests compare the two.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def compute_dtype(averaged: torch.dtype, source: torch.dtype) -> torch.dtype:
 def _average_same(
     averaged: list[Tensor], source: list[Tensor], weights: list[float], arithmetic: str
 ) -> None:
-    """Pairs of equal dtypes, as the original of each arithmetic writes it."""
+    """Pairs of equal dtypes, by the operations that define each arithmetic."""
     if arithmetic in ("lerp", "stochastic"):
         if all(weight == weights[0] for weight in weights):
             torch._foreach_lerp_(averaged, source, weights[0])
@@ -44,7 +44,7 @@ def _average_same(
 
 
 def _average_mixed(averaged: Tensor, source: Tensor, weight: float, arithmetic: str) -> None:
-    """A pair of two dtypes: computed in the wider one, rounded once into the averaged tensor."""
+    """A pair of two dtypes: computed in the wider one, then rounded to the averaged tensor's."""
     dtype = compute_dtype(averaged.dtype, source.dtype)
     a = averaged.to(dtype)
     s = source.to(dtype)
@@ -68,7 +68,7 @@ def _average_stochastically(task: Task, weight: float, seed: int, step: int) -> 
     averaged, source = task.averaged, task.source
     dtype = compute_dtype(averaged.dtype, source.dtype)
     mean = torch.lerp(averaged.to(dtype), source.to(dtype), weight).to(torch.float32)
-    # Elements are counted in the order of memory, whatever the order of the dimensions there.
+    # Elements are numbered in memory order, as the kernels number them for the random bits.
     order = sorted(range(averaged.dim()), key=averaged.stride, reverse=True)
     flat = mean.permute(order).reshape(-1)
     random = random_halves(
@@ -78,12 +78,12 @@ def _average_stochastically(task: Task, weight: float, seed: int, step: int) -> 
     averaged.permute(order).copy_(rounded.view(averaged.permute(order).shape))
 
 
-# A sum of so many numbers is torch's on one thread.
+# torch sums this many numbers on one thread.
 _ROW = 8192
 
 
 def _sum(values: Tensor) -> Tensor:
-    """The sum of a flat tensor, row by row: the same bits for any number of threads."""
+    """The sum of a flat tensor, row by row: bitwise the same for any number of threads."""
     while values.numel() > _ROW:
         in_rows = values.numel() // _ROW * _ROW
         rows = values[:in_rows].view(-1, _ROW)
@@ -92,9 +92,9 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def squared_distances(tasks: Sequence[Task], averages: int) -> list[Tensor]:
-    """The squared distance of each average from its sources, in float64: a tensor a device.
+    """The squared distance of each average from its sources: one float64 tensor per device.
 
-    Differences are in the dtype that the pair computes in, squares and sums in float64.
+    Differences are computed in the pair's compute dtype, squares and sums in float64.
     """
     sums: dict[torch.device, Tensor] = {}
     for task in tasks:
@@ -113,7 +113,7 @@ def squared_distances(tasks: Sequence[Task], averages: int) -> list[Tensor]:
 
 
 class ForeachPart(ListedPart):
-    """Pairs served by torch where they are."""
+    """Pairs updated by torch's functions on the device where they are."""
 
     backend = "foreach"
 

@@ -1,4 +1,4 @@
-"""Memory on the CPU that a device copies to and from without waiting."""
+"""Pinned memory on the CPU, for asynchronous copies to and from a device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 def host_memory(tensor_like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Uninitialised memory on the CPU for the average of a tensor.
 
-    Pinned where CUDA is available: it can be copied to and from a device without waiting.
+    Pinned where CUDA is available, so that copies to and from a device are asynchronous.
 
     Args:
         tensor_like: gives the shape and the order of the dimensions; on any device.

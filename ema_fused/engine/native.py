@@ -1,4 +1,4 @@
-"""Pairs of one device, served by the compiled kernels."""
+"""The part of a plan that the compiled kernels update: pairs on one device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ema_fused.engine.parts import Changed, Task, Update
 
 
 class NativePart:
-    """A chunk table in the device's memory, and one launch an operation."""
+    """Pairs on one device: a chunk table in its memory, and one launch per operation."""
 
     def __init__(
         self, device: str, tasks: Sequence[Task], arithmetic: str, names: Sequence[str] | None
@@ -44,7 +44,7 @@ class NativePart:
 
     @contextmanager
     def _overlaps_explained(self) -> Iterator[None]:
-        """Tells of pairs by their names."""
+        """Raises overlap errors with the names of the pairs."""
         try:
             yield
         except self._overlap_error as error:
@@ -58,20 +58,20 @@ class NativePart:
 
     @property
     def run(self) -> Any:
-        """The compiled ``run(operation, weight) -> bool``, for the shortest way to a launch."""
+        """The compiled ``run(operation, weight) -> bool``, to launch with the least overhead."""
         return self._plan.run
 
     @property
     def places(self) -> list[int]:
-        """The places of its pairs in the plan's lists."""
+        """The indices of its pairs in the plan's lists."""
         return self._indices
 
     def release(self) -> None:
-        """Lets the tensors go; from here on :meth:`matches` says whether it may be run."""
+        """Drops its references to the tensors; then run it only after :meth:`matches` was True."""
         self._plan.release()
 
     def matches(self, averaged: list[Tensor], source: list[Tensor]) -> bool:
-        """Whether these are the pairs it was made for: memory, dtype, shape, strides, device."""
+        """Whether memory, dtype, shape, strides and device of these pairs are those planned for."""
         return bool(self._plan.matches(averaged, source))
 
     def ready(self) -> bool:
@@ -103,10 +103,10 @@ class NativePart:
             step = step.to(self.device) if self._reads(step) else int(step)
         sums: Tensor | None = None
         if update.distances is not None:
-            # Every launch writes all of it, however the table may have changed until then.
+            # Uninitialised: every launch writes all of it, even if the table is rebuilt first.
             shape = (len(weights), self._plan.partials)
             sums = torch.empty(shape, dtype=torch.float64, device=self.device)
-        # Whatever was brought to the device is held by a local variable until it is launched.
+        # The kernel gets bare addresses: local variables keep the tensors alive until the launch.
         with self._overlaps_explained():
             has_run = bool(
                 self._plan.run_with(
@@ -126,7 +126,7 @@ class NativePart:
         return has_run
 
     def _reads(self, scalar: Tensor) -> bool:
-        """Whether the kernel reads a number where it lies, so that nobody waits for it."""
+        """Whether the kernel can read the number from device memory, without synchronising."""
         return scalar.is_cuda and self.backend == "cuda"
 
     def _placed(self, weight: float | Tensor) -> float | Tensor:
@@ -149,7 +149,7 @@ class NativePart:
 
 
 def _address(weight: float | Tensor) -> tuple[float, int, bool]:
-    """As the extension takes a weight: (number, address or 0, is it a float64 there)."""
+    """A weight as the extension takes it: (number, address or 0, whether that is a float64)."""
     if isinstance(weight, Tensor):
         return 0.0, weight.data_ptr(), weight.dtype == torch.float64
     return weight, 0, False

@@ -1,7 +1,7 @@
-"""What a pair (averaged tensor, source tensor) must be, and the errors that say so.
+"""Which pairs (averaged tensor, source tensor) are valid, and the errors for those that aren't.
 
-The compiled inspection accepts the ordinary pairs in bulk; what it doesn't accept comes here, and
-is either refused with an error or left to ``foreach``.
+The compiled inspection accepts the ordinary pairs in bulk. The others are checked here: each is
+either refused with an error or left to ``foreach``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ MAX_AVERAGES = 8  # of one source
 
 
 def label(index: int, names: Sequence[str] | None) -> str:
-    """How messages call a pair: by the parameter's name where there is one."""
+    """The name of a pair in messages: the parameter's name, or its index without names."""
     return f"pair {index}" if names is None else f"{names[index]!r}"
 
 
 def labels_of(names: list[str] | None, pairs: int, averages: int) -> list[str] | None:
-    """What messages call each pair: with several averages, which of them too."""
+    """The names of all pairs in messages; with several averages they say which average."""
     if averages == 1:
         return names
     own = [f"pair {i}" for i in range(pairs)] if names is None else names
@@ -28,7 +28,7 @@ def labels_of(names: list[str] | None, pairs: int, averages: int) -> list[str] |
 
 
 def check_lists(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-    """Raises ValueError unless the lists pair up, TypeError where one isn't a list of tensors."""
+    """Raises ValueError unless the lists are equally long, TypeError if one isn't a list."""
     check_list(averaged, "averaged")
     check_list(source, "source")
     if len(averaged) != len(source):
@@ -57,7 +57,7 @@ def check_list(tensors: object, which: str) -> None:
 def as_several(
     averaged: Sequence[Tensor] | Sequence[Sequence[Tensor]],
 ) -> list[Sequence[Tensor]]:
-    """The lists of averaged tensors: one, or several averages of one source."""
+    """``averaged`` as a list of lists: one list per average of the source."""
     check_list(averaged, "averaged")
     if not averaged or not isinstance(averaged[0], (list, tuple)):
         return [averaged]  # type: ignore[list-item]
@@ -110,7 +110,7 @@ def _check_tensor(tensor: object, which: str, pair: str) -> None:
 
 
 def check_pair(averaged: Tensor, source: Tensor, pair: str) -> None:
-    """Raises where no backend can serve this pair.
+    """Raises if no backend can serve this pair.
 
     Raises:
         TypeError: not a tensor, or of a kind without plain strided elements.
@@ -145,8 +145,8 @@ _PLAIN = {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 
 
 def without_average(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> list[bool] | None:
-    """One flag a pair: it has no average and can only be copied. None: no pair is such a one."""
-    if {tensor.dtype for tensor in (*averaged, *source)} <= _PLAIN:  # nearly always, and quick
+    """One flag per pair: True if it can only be copied. None if all pairs can be averaged."""
+    if {tensor.dtype for tensor in (*averaged, *source)} <= _PLAIN:  # usual, and quick to check
         return None
     flags = [not can_average(a, s) for a, s in zip(averaged, source, strict=True)]
     return flags if any(flags) else None

@@ -1,4 +1,4 @@
-"""What the parts of a plan have in common: pairs that one backend serves, together."""
+"""What all parts of a plan have in common. A part is the pairs that one backend serves."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ema_fused.engine.pairs import can_average
 class Task(NamedTuple):
     """A pair of a plan and what to do with it."""
 
-    pair: int  # its place in the plan's lists
+    pair: int  # index in the plan's lists
     averaged: Tensor
     source: Tensor
     only_copy: bool
     average: int  # which of several averages of one source
-    number: int  # what the random bits of its rounding are counted by
+    number: int  # counter of the random bits for its rounding
 
 
 class Update(NamedTuple):
-    """What an averaging is told beside its pairs."""
+    """The arguments of one averaging update, apart from the pairs."""
 
-    weights: Sequence[float | Tensor]  # one an average; tensors are 0-dim
-    by_pair: Sequence[float]  # empty, or one a pair of the plan, which counts then
-    found_inf: Tensor | None = None  # one float32 number: anything but 0 means to do nothing
-    seed: int = 0  # of stochastic rounding, as is the step
+    weights: Sequence[float | Tensor]  # one per average; tensors are 0-dim
+    by_pair: Sequence[float]  # empty, or one per pair, used instead
+    found_inf: Tensor | None = None  # one float32 number: unless it is 0, do nothing
+    seed: int = 0  # of stochastic rounding, like step
     step: int | Tensor = 0
-    # None, or where each part puts what it measures: tensors of a squared distance an average, in
-    # float64. A part that knows by itself that it is to do nothing puts none.
+    # None, or the list to which each part appends a float64 tensor with one squared distance per
+    # average. A part that skips the update on the host appends nothing.
     distances: list[Tensor] | None = None
 
     def weight_of(self, task: Task) -> float:
@@ -39,12 +39,12 @@ class Update(NamedTuple):
         return float(self.by_pair[task.pair] if self.by_pair else self.weights[task.average])
 
     def is_skipped(self) -> bool:
-        """Asks for the flag, waiting for its device."""
+        """Whether ``found_inf`` is set; reading it synchronises with its device."""
         return self.found_inf is not None and bool(self.found_inf)
 
 
 class Changed(NamedTuple):
-    """A tensor that is no longer of the planned kind: its pair, its side, what was planned."""
+    """A tensor whose dtype or shape has changed: its pair, its side, and what was planned."""
 
     pair: int
     is_source: bool
@@ -52,16 +52,16 @@ class Changed(NamedTuple):
 
 
 def kind_of(tensor: Tensor) -> str:
-    """How messages tell a tensor's kind."""
+    """Dtype and shape of a tensor, for messages."""
     return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
 
 
 class Part(Protocol):
-    """Pairs of a plan; all indices are places in the plan's lists."""
+    """Pairs of a plan that one backend serves; all indices are those of the plan's lists."""
 
     backend: str
     no_average: int | None  # the first pair that has no average and isn't only copied
-    no_swap: int | None  # the first pair of two dtypes
+    no_swap: int | None  # the first pair whose dtypes differ
 
     @property
     def elements(self) -> int: ...
@@ -72,7 +72,7 @@ class Part(Protocol):
     def ready(self) -> bool:
         """False where a tensor's dtype, shape, layout or device is no longer what was planned."""
 
-    # Each returns False, with nothing done, where ready() would.
+    # Each does nothing and returns False if ready() is False.
     def average(self, update: Update) -> bool: ...
 
     def copy(self) -> bool: ...
@@ -81,9 +81,9 @@ class Part(Protocol):
 
 
 class ListedPart:
-    """A part that keeps its tensors in lists and updates them by torch's functions.
+    """A part that keeps its tensors in lists and updates them with torch's functions.
 
-    Swapping takes a temporary of one tensor.
+    Swapping needs a temporary as large as one tensor.
     """
 
     def __init__(self, tasks: Sequence[Task], arithmetic: str) -> None:
@@ -115,13 +115,13 @@ class ListedPart:
         return None
 
     def _distinct(self) -> list[Task]:
-        """The pairs to update: tied ones once, those of one and the same memory never."""
+        """The pairs to update: tied ones once, those whose two sides are the same memory never."""
         seen: set[tuple[object, ...]] = set()
         tasks = []
         for task in self._tasks:
             if task.averaged.numel() == 0:
                 continue
-            # The device is part of it: memory on two devices may have one address.
+            # The device is a part of the key: addresses on two devices may be equal.
             sides = [
                 (t.device, t.data_ptr(), t.dtype, t.shape, t.stride())
                 for t in (task.averaged, task.source)

@@ -1,4 +1,4 @@
-"""The prepared update of fixed pairs (averaged tensor, source tensor)."""
+"""A prepared update of fixed pairs (averaged tensor, source tensor)."""
 
 from __future__ import annotations
 
@@ -32,47 +32,49 @@ ARITHMETICS = ("lerp", "axpby", "delta", "products")
 
 
 class Plan:
-    """Pairs of tensors, prepared once and updated in one launch a device.
+    """Pairs of tensors, prepared once and updated in one launch per device.
 
-    Before each launch every pointer is compared with what was planned (some 10 nanoseconds a tensor
-    on one thread; torch's threads share it): tensors whose storage was replaced (``param.data =
-    other``) are followed. Nothing is recorded by autograd, and native kernels don't move the
-    tensors' version counters.
+    Before each launch every data pointer is compared with the planned one (some 10 nanoseconds per
+    tensor on one thread; torch's threads share the work). So a tensor whose storage was replaced
+    (``param.data = other``) is updated in its new storage. Autograd records nothing, and native
+    kernels don't increment the tensors' version counters.
 
     Args:
         averaged: tensors to update in place, of any shapes and devices, in float64, float32,
             bfloat16 or float16 (other dtypes can be copied). Or up to eight such lists: several
-            averages of one source. It is read once for those of them that have one dtype and begin
-            equally far from a 16-byte boundary, as tensors of one dtype do unless they are views.
+            averages of one source. The source is read only once for all averages of a pair that
+            have the same dtype and the same offset from a 16-byte boundary; tensors of one dtype
+            have the same offset unless they are views.
         source: as many tensors, each of the shape of its averaged tensor; dtype and device may
-            differ from it. float8_e4m3fn and float8_e5m2 are read as their values.
+            differ. float8_e4m3fn and float8_e5m2 are allowed too, and converted to their values.
         arithmetic: how an average is written, with w the weight of the source.
             ``"lerp"``: as ``torch.lerp``. ``"axpby"``: as ``averaged.mul_(1 - w).add_(source,
             alpha=w)``. ``"delta"``: as ``averaged.add_(source - averaged, alpha=w)``.
             ``"products"``: as ``averaged * (1 - w) + source * w``.
             Equal in exact arithmetic; they differ in the last bits.
-        only_copy: one flag a pair: pairs that :meth:`lerp_` copies instead of averaging (integer
-            buffers, buffers that follow the model). None: no pair.
-        backend: ``"cuda"``, ``"cpu"`` or ``"foreach"`` pins one; None takes the best for each pair.
-        names: one a pair, for messages.
+        only_copy: one flag per pair: True for pairs that :meth:`lerp_` copies instead of averaging
+            (integer buffers, buffers that are copies of the model's). None: all are averaged.
+        backend: ``"cuda"``, ``"cpu"`` or ``"foreach"`` uses that backend for all pairs; None takes
+            the fastest for each pair.
+        names: one per pair, for messages.
         rounding: of 16-bit averages. ``"nearest"``: as torch does; changes below half a unit in the
-            last place are lost. ``"stochastic"``: up or down at random, so that the mean is right
-            and nothing is lost in the long run. Computed by lerp.
-        seed: of the random bits, in [0, 2**63). They depend on it, on the step, the pair and the
-            element, and on nothing else: not on the device or the backend.
-        numbers: one a pair: what its random bits are counted by, where its place in the lists is
-            not to count.
+            last place are lost. ``"stochastic"``: up or down at random, so that the expected value
+            is exact and small changes are not lost in the long run. Needs arithmetic ``"lerp"``.
+        seed: of the random bits, in [0, 2**63). The bits depend on the seed, the step, the pair and
+            the element alone: not on the device or the backend.
+        numbers: one per pair: the number that its random bits are counted by. None: its index in
+            the lists.
 
     A pair that occurs twice (tied tensors) is updated once; a pair whose two sides are the same
-    memory is left alone; empty tensors are fine. The plan owns no memory but its chunk table (48
-    bytes a chunk).
+    memory is left alone; empty tensors are allowed. The plan allocates only its chunk table (48
+    bytes per chunk).
 
     Attributes:
-        averaged: the averaged tensors; of several averages, one list behind the other.
+        averaged: the averaged tensors; with several averages, their lists concatenated.
         source: the source of each.
         averages: how many averages each source has.
-        step: how many times :meth:`lerp_` was called without a step of its own (those that did
-            nothing for ``found_inf`` too): what the random bits are counted by.
+        step: how many times :meth:`lerp_` was called without ``step``, including calls that
+            ``found_inf`` made do nothing. The random bits are counted by it.
 
     Raises:
         TypeError: an item is not a tensor, or a kind without plain strided elements (sparse,
@@ -152,7 +154,7 @@ class Plan:
             (p.no_average for p in parts if p.no_average is not None), default=None
         )
         self._no_swap = min((p.no_swap for p in parts if p.no_swap is not None), default=None)
-        # The shortest way: one native part that can average goes from lerp_ to its launch.
+        # The fast path: with one native part, lerp_ calls its launch directly.
         sole = self._parts[0] if len(self._parts) == 1 else None
         self._average_at_once: Any = None
         is_plain = self.rounding == "nearest" and self._no_average is None
@@ -161,7 +163,7 @@ class Plan:
             self._AVERAGE = sole.AVERAGE
 
     def _rebuild(self) -> None:
-        """Plans again for tensors that are still of the planned kind.
+        """Plans again, provided that dtypes and shapes are still those planned.
 
         Raises:
             ValueError: a dtype or shape has changed; nothing was updated.
@@ -178,7 +180,7 @@ class Plan:
         self._build()
 
     def _run(self, operation: Callable[[Part], bool]) -> None:
-        """Runs all parts; where a tensor is no longer as planned, none before planning again."""
+        """Runs all parts; if a tensor is no longer as planned, plans again before any part runs."""
         if len(self._parts) == 1:
             if operation(self._parts[0]):
                 return
@@ -203,43 +205,42 @@ class Plan:
     ) -> None:
         """Averages: ``averaged = (1 - weight) * averaged + weight * source``, in place.
 
-        Doesn't wait for a CUDA device where the averages are on it: numbers that lie there are read
-        by the kernel. So it can be captured into a CUDA graph.
+        Doesn't synchronise with the CUDA device of the averages: the kernel reads numbers that are
+        on the device. So the update can be captured into a CUDA graph.
 
         Args:
-            weight: of the source; a number or a 0-dim tensor. Of one average also a sequence of one
-                number a pair; of several averages a sequence of one number or 0-dim tensor each.
-                Not limited to [0, 1]. A captured graph reads a tensor on its device at every
-                replay, and keeps any other number as it was.
-            found_inf: a tensor of one number, as ``torch.amp.GradScaler`` keeps it: anything but 0
-                makes this update do nothing.
-            step: what the random bits of stochastic rounding are counted by, modulo 2**32: an
-                integer or a 0-dim int64 tensor. None: the plan's own :attr:`step`, which then
-                counts on.
-            stream: the ``torch.cuda.Stream`` to run on, instead of the current one. It waits for
-                what the current stream holds so far. Before other code writes the source or reads
-                the averages, let its stream wait: :meth:`wait`; this plan's own methods do. The
-                stream must live as long as the plan.
-            squared_distance: a float64 tensor on any device: 0-dim, of several averages of shape
-                (averages,). Gets the sum over all averaged elements of ``|source - averaged|**2``,
-                with the values from before this update, measured in the same pass over the data. It
-                is there in the order of the stream; the host waits only where it is on another
-                device than the averages. Where ``found_inf`` makes the update do nothing it is left
-                alone. Pairs that are only copied don't count, tied ones count once. Differences are
-                taken in float32 (in float64 where either tensor is), squared and summed up in
-                float64: the relative error is below 1e-6. The same device gives the same bits at
-                every run, a CPU with any number of threads. The averages get the bits that they get
-                without it.
+            weight: of the source; a number or a 0-dim tensor. With one average also a sequence of
+                one number per pair; with several averages a sequence of one number or 0-dim tensor
+                per average. Not limited to [0, 1]. A captured CUDA graph reads a tensor on its
+                device again at every replay; any other number stays as it was at the capture.
+            found_inf: a tensor of one number, as ``torch.amp.GradScaler`` keeps it: unless it is 0,
+                this update does nothing.
+            step: the counter of stochastic rounding's random bits, modulo 2**32: an integer or a
+                0-dim int64 tensor. None: the plan's own :attr:`step`, which is then incremented.
+            stream: the ``torch.cuda.Stream`` to run on, instead of the current one. It first waits
+                for the work already in the current stream. Before other code writes the source or
+                reads the averages, call :meth:`wait` on that code's stream; this plan's own methods
+                do so themselves. The stream must live as long as the plan.
+            squared_distance: a float64 tensor on any device to write into: 0-dim, with several
+                averages of shape (averages,). It gets the sum of ``|source - averaged|**2`` over
+                all averaged elements, with the values from before this update, measured in the same
+                pass over the data. It is written in stream order; the host waits only if it is on
+                another device than the averages. If ``found_inf`` makes the update do nothing, it
+                is left unchanged. Pairs that are only copied don't count, tied ones count once.
+                Differences are taken in float32 (in float64 if either tensor is float64), squared
+                and summed up in float64: the relative error is below 1e-6. Results are bitwise
+                reproducible on one device, on a CPU with any number of threads. The averages are
+                bitwise the same with and without it.
 
         Raises:
             TypeError: a pair that has no average (integers, bool) and isn't ``only_copy``; a
                 squared_distance that is no float64 tensor.
             ValueError: a tensor's dtype or shape has changed, the weights are not as many as they
                 should be, or squared_distance has another shape.
-            RuntimeError: the update is captured into a graph and would draw the same random bits
-                at every replay.
+            RuntimeError: the update is captured into a CUDA graph and would draw the same random
+                bits at every replay.
 
-        Nothing has been updated then.
+        If an error is raised, nothing has been updated.
         """
         at_once = self._average_at_once
         if (
@@ -291,7 +292,7 @@ class Plan:
             self.step += 1
 
     def _refuse_to_repeat(self, update: Update) -> None:
-        """A graph replays the numbers it was captured with, the same random bits each time."""
+        """Raises where a CUDA graph would draw the same random bits at every replay."""
         if not self._draws or (isinstance(update.step, Tensor) and update.step.is_cuda):
             return
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
@@ -302,7 +303,7 @@ class Plan:
             )
 
     def copy_(self, *, stream: torch.cuda.Stream | None = None) -> None:
-        """Copies every source into its averaged tensors, converting the dtype where they differ.
+        """Copies every source into its averaged tensors, converting the dtype where the two differ.
 
         Args:
             stream: as in :meth:`lerp_`.
@@ -316,13 +317,14 @@ class Plan:
     def swap_(self, *, stream: torch.cuda.Stream | None = None) -> None:
         """Exchanges the contents of averaged and source tensors, without a temporary.
 
-        (Pairs on two devices, and those left to ``foreach``, take a temporary of one tensor.)
+        (Pairs on two devices, and pairs that ``foreach`` serves, need a temporary as large as one
+        tensor.)
 
         Args:
             stream: as in :meth:`lerp_`.
 
         Raises:
-            TypeError: a pair of two dtypes.
+            TypeError: a pair whose dtypes differ.
             ValueError: a tensor's dtype or shape has changed, sources overlap, or there are several
                 averages. Nothing has been swapped then.
         """
@@ -354,30 +356,30 @@ class Plan:
         return self._side_streams.running_on(stream, [*self.averaged, *self.source, *scalars])
 
     def wait(self) -> None:
-        """Makes each device's current stream wait for updates that were given another ``stream``.
+        """Makes each device's current stream wait for updates that run on another ``stream``.
 
-        The host doesn't wait. Call it before the optimizer writes the source, and before a graph is
-        captured.
+        The host doesn't wait. Call it before the optimizer writes the source, and before a CUDA
+        graph is captured.
         """
         self._side_streams.wait()
 
     def is_idle(self) -> bool:
-        """Whether no update on another stream is left to wait for."""
+        """Whether no update on another stream is unfinished."""
         return not self._side_streams.unfinished
 
     def state_dict(self) -> dict[str, int]:
-        """What stochastic rounding goes on from: ``seed`` and ``step``."""
+        """The state of stochastic rounding: ``seed`` and ``step``."""
         return {"seed": self.seed, "step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from a saved :meth:`state_dict`, to the bit.
+        """Resumes stochastic rounding from a saved :meth:`state_dict`, bit for bit.
 
         Args:
-            state: as it gave it.
+            state: a dict that :meth:`state_dict` returned.
 
         Raises:
             KeyError: one of ``seed`` and ``step`` is missing.
-            TypeError, ValueError: they are no integers, or out of range.
+            TypeError, ValueError: one of them is no integer, or out of range.
         """
         missing = [key for key in ("seed", "step") if key not in state]
         if missing:
@@ -386,7 +388,7 @@ class Plan:
         self.seed, self.step = operator.index(state["seed"]), as_integer(state["step"], "step")
 
     def give_up(self) -> list[Part]:
-        """The parts, for somebody else to run; the plan must not be used from here on."""
+        """Hands the parts over to the caller; the plan must not be used afterwards."""
         parts, self._parts = self._parts, []
         return parts
 
@@ -397,29 +399,29 @@ class Plan:
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """Where the averaged tensors are."""
+        """The devices of the averaged tensors."""
         return tuple(dict.fromkeys(str(tensor.device) for tensor in self.averaged))
 
     @property
     def tensors(self) -> int:
-        """Averaged tensors, empty and repeated ones included."""
+        """How many averaged tensors there are, empty and repeated ones included."""
         return len(self.averaged)
 
     @property
     def elements(self) -> int:
-        """Elements that an update writes."""
+        """How many elements an update writes."""
         return sum(part.elements for part in self._parts)
 
     @property
     def chunks(self) -> int:
-        """Entries of the chunk tables."""
+        """How many entries the chunk tables have."""
         return sum(part.chunks for part in self._parts if isinstance(part, NativePart))
 
     @property
     def launches(self) -> int:
-        """Kernel launches of an update: one a device that a native kernel has anything to do on.
+        """How many kernels an update launches: one per device where a native kernel has work.
 
-        (Sources on another device are brought over and planned at each update: not counted.)
+        (Not counted: sources on another device, which are copied over and planned at each update.)
         """
         return sum(1 for part in self._parts if isinstance(part, NativePart) and part.chunks)
 
@@ -432,7 +434,7 @@ class Plan:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a plan is made of. The compiled part holds addresses: never copied or saved."""
+        """The constructor's arguments; the compiled parts hold addresses and can't be pickled."""
         pairs = len(self._only_copy)
         lists = [self.averaged[k * pairs : (k + 1) * pairs] for k in range(self.averages)]
         return {

@@ -1,8 +1,8 @@
-"""Plans for callers that come with fresh lists of the same tensors at every call.
+"""A cache of plans, for callers that pass new lists of the same tensors at every call.
 
-A plan is found again by what the tensors are: their memory, dtypes, shapes, strides and devices,
-asked of the tensors that are given. Nothing that is kept here keeps a tensor alive, and no address
-can be stale: it is launched only where a living tensor has just told the same one.
+A plan is looked up by its tensors' addresses, dtypes, shapes, strides and devices. The cache
+doesn't keep tensors alive. It never launches on a stale address either: a plan is used only if the
+tensors of the call, which are alive, have exactly the planned addresses.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from ema_fused.engine.native import NativePart
 from ema_fused.engine.parts import Part
 
-_BOUND = 16  # entries, each of 48 bytes a chunk and some 200 bytes a tensor
+_BOUND = 16  # entries, each of 48 bytes per chunk and some 200 per tensor
 
 
 class Kind(NamedTuple):
-    """What a plan is made for, beside its tensors."""
+    """The options of a plan: the part of its cache key that isn't about tensors."""
 
     pairs: int
     arithmetic: str
@@ -29,7 +29,7 @@ class Kind(NamedTuple):
 
 class _Entry(NamedTuple):
     kind: Kind
-    parts: list[tuple[NativePart, list[int] | None]]  # with the places of its pairs; None: all
+    parts: list[tuple[NativePart, list[int] | None]]  # with the indices of its pairs; None: all
 
     def matches(self, averaged: list[Tensor], source: list[Tensor]) -> bool:
         for part, places in self.parts:
@@ -41,11 +41,11 @@ class _Entry(NamedTuple):
 
 
 class PlanCache:
-    """The parts of the plans that were used last, at most ``bound`` of them."""
+    """Keeps the parts of the most recently used plans, at most ``bound`` of them."""
 
     def __init__(self, bound: int = _BOUND) -> None:
         self._bound = bound
-        self._entries: list[_Entry] = []  # the latest first
+        self._entries: list[_Entry] = []  # most recently used first
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -53,7 +53,7 @@ class PlanCache:
     def find(
         self, kind: Kind, averaged: list[Tensor], source: list[Tensor]
     ) -> list[NativePart] | None:
-        """The parts of the plan for these tensors, to be run at once; None: not known."""
+        """The parts of the plan for these tensors, to be run right away; None if not cached."""
         for entry in self._entries:
             if entry.kind == kind and entry.matches(averaged, source):
                 if entry is not self._entries[0]:
@@ -63,9 +63,10 @@ class PlanCache:
         return None
 
     def keep(self, kind: Kind, parts: Sequence[Part]) -> None:
-        """Takes over the parts of a plan, which must not be used any more.
+        """Adds the parts of a plan; the plan must not be used afterwards.
 
-        Only of plans that native kernels serve: planning the others is a small part of their time.
+        Plans with parts that have no native kernel aren't cached: for them planning is a small part
+        of the time.
         """
         native = [part for part in parts if isinstance(part, NativePart)]
         if len(native) < len(parts) or not native:

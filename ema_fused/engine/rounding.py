@@ -1,9 +1,11 @@
-"""Stochastic rounding by torch's own functions: the bits that the native kernels give, for the
-``foreach`` backend and as a statement of what they are.
+"""Stochastic rounding by torch's own functions, for the ``foreach`` backend.
+
+The results are bitwise those of the native kernels.
 
 The random bits are Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2,
-3"), keyed by the seed; the counter is (element // 8 in two words, pair, step), and each of the four
-words it gives serves two elements, the low half first. ``element`` is the place in memory.
+3"), keyed by the seed; the counter is (element // 8 in two words, pair, step). Each of the four
+resulting words gives 16 bits to each of two elements, the low half to the first. ``element`` is the
+index in memory order.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ _MASK = 0xFFFFFFFF
 
 
 def check_rounding(rounding: str) -> None:
-    """Raises ValueError unless ``rounding`` names one."""
+    """Raises ValueError unless ``rounding`` is in ``ROUNDINGS``."""
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding {rounding!r} is none of {', '.join(ROUNDINGS)}")
 
@@ -41,7 +43,7 @@ def philox(counter: list[Tensor], seed: int) -> list[Tensor]:
     c0, c1, c2, c3 = counter
     key0, key1 = seed & _MASK, seed >> 32 & _MASK
     for _ in range(10):
-        # Products wrap around in 64 bits, and keep the right bits.
+        # Products overflow int64, but wrap around and so keep the bits that are used.
         product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (
             (product1 >> 32 & _MASK) ^ c1 ^ key0,
@@ -63,22 +65,23 @@ def random_halves(count: int, *, seed: int, step: int, pair: int, device: torch.
 
 
 def round_stochastically(value: Tensor, dtype: torch.dtype, random: Tensor) -> Tensor:
-    """``value`` in a 16-bit dtype, rounded down or up so that the mean of the results is the value.
+    """``value`` in a 16-bit dtype, rounded down or up at random, with expected value ``value``.
 
     Args:
         value: float32, flat.
         dtype: ``torch.bfloat16`` or ``torch.float16``.
-        random: 16 random bits an element, int32.
+        random: 16 random bits per element, int32.
     """
     bits = value.view(torch.int32)
     magnitude = bits & 0x7FFFFFFF
     is_nan = magnitude > 0x7F800000
     if dtype == torch.bfloat16:
-        # The sign is put back afterwards: int32 would shift it in.
+        # The sign is added at the end: a right shift of int32 would extend it.
         half = torch.where(is_nan, 0x7FC0, (magnitude + random) >> 16)
         sign = torch.where(is_nan, 0, bits >> 16 & 0x8000)
     else:
-        # Below 2**-14 the last place is 2**-24: 16 bits below it are kept for the comparison.
+        # Below 2**-14, float16 is subnormal and its unit in the last place is 2**-24. Values are
+        # taken in units of 2**-40, so that the 16 random bits fit below that place.
         is_tiny = magnitude < 0x38800000
         units = (torch.where(is_tiny, value.abs(), 0.0) * 2.0**40).to(torch.int32)
         normal = (magnitude - (112 << 23) + (random >> 3)) >> 13

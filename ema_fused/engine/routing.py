@@ -1,8 +1,8 @@
-"""From lists of tensors to the parts of a plan: which backend serves which pair. The one choice.
+"""Decides which backend serves which pair of a plan. Nothing else decides it.
 
 pairs -> inspection -> cuda:0 | cuda:1 | cpu   native kernels, one launch each
-                    -> foreach                  what has no kernel, with one warning
-                    -> moved                    sources that live on another device
+                    -> foreach                  pairs without a kernel, with one warning
+                    -> moved                    sources on another device than their averages
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def split(
 def _inspect(
     tasks: Sequence[Task], names: Sequence[str] | None, pin: str | None
 ) -> tuple[dict[str, list[int]], dict[int, str]]:
-    """(places of pairs with a native kernel, by device; the others, each with its reason)."""
+    """(indices of pairs with a native kernel, by device; the other indices with their reasons)."""
     native = backends.native()
     groups: dict[str, list[int]] = {}
     refusals: dict[int, str] = {}
@@ -104,7 +104,7 @@ def _inspect(
 def _leave_to_foreach(
     tasks: Sequence[Task], groups: dict[str, list[int]], refusals: dict[int, str]
 ) -> None:
-    """Moves 16-bit pairs whose original rounds by position from the CPU kernel to foreach."""
+    """Moves 16-bit pairs from the CPU kernel to foreach, for the reason ``_ROUNDS_BY_POSITION``."""
     kept = []
     for i in groups.get("cpu", []):
         task = tasks[i]

@@ -1,4 +1,4 @@
-"""Updates on a CUDA stream of the caller's choice, ordered with everything around them."""
+"""Updates on a CUDA stream of the caller's choice, synchronised with the current stream."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 class SideStreams:
-    """The updates of one plan that were started on other streams than the current one.
+    """The updates of one plan that run on streams other than the current one.
 
-    An update waits for what the current stream holds when it starts. Whatever comes after it on
-    another stream has to wait for it: :meth:`wait`.
+    An update waits for the work that the current stream holds when it starts. Later work on another
+    stream must wait for the update: :meth:`wait`.
     """
 
     def __init__(self) -> None:
@@ -21,15 +21,16 @@ class SideStreams:
 
     @contextmanager
     def running_on(self, stream: torch.cuda.Stream, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Makes ``stream`` current for the block, in order with the stream that was.
+        """Makes ``stream`` current for the block; it first waits for the previous current stream.
 
-        In a capture the stream that was waits for the block at once: a graph is whole.
+        While a CUDA graph is captured, the previous stream waits for the block right away: a
+        capture must join all its streams.
 
         Args:
             stream: of any CUDA device.
-            tensors: what the block uses. Their memory isn't given to others before the stream has
-                done with it, whoever frees them. (Told at every update: nothing distinguishes new
-                memory from the old if it lies at the same address.)
+            tensors: the tensors that the block uses. If they are freed, the caching allocator
+                doesn't reuse their memory until ``stream`` has finished. (Recorded at every update:
+                new memory at an old address can't be told from the old memory.)
         """
         here = torch.cuda.current_stream(stream.device)
         with torch.cuda.stream(here):
@@ -40,7 +41,7 @@ class SideStreams:
             with torch.cuda.stream(stream):
                 yield
         finally:
-            # Also where something was raised: a part of it may be under way.
+            # After an error too: a part of the update may already be running.
             for tensor in tensors:
                 if tensor.is_cuda:
                     tensor.record_stream(stream)
@@ -53,7 +54,7 @@ class SideStreams:
         """Makes ``stream``, or each device's current one, wait for the unfinished updates.
 
         Raises:
-            RuntimeError: a graph is being captured, which can't wait for what it doesn't hold.
+            RuntimeError: a CUDA graph is being captured; it can't wait for work outside the graph.
         """
         if not self.unfinished:
             return
@@ -65,6 +66,6 @@ class SideStreams:
         for device, event in list(self.unfinished.items()):
             waiting = torch.cuda.current_stream(device) if stream is None else stream
             waiting.wait_event(event)
-            # As long as it isn't done, other streams may have to wait for it as well.
+            # Kept until the update has finished: other streams may have to wait for it too.
             if event.query():
                 del self.unfinished[device]

@@ -1,4 +1,4 @@
-"""Averages inside training frameworks: drop-ins for their hooks, one module a framework.
+"""Drop-in replacements for the averaging hooks of training frameworks, one module each.
 
 Each module imports its framework and no other:
 
@@ -9,7 +9,8 @@ Each module imports its framework and no other:
 * :mod:`ema_fused.hooks.mmcv`: mmcv 1.x's ``EMAHook``, and those of mmdet 2.x
 * :mod:`ema_fused.hooks.mmselfsup`: MMSelfSup 0.x's ``MomentumUpdateHook`` for mmcv 1.x's runners
 
-Importing one registers its classes beside the originals, as ``Fused`` and the original's name.
-``register(replace=True)`` of each puts them under the originals' names, so that a config runs
-unchanged. May import ``engine``, ``modules`` and ``averages``.
+Importing a module registers its classes in addition to the originals, under the original's name
+with ``Fused`` in front. ``register(replace=True)`` of the module also registers them under the
+originals' names, so that a config runs unchanged. May import ``engine``, ``modules`` and
+``averages``.
 """

@@ -24,16 +24,16 @@ class BaseEMAHook(Hook):  # type: ignore[misc]
     """Keeps averages as buffers ``ema_<name>`` of the model, with ``.`` as ``_`` in the name.
 
     ``averaged = (1 - momentum) * averaged + momentum * source`` after each ``interval`` iterations.
-    From the end of a training epoch (evaluation, checkpoint) to the beginning of the next the model
-    holds the averages, and the buffers the model's own weights; so the run ends with the averages
-    in the model.
+    From the end of a training epoch to the beginning of the next, so in evaluations and
+    checkpoints, the model holds the averages and the buffers hold the model's own weights. So the
+    run ends with the averages in the model.
 
     Args:
         momentum: the weight of the model's values, in (0, 1).
         interval: iterations from one update to the next.
-        skip_buffers: average parameters alone, otherwise persistent floating-point buffers too.
-            Then integer buffers follow by copy.
-        resume_from: path of a checkpoint to resume, once the averages are registered.
+        skip_buffers: average parameters only. Otherwise persistent floating-point buffers are
+            averaged too, and integer buffers copied.
+        resume_from: path of a checkpoint to resume from, after the averages are registered.
         momentum_fun: the momentum as a function of the iteration; None keeps ``momentum``.
 
     Attributes:
@@ -60,10 +60,11 @@ class BaseEMAHook(Hook):  # type: ignore[misc]
         self.momentum_fun = momentum_fun
 
     def before_run(self, runner: Any) -> None:
-        """Registers the averages in the model, and resumes.
+        """Registers the averages in the model; resumes if ``resume_from`` was given.
 
         Raises:
-            ValueError: two names become one buffer's name, or the model has that name already.
+            ValueError: two averages would get the same buffer name, or the model has that name
+                already.
         """
         model = unwrapped(runner.model, is_module_wrapper)
         self._averages = RegisteredAverages(model, self.skip_buffers)
@@ -79,7 +80,7 @@ class BaseEMAHook(Hook):  # type: ignore[misc]
         return (iteration + 1) % self.interval == 0
 
     def after_train_iter(self, runner: Any) -> None:
-        """Takes the model into its averages.
+        """Updates the averages with the model.
 
         Raises:
             ValueError: ``momentum_fun`` gives a momentum outside [0, 1].
@@ -90,11 +91,11 @@ class BaseEMAHook(Hook):  # type: ignore[misc]
             self._averages.average_(momentum)
 
     def after_train_epoch(self, runner: Any) -> None:
-        """Puts the averages into the model, to be evaluated and saved."""
+        """Swaps the averages into the model, to be evaluated and saved."""
         self._averages.put_in()
 
     def before_train_epoch(self, runner: Any) -> None:
-        """Takes them out again."""
+        """Swaps the averages out of the model again."""
         self._averages.take_out()
 
 
@@ -102,8 +103,8 @@ class ExpMomentumEMAHook(BaseEMAHook):
     """Momentum falls from near 1: ``(1 - momentum) * exp(-(1 + iter) / total_iter) + momentum``.
 
     Args:
-        total_iter: the time constant of the fall in iterations, above 0.
-        **kwargs: as :class:`BaseEMAHook`; a ``momentum_fun`` among them doesn't count.
+        total_iter: the time constant of the decay in iterations, above 0.
+        **kwargs: as :class:`BaseEMAHook`; ``momentum_fun`` is ignored.
     """
 
     def __init__(self, total_iter: int = 2000, **kwargs: Any) -> None:
@@ -117,12 +118,12 @@ class ExpMomentumEMAHook(BaseEMAHook):
 class LinearMomentumEMAHook(BaseEMAHook):
     """Momentum grows: ``min(momentum ** interval, (1 + iter) / (warm_up + iter))``.
 
-    With the defaults the first of the two is smaller from the start, and momentum constant; as in
-    the original, which raises it to ``interval`` as if it were a decay.
+    With the defaults the first of the two is smaller from the start, so the momentum is constant.
+    As in the original, the momentum is raised to the power of ``interval``, as if it were a decay.
 
     Args:
         warm_up: iterations, 1 or more.
-        **kwargs: as :class:`BaseEMAHook`; a ``momentum_fun`` among them doesn't count.
+        **kwargs: as :class:`BaseEMAHook`; ``momentum_fun`` is ignored.
     """
 
     def __init__(self, warm_up: int = 100, **kwargs: Any) -> None:
@@ -134,11 +135,12 @@ class LinearMomentumEMAHook(BaseEMAHook):
 
 
 class EMAHook(BaseEMAHook):
-    """mmcv's own: parameters alone, after iterations 0, ``interval``, 2 ``interval``, ...
+    """mmcv's own hook: averages parameters only, after iterations 0, ``interval``, 2 ``interval``,
+    ...
 
     Args:
-        momentum: the weight of the model's values, in (0, 1). The attribute is what the average
-            ends with, ``momentum ** interval``.
+        momentum: the weight of the model's values, in (0, 1). The attribute ``momentum`` is the
+            final value, ``momentum ** interval``.
         interval: iterations from one update to the next.
         warm_up: as in :class:`LinearMomentumEMAHook`.
         resume_from: as in :class:`BaseEMAHook`.
@@ -174,7 +176,7 @@ def register(*, replace: bool = False) -> None:
     """Registers the hooks in mmcv's ``HOOKS`` as ``FusedEMAHook`` and so on.
 
     Args:
-        replace: also under the originals' names, in the originals' place. Call it after mmdet is
+        replace: also register under the originals' names, replacing them. Call it after mmdet is
             imported.
     """
     register_beside(HOOKS, _CLASSES)

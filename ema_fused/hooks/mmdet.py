@@ -27,13 +27,13 @@ class MeanTeacherHook(Hook):  # type: ignore[misc]
     """Keeps ``model.teacher`` as an average of ``model.student`` (arXiv 1703.01780).
 
     ``teacher = (1 - momentum) * teacher + momentum * student`` after each ``interval`` iterations,
-    one launch an update. Where a training begins (iteration 0) the teacher is set to the student.
+    in one launch per update. When training begins (iteration 0) the teacher is set to the student.
 
     Args:
         momentum: the weight of the student, in (0, 1).
         interval: iterations from one update to the next.
         skip_buffer: leave the teacher's buffers alone. Otherwise floating-point buffers are
-            averaged and integer buffers copied; non-persistent buffers are left alone always.
+            averaged and integer buffers copied; non-persistent buffers are always left alone.
 
     Raises:
         TypeError, ValueError: an argument is of a wrong type or out of its range.
@@ -50,7 +50,7 @@ class MeanTeacherHook(Hook):  # type: ignore[misc]
         self._pairing: Pairing | None = None
 
     def before_train(self, runner: Any) -> None:
-        """Checks that the two networks are there and match, and sets the teacher to the student.
+        """Checks that both networks exist and match, and sets the teacher to the student.
 
         Raises:
             AttributeError: the model has no teacher or no student.
@@ -64,12 +64,12 @@ class MeanTeacherHook(Hook):  # type: ignore[misc]
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """Takes the student into the teacher, every ``interval`` iterations."""
+        """Updates the teacher with the student, every ``interval`` iterations."""
         if (runner.iter + 1) % self.interval == 0:
             self.momentum_update(unwrapped(runner.model, is_model_wrapper), self.momentum)
 
     def momentum_update(self, model: nn.Module, momentum: float) -> None:
-        """Takes the student of ``model`` into its teacher with weight ``momentum``; 1 copies it.
+        """Updates the teacher of ``model`` with the student, by weight ``momentum``; 1 copies it.
 
         Raises:
             AttributeError: the model has no teacher or no student.
@@ -82,7 +82,7 @@ class MeanTeacherHook(Hook):  # type: ignore[misc]
             pairing.average_(momentum)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: everything but the pairs, which hold the networks."""
+        """Copied and pickled is everything but the pairing, which refers to the networks."""
         return self.__dict__ | {"_pairing": None}
 
     def _paired(self, model: nn.Module) -> Pairing:
@@ -109,8 +109,8 @@ def register(*, replace: bool = False) -> None:
     """Registers the hook in mmengine's ``HOOKS`` and the average in ``MODELS``, as ``Fused...``.
 
     Args:
-        replace: also as ``MeanTeacherHook`` and ``ExpMomentumEMA``, in the originals' place: in
-            mmdet's registries where mmdet is installed, else in mmengine's.
+        replace: also register as ``MeanTeacherHook`` and ``ExpMomentumEMA``, replacing the
+            originals: in mmdet's registries if mmdet is installed, else in mmengine's.
     """
     hooks, models = {"MeanTeacherHook": MeanTeacherHook}, {"ExpMomentumEMA": ExpMomentumEMA}
     register_beside(HOOKS, hooks)

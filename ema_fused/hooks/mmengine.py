@@ -48,22 +48,24 @@ __all__ = [
     "register",
 ]
 
-_AVERAGED = "module."  # before the names of averaged tensors in an averaged model's state
+_AVERAGED = "module."  # prefix of the averaged tensors in an averaged model's state
 _SHOWN = 6
 
 
 class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
     """Keeps an average of the model, evaluates it, and saves it, as mmengine's ``EMAHook``.
 
-    The same arguments, moments and checkpoints. Averages are updated in one launch and swapped in
-    place. Averages of mmengine, mmdet, MMPretrain and MMSelfSup are replaced by ours; another that
-    derives from mmengine's classes is used as it is, with a warning.
+    Its arguments, its checkpoints and when it acts are as in the original. Averages are updated in
+    one launch and swapped in place. The averaged models of mmengine, mmdet, MMPretrain and
+    MMSelfSup are replaced by ours; any other that derives from mmengine's classes is used
+    unchanged, with a warning.
 
     Args:
-        ema_type: name of an averaged model in ``MODELS``, or what makes one: its class.
-        strict_load: whether the keys of a checkpoint must match. If not, each side without a value
-            takes the other's, with a warning.
-        begin_iter: the iteration, counted from 1, that averaging starts with; 0 is the same as 1.
+        ema_type: name of an averaged model in ``MODELS``, or a callable that makes one, such as its
+            class.
+        strict_load: whether the keys of a checkpoint must match. If not, a value missing for the
+            model or its average is taken from the other, with a warning.
+        begin_iter: the iteration, counted from 1, at which averaging starts; 0 is the same as 1.
             Before it the average is a copy of the model.
         begin_epoch: the same in epochs; only one of the two may be given.
         **kwargs: arguments of the averaged model.
@@ -97,7 +99,7 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
         self._is_swapped = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: everything but the plans."""
+        """Copied and pickled is everything but the plans; refused while weights are swapped."""
         if self._is_swapped:
             raise RuntimeError(
                 "the hook was copied or pickled during an evaluation, where the model holds the "
@@ -151,38 +153,38 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
             )
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Takes averages out that an evaluation which raised has left in the model."""
+        """Swaps out averages that were left in the model by an evaluation that raised."""
         self._take_out()
 
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """Takes the model into its average, or copies it before averaging begins."""
+        """Updates the average with the model, or copies the model before averaging begins."""
         if isinstance(self.ema_model, BaseAveragedModel) and not self._ema_started(runner):
             self.ema_model.copy_from(self.src_model)
         else:
             super().after_train_iter(runner, batch_idx, data_batch, outputs)
 
     def before_val_epoch(self, runner: Any) -> None:
-        """Puts the averages into the model."""
+        """Swaps the averages into the model."""
         self._put_in()
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        """Takes them out again."""
+        """Swaps the averages out of the model again."""
         self._take_out()
 
     def before_test_epoch(self, runner: Any) -> None:
-        """Puts the averages into the model."""
+        """Swaps the averages into the model."""
         self._put_in()
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        """Takes them out again."""
+        """Swaps the averages out of the model again."""
         self._take_out()
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Puts the average under ``state_dict`` and the model's own weights beside it.
+        """Saves the average as ``state_dict``, the model's own weights as ``ema_state_dict``.
 
-        During an evaluation too, where the model holds the averages.
+        This works during an evaluation too, when the model holds the averages.
 
         Raises:
             KeyError: the average has names that the model's state lacks.
@@ -192,7 +194,7 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
         ema_state = checkpoint["ema_state_dict"] = self.ema_model.state_dict()
         model_state = checkpoint["state_dict"]
         if was_swapped:
-            # Both states are to stay as they are when the averages are put in again.
+            # Copies, so that both states don't change when the averages are swapped in again.
             own = self.src_model.state_dict()
             for name, tensor in model_state.items():
                 model_state[name] = own.get(name, tensor).to(tensor.device, copy=True)
@@ -210,11 +212,11 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
             model_state[name], ema_state[key] = ema_state[key], model_state[name]
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Resumes the average; without resuming, or where there is none, takes ``state_dict``.
+        """Resumes the average; if not resuming, or without a saved average, loads ``state_dict``.
 
         Raises:
             KeyError: names differ, with ``strict_load``.
-            RuntimeError: a shape differs; or names, where there is no average.
+            RuntimeError: a shape differs; or names differ and the checkpoint has no average.
         """
         logger = MMLogger.get_current_instance()
         if "ema_state_dict" in checkpoint and runner._resume:
@@ -227,12 +229,12 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
             )
         loaded = checkpoint["state_dict"]
         state = OrderedDict((re.sub(r"^module\.", "", name), t) for name, t in loaded.items())
-        # The versions of modules, by which they know what to rename in an older checkpoint.
+        # Holds the versions of modules, which they need to convert older checkpoints.
         state._metadata = getattr(loaded, "_metadata", None)  # type: ignore[attr-defined]
         on_mmengine.load_state_dict(self.ema_model.module, state, strict=self.strict_load)
 
     def _resume_average(self, checkpoint: dict[str, Any]) -> None:
-        """Gives the model's own weights back to ``state_dict``, and loads the average."""
+        """Moves the model's own weights back into ``state_dict``, and loads the average."""
         model_state, ema_state = checkpoint["state_dict"], checkpoint["ema_state_dict"]
         lacking, without_average = _differences(model_state, ema_state)
         present = self.src_model.state_dict()
@@ -271,7 +273,7 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
             self._swap_ema_parameters()
 
     def _swap_ema_parameters(self) -> None:
-        """Exchanges what is averaged with the model's, in place."""
+        """Swaps the averaged tensors with the model's, in place."""
         ours = isinstance(self.ema_model, BaseAveragedModel)
         if self._exchange is None:
             self._exchange = (
@@ -295,14 +297,14 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
 
 
 def _averaged_names(ema_state: dict[str, Any]) -> list[str]:
-    """The names, as the model's state has them, of what an averaged model's state holds."""
+    """The names in an averaged model's state of the model's tensors, without the prefix."""
     return [name[len(_AVERAGED) :] for name in ema_state if name.startswith(_AVERAGED)]
 
 
 def _differences(
     model_state: dict[str, Any], ema_state: dict[str, Any]
 ) -> tuple[list[str], list[str]]:
-    """(names in the average's state alone, names in the model's state alone)."""
+    """(names only in the average's state, names only in the model's state)."""
     averaged = _averaged_names(ema_state)
     return (
         [name for name in averaged if name not in model_state],
@@ -322,7 +324,7 @@ class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
     """
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Sets the model's ``momentum`` for this iteration, if it is one that updates."""
+        """Sets the model's ``momentum`` for this iteration, if an update is due."""
         if self._is_due(runner.iter):
             model = unwrapped(runner.model, is_model_wrapper)
             self._set_momentum(model, runner.iter, runner.max_iters)
@@ -330,13 +332,13 @@ class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
     def after_train_iter(
         self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None
     ) -> None:
-        """Takes the online network into the target network, every ``update_interval``."""
+        """Updates the target network, every ``update_interval`` iterations."""
         if self._is_due(runner.iter):
             self._update(unwrapped(runner.model, is_model_wrapper))
 
 
 BYOLHook = MomentumUpdateHook
-"""The name that MMSelfSup has it under, too."""
+"""A second name of the hook in MMSelfSup."""
 
 _HOOKS = {"EMAHook": EMAHook, "MomentumUpdateHook": MomentumUpdateHook, "BYOLHook": BYOLHook}
 _MODELS = {
@@ -355,8 +357,8 @@ def register(*, replace: bool = False) -> None:
     """Registers hooks in mmengine's ``HOOKS`` and averages in ``MODELS``, as ``Fused...``.
 
     Args:
-        replace: also under the originals' names, in the originals' place, so that a config runs
-            unchanged; the ``CosineEMA`` of MMSelfSup 1.0 too, where that is imported already.
+        replace: also register under the originals' names, replacing them, so that a config runs
+            unchanged; also the ``CosineEMA`` of MMSelfSup 1.0, if MMSelfSup is imported already.
     """
     register_beside(HOOKS, _HOOKS)
     register_beside(MODELS, _MODELS | _MODELS_OF_OTHERS)

@@ -1,4 +1,4 @@
-"""The averages that mmengine's configs name: two of our own beside those of the package."""
+"""The averages that mmengine's configs can name: the package's, and two defined here."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ema_fused.hooks.on_mmengine import MODELS, MessageHub
 
 
 class CosineEMA(kinds.CosineEMA):
-    """As :class:`ema_fused.CosineEMA`, with ``max_iters`` of the runner where none is given.
+    """As :class:`ema_fused.CosineEMA`; ``max_iters`` is the runner's if none is given.
 
     MMPretrain's convention: momentum is the weight of the model's values, 0.004 -> 0.
     """
 
     def total_steps(self) -> int:
-        """The iterations of the whole training.
+        """The number of iterations of the whole training.
 
         Raises:
-            RuntimeError: ``max_iters`` wasn't given, and no runner trains.
+            RuntimeError: ``max_iters`` wasn't given, and no runner is training.
         """
         if self.max_iters is None:
             found = MessageHub.get_current_instance().runtime_info.get("max_iters")
@@ -67,7 +67,7 @@ class InvertedCosineEMA(CosineEMA):
                 f"average, a decay"
             )
         check_fraction("end_momentum", end_momentum)
-        # Told in the other convention only to be replaced below; nothing to warn of there.
+        # Placeholders in the other convention, at most 0.5 so as not to warn; replaced below.
         super().__init__(
             model,
             min(1 - momentum, 0.5),
@@ -80,11 +80,11 @@ class InvertedCosineEMA(CosineEMA):
         self.end_momentum = end_momentum
 
     def momentum_at(self, steps: Any) -> Any:
-        """The weight of the model's values after ``steps``, as of the other classes."""
+        """The weight of the model's values after ``steps``, as in the other classes."""
         return 1 - super().momentum_at(steps)
 
 
-# Averages of ours by the classes that they replace.
+# Our averages, by the class that they replace.
 _REPLACED: dict[str, type[BaseAveragedModel]] = {
     "mmengine.model.averaged_model.StochasticWeightAverage": StochasticWeightAverage,
     "mmengine.model.averaged_model.ExponentialMovingAverage": ExponentialMovingAverage,
@@ -93,7 +93,7 @@ _REPLACED: dict[str, type[BaseAveragedModel]] = {
     "mmpretrain.models.utils.ema.CosineEMA": CosineEMA,
     "mmselfsup.models.utils.ema.CosineEMA": InvertedCosineEMA,
 }
-# By their names, where no framework that is installed knows them.
+# By the name in a config, for names that no installed framework has registered.
 _BY_NAME: dict[str, type[BaseAveragedModel]] = {
     "StochasticWeightAverage": StochasticWeightAverage,
     "ExponentialMovingAverage": ExponentialMovingAverage,
@@ -107,7 +107,7 @@ _BY_NAME: dict[str, type[BaseAveragedModel]] = {
 
 
 def averaged_class(ema_type: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """What ``ema_type`` means, or our class for it.
+    """The class or callable that ``ema_type`` names; our class if it replaces that one.
 
     Raises:
         KeyError: there is no such average.
@@ -117,7 +117,7 @@ def averaged_class(ema_type: str | Callable[..., nn.Module]) -> Callable[..., nn
         with MODELS.switch_scope_and_registry(None) as registry:
             try:
                 found = registry.get(ema_type)
-            except RuntimeError:  # how some releases say that there is none
+            except RuntimeError:  # some releases raise it for an unknown name
                 found = None
         if not callable(found):
             found = _BY_NAME.get(ema_type)
@@ -127,7 +127,7 @@ def averaged_class(ema_type: str | Callable[..., nn.Module]) -> Callable[..., nn
                 f"{', '.join(_BY_NAME)}. Import the module that registers yours "
                 f"(custom_imports in a config), or correct the name"
             )
-    # Not every callable has a name of its own: a functools.partial has none.
+    # Not every callable has a name: a functools.partial has none.
     name = f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}"
     averaged: Callable[..., nn.Module] = _REPLACED.get(name, found)
     return averaged

@@ -1,4 +1,4 @@
-"""MMPretrain's ``EMAHook``, which can evaluate with averaged weights, without, or both ways."""
+"""MMPretrain's ``EMAHook``, which evaluates the averaged weights, the model's own, or both."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ __all__ = ["CosineEMA", "EMAHook", "register"]
 class EMAHook(mmengine.EMAHook):
     """:class:`ema_fused.hooks.mmengine.EMAHook`, with a choice of what is evaluated.
 
-    A checkpoint with an average that is loaded without resuming (``load_from``) gives the model and
-    the average that average, and the average its steps.
+    If a checkpoint with an average is loaded without resuming (``load_from``), both the model and
+    the average get the averaged weights, and the average its steps.
 
     Args:
         evaluate_on_ema: validate and test with the averaged weights.
-        evaluate_on_origin: with the model's own weights. Where both are set, these come second, and
-            their metrics go to the message hub as ``val/<metric>_origin``. Where none is set, this
-            one is, with a warning.
+        evaluate_on_origin: validate and test with the model's own weights. If both are set, these
+            come second, and their metrics go to the message hub as ``val/<metric>_origin``. If
+            neither is set, this one is used, with a warning.
 
     The others as :class:`ema_fused.hooks.mmengine.EMAHook`.
     """
@@ -54,7 +54,7 @@ class EMAHook(mmengine.EMAHook):
         self.load_ema_from_ckpt = False
 
     def before_train(self, runner: Any) -> None:
-        """Checks the start of averaging, and gives the model an average that it was loaded with."""
+        """Checks the start of averaging; copies an average that was loaded into the model."""
         super().before_train(runner)
         if self.load_ema_from_ckpt and not runner._resume:
             MMLogger.get_current_instance().info(
@@ -63,24 +63,24 @@ class EMAHook(mmengine.EMAHook):
             self._copy_average_to_model()
 
     def before_val_epoch(self, runner: Any) -> None:
-        """Puts the averages into the model, if they are to be evaluated."""
+        """Swaps the averages into the model, if ``evaluate_on_ema``."""
         if self.evaluate_on_ema:
             super().before_val_epoch(runner)
 
     def after_val_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        """Takes them out again, and evaluates the model's own weights where both are asked for."""
+        """Swaps the averages out again, and evaluates the model's own weights if both are set."""
         super().after_val_epoch(runner, metrics)
         if self.evaluate_on_ema and self.evaluate_on_origin:
             self._evaluate_again(runner, runner.val_loop, "val")
 
     def before_test_epoch(self, runner: Any) -> None:
-        """Puts the averages into the model, if they are to be evaluated, and logs which it is."""
+        """Logs which weights are tested, and swaps in the averages if ``evaluate_on_ema``."""
         _tell_what_is_tested("averaged" if self.evaluate_on_ema else "own")
         if self.evaluate_on_ema:
             super().before_test_epoch(runner)
 
     def after_test_epoch(self, runner: Any, metrics: dict[str, float] | None = None) -> None:
-        """Takes them out again, and tests the model's own weights where both are asked for."""
+        """Swaps the averages out again, and tests the model's own weights if both are set."""
         super().after_test_epoch(runner, metrics)
         if self.evaluate_on_ema and self.evaluate_on_origin:
             _tell_what_is_tested("own")
@@ -96,7 +96,7 @@ class EMAHook(mmengine.EMAHook):
             runner.message_hub.update_scalar(f"{stage}/{name}_origin", value)
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Takes an average over, whether the run is resumed or not."""
+        """Loads an average from the checkpoint, whether the run is resumed or not."""
         if "ema_state_dict" in checkpoint and not runner._resume:
             self._resume_average(checkpoint)
         else:
@@ -112,10 +112,11 @@ def register(*, replace: bool = False) -> None:
     """Registers the hook as ``FusedMMPretrainEMAHook`` and the average as ``FusedCosineEMA``.
 
     Args:
-        replace: also as ``EMAHook`` and ``CosineEMA``, in the originals' place: in MMPretrain's
-            registries where MMPretrain is installed, else in mmengine's. Its BYOL and MoCoV3 look
-            no name up: set ``mmpretrain.models.selfsup.byol.CosineEMA``, or ``.mocov3.CosineEMA``,
-            before they are built.
+        replace: also register as ``EMAHook`` and ``CosineEMA``, replacing the originals: in
+            MMPretrain's registries if MMPretrain is installed, else in mmengine's. MMPretrain's
+            BYOL and MoCoV3 don't use the registry for their average: set
+            ``mmpretrain.models.selfsup.byol.CosineEMA``, or ``.mocov3.CosineEMA``, before they are
+            built.
     """
     register_beside(HOOKS, {"MMPretrainEMAHook": EMAHook})
     register_beside(MODELS, {"CosineEMA": CosineEMA})

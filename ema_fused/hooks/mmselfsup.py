@@ -1,6 +1,6 @@
 """MMSelfSup 0.x's ``MomentumUpdateHook`` (also ``BYOLHook``), for the runners of mmcv 1.x.
 
-For mmengine's runners there is one in :mod:`ema_fused.hooks.mmengine`.
+For mmengine's runners use the hook in :mod:`ema_fused.hooks.mmengine`.
 """
 
 from __future__ import annotations
@@ -15,26 +15,26 @@ __all__ = ["BYOLHook", "MomentumUpdateHook", "momentum_update", "register"]
 
 
 class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
-    """Averages the target network after each iteration, its momentum along a cosine.
+    """Averages the target network after each iteration, with a cosine schedule of its momentum.
 
-    The model is seen through a wrapper, or does without one. Arguments and errors as
+    The model may be wrapped or not. Arguments and errors as
     :class:`~ema_fused.hooks.momentum_update.MomentumUpdate`.
     """
 
     def before_train_iter(self, runner: Any) -> None:
-        """Sets the model's ``momentum`` for this iteration, if it is one that updates."""
+        """Sets the model's ``momentum`` for this iteration, if an update is due."""
         if self._is_due(runner.iter):
             model = unwrapped(runner.model, is_module_wrapper)
             self._set_momentum(model, runner.iter, runner.max_iters)
 
     def after_train_iter(self, runner: Any) -> None:
-        """Takes the online network into the target network, every ``update_interval``."""
+        """Updates the target network, every ``update_interval`` iterations."""
         if self._is_due(runner.iter):
             self._update(unwrapped(runner.model, is_module_wrapper))
 
 
 BYOLHook = MomentumUpdateHook
-"""The name that MMSelfSup has it under, too."""
+"""A second name of the hook in MMSelfSup."""
 
 _CLASSES = {"MomentumUpdateHook": MomentumUpdateHook, "BYOLHook": BYOLHook}
 
@@ -43,8 +43,8 @@ def register(*, replace: bool = False) -> None:
     """Registers the hook in mmcv's ``HOOKS`` as ``FusedMomentumUpdateHook`` and ``FusedBYOLHook``.
 
     Args:
-        replace: also as ``MomentumUpdateHook`` and ``BYOLHook``, in the originals' place. Call it
-            after MMSelfSup is imported.
+        replace: also register as ``MomentumUpdateHook`` and ``BYOLHook``, replacing the originals.
+            Call it after MMSelfSup is imported.
     """
     register_beside(HOOKS, _CLASSES)
     if replace:

@@ -1,6 +1,6 @@
-"""The target network of BYOL and MoCo v3: an average of the online network, one launch an update.
+"""The target network of BYOL and MoCo v3: an average of the online network, in one launch.
 
-Here alone ``momentum`` is the weight of the *target*, as in MMSelfSup: 0.996, not 0.004.
+Only in this module ``momentum`` is the weight of the *target*, as in MMSelfSup: 0.996, not 0.004.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _pairings: dict[tuple[int, int], Pairing] = {}
 def momentum_update(target: nn.Module, online: nn.Module, momentum: float) -> None:
     """``target = target * momentum + online * (1 - momentum)``, in place, for all parameters.
 
-    Rounds as MMSelfSup's algorithms do (below 1/2 ``momentum`` itself is rounded). The pairs are
-    planned once for two networks; tensors whose storage is replaced (``parameter.data = ...``) are
-    followed. Buffers are left alone.
+    Rounds as MMSelfSup's algorithms do (below 1/2 ``momentum`` itself is rounded). The plan for two
+    networks is made once. A tensor whose storage is replaced (``parameter.data = ...``) is updated
+    in its new storage. Buffers are left alone.
 
     Args:
         target: the network that is averaged.
@@ -33,11 +33,11 @@ def momentum_update(target: nn.Module, online: nn.Module, momentum: float) -> No
 
     Raises:
         KeyError: names of parameters don't match.
-        ValueError: ``momentum`` is out of its range, a shape differs, or a trainable parameter is
-            the target's own memory.
+        ValueError: ``momentum`` is out of its range, a shape differs, or a trainable parameter
+            shares memory with the target's.
         TypeError: one side of a pair is floating-point and the other isn't.
 
-    Nothing has been updated then.
+    If an error is raised, nothing has been updated.
     """
     check_fraction("momentum", momentum)
     key = (id(target), id(online))
@@ -52,7 +52,8 @@ def momentum_update(target: nn.Module, online: nn.Module, momentum: float) -> No
             when_one_is_gone=lambda _: _pairings.pop(key, None),
         )
         _pairings[key] = pairing
-    # Exact for a momentum of 1/2 and more, and 1 minus it is the momentum again.
+    # 1.0 - momentum is exact for momentum >= 1/2, and the kernel's 1 - (1 - momentum) is the
+    # momentum again.
     pairing.average_(1.0 - momentum)
 
 
@@ -63,7 +64,7 @@ class Networks(NamedTuple):
     online: str
 
 
-# What momentum_update() of MMSelfSup 0.11's algorithms averages.
+# The networks that momentum_update() of MMSelfSup 0.11's algorithms averages.
 _ALGORITHMS = {
     "mmselfsup.models.algorithms.byol.BYOL.momentum_update": Networks("target_net", "online_net"),
     "mmselfsup.models.algorithms.mocov3.MoCoV3.momentum_update": Networks(
@@ -74,14 +75,14 @@ _ALGORITHMS = {
 
 
 class MomentumUpdate:
-    """What ``MomentumUpdateHook`` does at each iteration, whatever runner calls it.
+    """The part of ``MomentumUpdateHook`` that is the same for all runners.
 
     MMSelfSup's own algorithms (BYOL, MoCo v3; CAE if it is given a ``base_momentum``) are updated
-    in one launch instead of by their ``momentum_update()``. Of another algorithm that method is
-    called, unless ``networks`` names what is to be averaged.
+    in one launch instead of by their ``momentum_update()``. For other algorithms that method is
+    called, unless ``networks`` names the networks to average.
 
     Args:
-        end_momentum: of the target network at the end of the training, in [0, 1].
+        end_momentum: the weight of the target network at the end of training, in [0, 1].
         update_interval: iterations from one update to the next.
         networks: names of the model's attributes (target, online) to average.
 

@@ -1,4 +1,4 @@
-"""What the modules on mmcv 1.x share: its names, or what to install for them."""
+"""The names that the hooks for mmcv 1.x import from it; an error if it isn't installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the modules on mmengine share: its names, or what to install for them, and registering."""
+"""The names that the hooks for mmengine import from it, and its registries."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ __all__ = [
 
 
 def replace_hooks(scope: str, classes: Mapping[str, type]) -> None:
-    """Puts hooks in the originals' place in the registry of ``scope``."""
+    """Registers hooks in the registry of ``scope``, replacing the originals."""
     register_instead(_registry("HOOKS", HOOKS, scope), classes)
 
 
 def replace_models(scope: str, classes: Mapping[str, type]) -> None:
-    """Puts averaged models in the originals' place in the registry of ``scope``."""
+    """Registers averaged models in the registry of ``scope``, replacing the originals."""
     register_instead(_registry("MODELS", MODELS, scope), classes)
 
 
 def _registry(name: str, root: Any, scope: str) -> Any:
-    """The registry of the package ``scope``; mmengine's own where that isn't installed."""
+    """The registry of the package ``scope``; mmengine's own if that isn't installed."""
     registry = root
     if scope != root.scope:
         try:
@@ -51,6 +51,6 @@ def _registry(name: str, root: Any, scope: str) -> Any:
         except ModuleNotFoundError as error:
             if error.name is None or error.name.partition(".")[0] != scope:
                 raise
-    # The originals register themselves when they are imported: now, so that ours come later.
+    # Imports the originals, which then register themselves; ours must be registered later.
     registry.import_from_location()
     return registry

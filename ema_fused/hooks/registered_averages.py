@@ -1,4 +1,4 @@
-"""Averages that are buffers of the model itself: ``ema_<name>``, as mmcv 1.x's hooks keep them."""
+"""Averages as buffers ``ema_<name>`` of the model itself, as in mmcv 1.x's hooks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ema_fused.engine.plan import Plan
 from ema_fused.modules.watch import ModuleWatch
 
-# What a hook has registered in a model: a second run finds them there.
+# The buffers that a hook has registered in a model; a second run removes them.
 _registered: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
@@ -24,19 +24,19 @@ class _Pair(NamedTuple):
 class RegisteredAverages:
     """Averages of a model's tensors, registered as buffers of the model.
 
-    A tensor without a mean (integers, bool) is copied. Tied tensors have one average, registered
-    under each of their names. Tensors that the model gains later are taken in with their value
-    then. An average takes the dtype that its tensor takes.
+    Tensors that can't be averaged (integers, bool) are copied. Tied tensors have one average,
+    registered under each of their names. A tensor added to the model later gets an average that
+    starts with its current value. If a tensor's dtype changes, its average's does too.
 
     Args:
         model: the model, not wrapped.
-        skip_buffers: average parameters alone, otherwise persistent buffers too.
+        skip_buffers: average parameters only, otherwise persistent buffers too.
 
     Attributes:
-        names: for each averaged name of the model, that of the buffer with its average.
+        names: for each averaged name of the model, the name of the buffer with its average.
 
     Raises:
-        ValueError: two names become one buffer's name, or the model has that name already.
+        ValueError: two averages would get the same buffer name, or the model has that name already.
     """
 
     def __init__(self, model: nn.Module, skip_buffers: bool) -> None:
@@ -50,7 +50,7 @@ class RegisteredAverages:
         self._prepare()
 
     def _tensors(self) -> dict[str, Tensor]:
-        """What is averaged or copied, by name."""
+        """The tensors to average or copy, by name."""
         model = self._model
         if self._skip_buffers:
             return dict(model.named_parameters())
@@ -80,7 +80,7 @@ class RegisteredAverages:
         for name, source in tensors.items():
             averaged = self._model._buffers[self.names[name]]
             assert averaged is not None
-            if averaged.dtype != source.dtype:  # or they couldn't be swapped without losing bits
+            if averaged.dtype != source.dtype:  # a swap would lose bits
                 averaged.data = averaged.data.to(source.dtype)
             pairs.setdefault(id(source), _Pair(name, averaged, source))
         self._plan = _plan(list(pairs.values()))
@@ -89,7 +89,7 @@ class RegisteredAverages:
         self._changed = ModuleWatch(self._model).changed
 
     def _register(self, names: list[str], tensors: dict[str, Tensor]) -> None:
-        """Registers an average for each name; for none where one of them can't be."""
+        """Registers an average for each name; if one can't be registered, none is."""
         taken = {buffer: name for name, buffer in self.names.items()}
         new: dict[str, str] = {}
         for name in names:
@@ -128,7 +128,7 @@ class RegisteredAverages:
         self._run(lambda: self._plan.lerp_(momentum))
 
     def put_in(self) -> None:
-        """Exchanges model and averages, in place; integers stay as they are in the model."""
+        """Swaps model and averages in place; integers in the model don't change."""
         self._run(self._put_in)
 
     def _put_in(self) -> None:
@@ -136,7 +136,7 @@ class RegisteredAverages:
         self._plan.swap_()
 
     def take_out(self) -> None:
-        """Exchanges them back."""
+        """Swaps model and averages back."""
         self._run(lambda: self._plan.swap_())
 
     def _run(self, operation: Callable[[], None]) -> None:
@@ -144,7 +144,7 @@ class RegisteredAverages:
             try:
                 return operation()
             except ValueError:
-                pass  # a dtype has changed, or the like: planned for what is there now
+                pass  # a dtype or shape has changed: plan again
         self._prepare()
         operation()
 

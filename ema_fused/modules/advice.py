@@ -1,4 +1,4 @@
-"""What an averaged model warns of, once each: uses of it that lose time or precision."""
+"""Warnings about uses of an averaged model that lose time or precision, once each."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ _IN_VAIN_BEFORE_WARNING = 6
 
 
 class Advice:
-    """What one averaged model has been warned of, and what it is still to be warned of.
+    """The warnings of one averaged model; remembers those given.
 
-    Each warning names the line that has called ``update_parameters()``.
+    Each warning points to the line that called ``update_parameters()``.
 
     Attributes:
-        in_vain: pairings made in a row, none of which has served a second update.
+        in_vain: how many pairings in a row were used for a single update only.
     """
 
     def __init__(self) -> None:
         self.in_vain = 0
-        self._told_of_losses = False
-        self._told_of_waiting = False
+        self._warned_of_losses = False
+        self._warned_of_waiting = False
 
     def count_in_vain(self, pairing: Pairing, before: Pairing | None) -> None:
-        """Counts a pairing that is made anew, and warns where that has become a habit.
+        """Counts a new pairing; warns when several in a row were used for a single update only.
 
         Args:
             pairing: the new one.
-            before: the one that it replaces; None: the model of that is gone.
+            before: the one that it replaces; None if that one's model was garbage-collected.
         """
         self.in_vain += 1
         if self.in_vain != _IN_VAIN_BEFORE_WARNING:
@@ -46,11 +46,11 @@ class Advice:
         )
 
     def of_waiting(self, pairing: Pairing, *, overlap: bool, asynchronous: bool) -> None:
-        """Warns where an update beside the training hides nothing of the time it takes."""
+        """Warns if ``overlap`` or ``offload`` can't hide the time of an update."""
         in_order = overlap and pairing.stream is None
-        if self._told_of_waiting or (asynchronous and not in_order):
+        if self._warned_of_waiting or (asynchronous and not in_order):
             return
-        self._told_of_waiting = True
+        self._warned_of_waiting = True
         why = (
             f"overlap=True has no effect: the averages are on {pairing.devices}, and it takes one "
             f"CUDA device, which has streams that run beside one another. Leave it out"
@@ -63,10 +63,10 @@ class Advice:
         warnings.warn(why, SlowPathWarning, stacklevel=3)
 
     def of_losses(self, weight: float) -> None:
-        """Warns that averages of 16 bits hardly move by so small a momentum."""
-        if weight == 0.0 or self._told_of_losses:
+        """Warns that 16-bit averages hardly change with a momentum this small."""
+        if weight == 0.0 or self._warned_of_losses:
             return
-        self._told_of_losses = True
+        self._warned_of_losses = True
         warnings.warn(
             f"averages are kept in 16 bits and the momentum is {weight:.3g}: changes this small "
             f"are mostly rounded away, and the average stays where it is. Pass "

@@ -1,4 +1,4 @@
-"""The copy of a model that holds its average, and the parameters it needn't copy."""
+"""Makes the copy of a model that holds its average; frozen parameters can be shared instead."""
 
 from __future__ import annotations
 
@@ -27,17 +27,18 @@ def averaged_copy(
     share_frozen: bool,
     pinned: bool = False,
 ) -> tuple[nn.Module, set[str]]:
-    """A deep copy of ``model`` that needs no gradient, on ``device`` and with floats in ``dtype``.
+    """A deep copy of ``model`` without gradients, on ``device``, floating-point tensors in
+    ``dtype``.
 
-    Parameters are converted one by one while they are copied, so that the device of ``model`` never
-    holds a second copy in the old place or dtype.
+    Parameters are converted one by one while they are copied, so that a whole second copy never
+    exists on the old device or in the old dtype.
 
     Args:
         device: of the copy; None keeps each tensor where it is.
         dtype: of floating-point parameters and buffers; None keeps theirs.
-        share_frozen: parameters of ``model`` that need no gradient are not copied: the copy has
-            parameters of its own over the same memory.
-        pinned: in host memory, pinned where there is CUDA.
+        share_frozen: parameters of ``model`` that need no gradient are not copied: those of the
+            copy are views of the same memory.
+        pinned: in host memory, pinned if CUDA is available.
 
     Returns:
         The copy, and the names of the parameters that share memory with ``model``.
@@ -59,7 +60,7 @@ def averaged_copy(
     shared: set[int] = set()
     for name, parameter in model.named_parameters():
         refuse_partitioned(name, parameter)
-        # Under the memo, deepcopy takes these for the copies that it would make itself.
+        # deepcopy takes what it finds in the memo as the copy, and doesn't copy it again.
         if share_frozen and not parameter.requires_grad:
             alias = nn.Parameter(parameter.data, requires_grad=False)
             memo[id(parameter)] = alias
@@ -69,7 +70,7 @@ def averaged_copy(
             moved = moved_to(data)
             if moved is not data:
                 memo[id(parameter)] = nn.Parameter(moved, requires_grad=False)
-    # Not module.to(): it would give shared parameters memory of their own.
+    # Not module.to(), which would give shared parameters new memory.
     module = copy.deepcopy(model, memo).requires_grad_(False)
     module._apply(moved_to)
     return module, _names_of(shared, module)
@@ -83,7 +84,7 @@ def averaged_skeleton(
     share_frozen: bool,
     pinned: bool = False,
 ) -> tuple[nn.Module, set[str]]:
-    """The averaged tensors of ``model`` alone, in bare modules; otherwise as :func:`averaged_copy`.
+    """The averaged tensors of ``model`` in bare modules; otherwise as :func:`averaged_copy`.
 
     Raises:
         TypeError: the parameters are partitioned by ZeRO-3.
@@ -107,7 +108,7 @@ def averaged_skeleton(
 
 
 def _names_of(identities: set[int], module: nn.Module) -> set[str]:
-    # Not named_parameters(): wrappers override it to leave themselves out of the names.
+    # Not named_parameters(): wrappers override it to remove their component from the names.
     return {
         f"{path}.{name}" if path else name
         for path, part in module.named_modules(remove_duplicate=False)
@@ -120,10 +121,10 @@ class FrozenShares:
     """Keeps track of the averaged parameters that are views of frozen source parameters.
 
     Args:
-        names: of those parameters in the averaged module.
-        device: where a parameter goes that gets its own memory; None: where its source is.
+        names: names of these parameters in the averaged module.
+        device: of a parameter that stops sharing; None: its source's.
         dtype: of such a parameter; None: its source's.
-        pinned: in host memory, pinned where there is CUDA.
+        pinned: in host memory, pinned if CUDA is available.
     """
 
     def __init__(
@@ -140,10 +141,10 @@ class FrozenShares:
         self._pinned = pinned
 
     def settle(self, name: str, averaged: Tensor, source: Tensor) -> bool:
-        """Makes ``averaged`` a view of ``source`` again where one of them has been moved.
+        """Makes ``averaged`` a view of ``source`` again if either has been moved.
 
-        A source that has become trainable ends the sharing: its average gets memory of its own,
-        with the source's present value.
+        If the source has become trainable, the sharing ends: the average gets its own memory with
+        the source's current value.
 
         Returns:
             Whether the two share memory.
@@ -158,16 +159,16 @@ class FrozenShares:
         return True
 
     def end(self, name: str, averaged: Tensor, source: Tensor) -> None:
-        """Gives ``averaged`` memory of its own, with the present value of ``source``."""
+        """Gives ``averaged`` its own memory, with the current value of ``source``."""
         own = converted(local(source), self._device, self._dtype, pinned=self._pinned)
         replace_local(averaged, own)
         self.names.discard(name)
 
     def average_of(self, name: str, source: Tensor, dtype: torch.dtype) -> Tensor:
-        """What holds the average of ``source`` from its present value on: a view of it if shared.
+        """A new average of ``source`` with its current value: a view of it if shared, else a copy.
 
         Args:
-            dtype: of an average with memory of its own.
+            dtype: of the copy.
         """
         if name in self.names and not source.requires_grad:
             return source.detach()

@@ -1,4 +1,4 @@
-"""A model known again by its parts."""
+"""Recognises a model by its parts."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ def _children(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _has_tensors(module: nn.Module) -> bool:
-    """Whether it has parameters or buffers of its own, not of its children."""
+    """Whether it has parameters or buffers itself, not just in its children."""
     own = (*module._parameters.values(), *module._buffers.values())
     return any(tensor is not None for tensor in own)
 
 
 class KnownModel:
-    """A model known by its parts, so that ``nn.Sequential(backbone, neck)``, made anew at each
-    update, is one and the same.
+    """Recognises a model by its parts, even if it is a new object at each update.
 
-    Its children are the parts, or itself where it has parameters or buffers of its own. None of
-    them is kept alive.
+    For example, a training loop may make ``nn.Sequential(backbone, neck)`` in each step. The parts
+    are the children; a model that has parameters or buffers itself is its only part. Parts are held
+    by weak references.
 
     Args:
-        when_a_part_is_gone: called once no one else holds one of the parts.
+        when_a_part_is_gone: called when one of the parts is garbage-collected.
     """
 
     def __init__(self, model: nn.Module, when_a_part_is_gone: Callable[[object], object]) -> None:
@@ -42,13 +42,13 @@ class KnownModel:
         self._remember(model)
 
     def _remember(self, model: nn.Module) -> None:
-        # Its slots hold its children: watched only as long as it lives.
+        # The watch keeps the children alive, so it is dropped together with the model.
         self.slots_changed = ModuleWatch(alone=[model]).changed
-        # Not a bound method: it would hold itself and what it watches until a collection.
+        # Not a bound method: the reference cycle would keep all of it alive until a collection.
         self._present = weakref.ref(model, functools.partial(_forget, weakref.ref(self)))
 
     def is_now(self, model: nn.Module) -> bool:
-        """Whether ``model`` is the one, or made of the same parts."""
+        """Whether ``model`` is the same object, or consists of the same parts."""
         if model is self._present():
             return not self.slots_changed()
         if self._alone is not None or type(model) is not self._type:
@@ -65,11 +65,11 @@ class KnownModel:
         )
 
     def last(self) -> nn.Module | None:
-        """The model that :meth:`is_now` has accepted last; None once it is gone."""
+        """The model that :meth:`is_now` accepted last; None if it has been garbage-collected."""
         return self._present()
 
     def present(self) -> nn.Module:
-        """The same, where a caller has it at hand."""
+        """The same, for callers that hold the model, so that it still exists."""
         model = self._present()
         assert model is not None
         return model

@@ -1,4 +1,4 @@
-"""Averages of models that were built on the meta device get memory once their model has it."""
+"""Allocates averages of models built on the meta device, once the model itself is allocated."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ema_fused.modules.module_pairs import Kind, partners, slots_of
 
 
 def materialise(averaged: nn.Module, model: nn.Module, shares: FrozenShares) -> None:
-    """Replaces what ``averaged`` holds on the meta device by copies of its partners in ``model``.
+    """Replaces the meta tensors of ``averaged`` by copies of their partners in ``model``.
 
-    Tied tensors stay tied. What is still on the meta device in the model is left alone.
+    Tied tensors stay tied. Tensors that are on the meta device in the model too are left alone.
 
     Raises:
         KeyError: names don't match; nothing has been replaced then.

@@ -1,4 +1,4 @@
-"""The tensors of an averaged module beside those of its model: found by name and checked."""
+"""Pairs the tensors of an averaged module with those of its model, by name, and checks them."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from ema_fused.modules.sharding import refuse_partitioned
 
 
 class Kind(enum.Enum):
-    """What a module holds a tensor as."""
+    """How a module registers a tensor."""
 
     PARAMETER = "parameter"
     BUFFER = "buffer"
-    CACHE = "non-persistent buffer"  # each module fills it for itself
+    CACHE = "non-persistent buffer"  # each module computes its own
 
 
 class Pair(NamedTuple):
-    """An averaged tensor and its source: of sharded ones the shards that this process holds."""
+    """An averaged tensor and its source; for DTensors, their shards in this process."""
 
     name: str
     averaged: Tensor
     source: Tensor
-    averages: bool  # False where it follows by copy
-    number: int  # among all names: the same whatever of them is shared
-    trains: bool  # whether the source needs a gradient
+    averages: bool  # False: it is copied
+    number: int  # index among all names, shared ones included
+    trains: bool  # whether the source requires a gradient
     kind: Kind
 
 
 class Pairs(NamedTuple):
-    """``updated``: what an update writes. ``shared``: one memory on both sides, nothing to do
-    (the parameters themselves, not their shards).
+    """``updated``: the pairs that an update writes. ``shared``: those whose two sides are the same
+    memory, so that nothing is to be done (parameters themselves, not their shards).
     """
 
     updated: list[Pair]
@@ -57,7 +57,7 @@ class Slot(NamedTuple):
 def slots_of(
     root: nn.Module, leave: Collection[Kind] = (), caches_are_buffers: bool = False
 ) -> dict[str, Slot]:
-    """Parameters and buffers but those to leave, by name; tied ones under each of their names."""
+    """Parameters and buffers by name, but not the kinds in ``leave``; tied ones under each name."""
     slots = {}
     for path, module in root.named_modules(remove_duplicate=False):
         prefix = f"{path}." if path else ""
@@ -81,7 +81,7 @@ def _numbers(tensor: Tensor) -> str:
 
 
 def partners(averaged: dict[str, Slot], model: dict[str, Slot]) -> dict[str, str]:
-    """For each name of the average its name in the model; caches need no partner.
+    """The model's name for each name of the average; caches need no partner.
 
     Raises:
         KeyError: names don't match.
@@ -102,18 +102,18 @@ def pair_up(
     leave: Collection[Kind] = (),
     caches_are_buffers: bool = False,
 ) -> Pairs:
-    """The pairs of both modules, tied ones once; kinds to ``leave`` are as if they weren't there.
+    """The pairs of both modules, tied ones once; kinds in ``leave`` are ignored.
 
-    Parameters are averaged, and with ``update_buffers`` the persistent buffers; what has no average
-    (integers, bool) and all other buffers follow by copy. A non-persistent buffer without a partner
-    of its shape and kind is left alone.
+    Parameters are averaged, and with ``update_buffers`` persistent buffers too. Tensors that can't
+    be averaged (integers, bool) and all other buffers are copied. A non-persistent buffer is left
+    alone unless the model has one of its shape and kind.
 
     Raises:
         KeyError: names don't match.
         ValueError: shapes or placements differ.
-        TypeError: one side is floating-point (or sharded, or the like) and the other isn't, or
-            ZeRO-3 holds a parameter's elements.
-        Nothing has been changed then.
+        TypeError: one side is floating-point (or complex, or sharded) and the other isn't, or
+            ZeRO-3 has partitioned a parameter.
+        If an error is raised, nothing has been changed.
     """
     ours, theirs = (slots_of(root, leave, caches_are_buffers) for root in (averaged, model))
     names = partners(ours, theirs)
@@ -162,7 +162,7 @@ def _check(name: str, averaged: Tensor, source: Tensor) -> None:
 
 
 def lists_of(pairs: list[Pair]) -> dict[str, Any]:
-    """What a plan is told of ``pairs``."""
+    """The arguments of a plan for ``pairs``."""
     return {
         "averaged": [pair.averaged for pair in pairs],
         "source": [pair.source for pair in pairs],

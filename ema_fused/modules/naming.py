@@ -1,8 +1,8 @@
-"""Which tensor of a model belongs to which of its average, whatever the model is wrapped in.
+"""Matches the tensors of a model and of its average by name, whatever wraps the model.
 
-Wrappers put a component of their own into every name: DistributedDataParallel and DataParallel
-``module.``, torch.compile ``_orig_mod.``, activation checkpointing ``_checkpoint_wrapped_module.``,
-FSDP1 ``_fsdp_wrapped_module.``. They come and go after the average was made, and around
+Each wrapper adds a component to every name: DistributedDataParallel and DataParallel ``module.``,
+torch.compile ``_orig_mod.``, activation checkpointing ``_checkpoint_wrapped_module.``, FSDP1
+``_fsdp_wrapped_module.``. Wrappers may be added or removed after the average was made, around
 submodules too.
 """
 
@@ -18,7 +18,7 @@ _SHOWN = 6
 def without_wrappers(name: str) -> str:
     """``name`` without the path components that wrappers add: ``module.a._orig_mod.b`` is ``a.b``.
 
-    The last component is the tensor's own and stays.
+    The last component, the tensor's own name, is never removed.
     """
     *path, last = name.split(".")
     return ".".join([part for part in path if part not in WRAPPERS] + [last])
@@ -27,23 +27,23 @@ def without_wrappers(name: str) -> str:
 def match_names(averaged: Mapping[str, bool], source: Mapping[str, bool]) -> dict[str, str]:
     """Pairs the names of two modules, one to one.
 
-    Names that are equal as they stand are paired as they stand. Otherwise wrappers around the whole
-    of either module are taken off, level by level; then every component that looks like a
-    wrapper's, on both sides. The first of these views under which all names agree is taken, for all
-    names alike, so a submodule that is itself called ``module`` is never taken for a wrapper in
-    silence.
+    If all names are equal, they are paired unchanged. Otherwise the leading components of wrappers
+    around the whole of either module are removed, level by level; last, every component that looks
+    like a wrapper's, on both sides. The first of these views in which all names match is used for
+    all names, so a submodule that is itself called ``module`` isn't mistaken for a wrapper
+    unnoticed.
 
     Args:
-        averaged: for each name of the averaged model, whether it must find a partner.
+        averaged: for each name of the averaged model, whether it must have a partner.
         source: the same for the model that is averaged.
 
     Returns:
-        For each averaged name its source name, in the order of ``averaged``. Names that need no
+        The source name of each averaged name, in the order of ``averaged``. Names that need no
         partner and have none are left out.
 
     Raises:
-        KeyError: names that must match and don't (all views failed), or that can't be told apart
-            once wrappers are taken off.
+        KeyError: names that must match don't match in any view, or become equal when wrappers are
+            removed.
     """
     views = [(a, s) for a in _unwrapped(averaged) for s in _unwrapped(source)]
     short = _shortened(averaged), _shortened(source)
@@ -56,7 +56,7 @@ def match_names(averaged: Mapping[str, bool], source: Mapping[str, bool]) -> dic
 
 
 def _unwrapped(names: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Views (short name -> name) with 0, 1, ... leading components that all names share removed."""
+    """Yields views (short name -> name) without the first 0, 1, ... components, all wrappers'."""
     view = {name: name for name in names}
     while True:
         yield view
@@ -67,7 +67,7 @@ def _unwrapped(names: Iterable[str]) -> Iterator[dict[str, str]]:
 
 
 def _shortened(names: Iterable[str]) -> dict[str, str] | None:
-    """The view without any wrapper's component; None where two names become one."""
+    """The view without wrappers' components; None if two names become equal."""
     names = list(names)
     view = {without_wrappers(name): name for name in names}
     return view if len(view) == len(names) else None

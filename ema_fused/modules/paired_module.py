@@ -1,4 +1,4 @@
-"""The module that holds the averages of a model: paired with it, waited for, exchanged with it."""
+"""The module that holds the averages of a model: pairs them, waits for updates, swaps them."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from ema_fused.modules.waiting import WaitingModule
 
 
 class PairedModule(WaitingModule):
-    """Holds ``module``, the averages of a model, and what goes on between the two.
+    """Holds the averages of a model, ``module``, and their pairing with it.
 
-    Knows nothing of steps and weights: a subclass says when and by what weight to average.
+    It doesn't know steps and weights: a subclass decides when to average and with what weight.
 
     Args:
         module: the averages.
         shares: the parameters of ``module`` that share memory with the model's.
         update_buffers: whether persistent floating-point buffers are averaged too.
-        backend: as in :class:`~ema_fused.Plan`; ``rounding`` too.
-        offload: ``"cpu"``: the averages lie on the host and are updated there, in a thread.
-        overlap: averages on a CUDA device are updated on a stream of its own.
+        backend: as in :class:`~ema_fused.Plan`; likewise ``rounding``.
+        offload: ``"cpu"``: the averages are in host memory and updated there, in a thread.
+        overlap: averages on a CUDA device are updated on a separate stream.
 
     Attributes:
         module: the averages.
         arithmetic: how an average is written (see :class:`~ema_fused.Plan`).
         runs_beside: whether an update may still be reading the model when the call that started it
-            returns: the caller is to use :meth:`wait_until_read`.
+            returns. If so, the caller must use :meth:`wait_until_read`.
     """
 
     arithmetic: str = "lerp"
@@ -61,12 +61,12 @@ class PairedModule(WaitingModule):
         self.runs_beside = overlap or offload is not None
         self._shares = shares
         self._pairing: Pairing | None = None
-        self._unfinished: list[Pairing] = []  # whose model is gone, with an update under way
+        self._unfinished: list[Pairing] = []  # of deleted models, with unfinished updates
         self._advice = Advice()
 
     @property
     def shared_names(self) -> set[str]:
-        """Names of the averaged parameters that are the model's own memory (``share_frozen``)."""
+        """Names of the averaged parameters that share the model's memory (``share_frozen``)."""
         return self._shares.names
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -77,8 +77,8 @@ class PairedModule(WaitingModule):
     def flush(self) -> None:
         """Waits until every update so far is in the averages.
 
-        On CUDA the current stream waits, not the host, unless the average is offloaded. Whatever
-        reads the averages through this object does it by itself.
+        On CUDA the current stream waits, not the host, unless the average is offloaded. Reading the
+        averages through this object calls it automatically.
 
         Raises:
             RuntimeError: an offloaded update failed.
@@ -89,21 +89,21 @@ class PairedModule(WaitingModule):
             self._pairing.flush()
 
     def wait_until_read(self) -> None:
-        """Waits until the model may be changed: until every update so far has read it.
+        """Waits until every update so far has read the model, which may then be changed.
 
-        To be called before the next optimizer step where updates are ``asynchronous``.
+        Call it before the next optimizer step if updates are ``asynchronous``.
 
         Raises:
             RuntimeError: an offloaded update failed.
         """
-        # Of a model that is gone, parts may be trained on.
+        # The model object may be deleted while its parameters are still trained.
         for pairing in self._unfinished:
             pairing.wait_until_read()
         if self._pairing is not None:
             self._pairing.wait_until_read()
 
     def copy_from(self, model: nn.Module) -> None:
-        """Sets the average to the present weights and buffers of ``model``; ``steps`` stays.
+        """Sets the average to the current weights and buffers of ``model``; ``steps`` is unchanged.
 
         Raises:
             KeyError, ValueError, TypeError, RuntimeError: as :meth:`update_parameters`.
@@ -126,18 +126,18 @@ class PairedModule(WaitingModule):
     def swapped(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """``with averaged.swapped(model):`` runs ``model`` with the averaged weights and buffers.
 
-        They are taken out again at the end of the block, whatever is raised in it. Tensors are
-        swapped in place, so it takes no memory, and optimizers, hooks and compiled graphs keep
-        their parameters. Where ``averaged_dtype`` differs from the model's dtype a swap would lose
-        bits: there the model's tensors are kept aside for the length of the block, at the cost of
-        their own size on the average's device.
+        They are swapped out again at the end of the block, even if it raises. Tensors are swapped
+        in place, so it takes no memory, and optimizers, hooks and compiled graphs keep their
+        parameters. If ``averaged_dtype`` differs from the model's dtype, a swap would lose bits.
+        Then copies of the model's tensors are kept during the block; they take as much memory as
+        the model's tensors, on the average's device.
 
         Inside the block the model holds the averages and the average holds the model's weights, so
         saving, loading, updating, calling the average and swapping again are refused. Call
         ``model.eval()`` yourself: batch norm in training mode would update the averaged statistics.
 
         Returns:
-            A context manager that gives ``model``.
+            A context manager that yields ``model``.
 
         Raises:
             KeyError, ValueError, TypeError: as :meth:`update_parameters`; nothing is swapped then.
@@ -147,14 +147,15 @@ class PairedModule(WaitingModule):
         return swapping.swapped(self, self.module, model, shares=self._shares, backend=self.backend)
 
     def exchange_with(self, model: nn.Module, *, averages_alone: bool = False) -> Exchange:
-        """What puts the averages into ``model`` and takes them out again, any number of times.
+        """An object that swaps the averages into ``model`` and out again, any number of times.
 
-        For a framework that calls at both ends of an evaluation; a loop of one's own uses
-        :meth:`swapped`, which also refuses what must not be done in between.
+        For frameworks with separate callbacks before and after an evaluation. In your own loop use
+        :meth:`swapped`, which also refuses actions that must not happen in between.
 
         Args:
-            model: as of :meth:`swapped`.
-            averages_alone: leave what follows by copy (buffers, integers) as it is in both.
+            model: as for :meth:`swapped`.
+            averages_alone: swap only averaged tensors; those that are copied (buffers, integers)
+                stay as they are in both.
 
         Raises:
             KeyError, ValueError, TypeError: as :meth:`update_parameters`.
@@ -173,7 +174,7 @@ class PairedModule(WaitingModule):
 
     @property
     def avg_parameters(self) -> dict[str, Tensor]:
-        """The averaged tensors by name, as in mmengine: with buffers if ``update_buffers``."""
+        """The averaged tensors by name, as in mmengine; with buffers if ``update_buffers``."""
         if self.update_buffers:
             return dict(self.module.state_dict())
         return dict(self.module.named_parameters())
@@ -194,7 +195,7 @@ class PairedModule(WaitingModule):
             averaged,
             model,
             update_buffers=self.update_buffers,
-            # Stochastic rounding replaces the roundings that distinguish the arithmetics.
+            # The arithmetics differ only in their roundings, which stochastic rounding replaces.
             arithmetic=self.arithmetic if self.rounding == "nearest" else "lerp",
             rounding=self.rounding,
             backend=self.backend,
@@ -208,11 +209,11 @@ class PairedModule(WaitingModule):
         return pairing
 
     def settle(self) -> None:
-        """Waits for updates under way, so that all that ``state_dict()`` holds is right."""
+        """Waits for unfinished updates, so that everything in ``state_dict()`` is up to date."""
         self.flush()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: everything but the plans, which hold the model itself."""
+        """Copied and pickled is everything but the plans, which refer to the model itself."""
         refuse_while_swapped("the averaged model was copied or pickled", self)
         self.settle()
         return self.__dict__ | {"_pairing": None, "_unfinished": []}
@@ -223,11 +224,11 @@ class PairedModule(WaitingModule):
 
 
 def _forget_pairing(owner: weakref.ref[PairedModule], _: object) -> None:
-    """Called when a model has been deleted: a pairing kept after that would keep its tensors."""
+    """Drops the pairing of a deleted model, which would keep the model's tensors alive."""
     averaged = owner()
     if averaged is None or averaged._pairing is None:
         return
     pairing, averaged._pairing = averaged._pairing, None
-    # Garbage collection may run in the thread of an update, so nothing may be waited for here.
+    # This may run in the thread of an update, during garbage collection: it must not wait.
     if not pairing.is_idle():
         averaged._unfinished.append(pairing)

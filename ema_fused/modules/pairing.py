@@ -1,4 +1,4 @@
-"""What an averaged module does with one model: prepared once, run at every update."""
+"""The updates of an averaged module by one model: prepared once, run at every step."""
 
 from __future__ import annotations
 
@@ -20,33 +20,35 @@ from ema_fused.offloading.offloaded_plan import OffloadedPlan
 
 
 class Pairing:
-    """What an averaged module does with one model: prepared once, run at every update.
+    """The updates of an averaged module by one model: prepared once, run at every step.
 
-    Follows the tensors: :meth:`holds` tells when slots hold other objects; tensors that got another
-    dtype in place (``module.double()``) are paired anew when a plan refuses them.
+    Tensors may be replaced: :meth:`holds` is False when parameters or buffers are other objects;
+    after a change of dtype in place (``module.double()``) the plan refuses the tensors, and they
+    are paired again.
 
-    The plans hold the tensors of both: whoever holds a pairing lets it go when a module is gone.
+    The plans keep the tensors of both modules alive: the owner of a pairing must drop it when one
+    of the modules has been deleted (``when_one_is_gone``).
 
     Args:
         averaged: the module with the averages; not kept alive.
         model: the module they are averages of; not kept alive.
-        when_one_is_gone: called once no one else holds ``averaged`` or ``model``.
+        when_one_is_gone: called when ``averaged`` or ``model`` is garbage-collected.
         leave: kinds of tensors that are neither averaged nor copied.
-        caches_are_buffers: treat non-persistent buffers as the others.
+        caches_are_buffers: treat non-persistent buffers like persistent ones.
         update_buffers: whether persistent floating-point buffers are averaged too.
-        arithmetic: of the averages, as in :class:`~ema_fused.Plan`; ``rounding`` too.
+        arithmetic: of the averages, as in :class:`~ema_fused.Plan`; likewise ``rounding``.
         backend: as in :class:`~ema_fused.Plan`.
         shares: the parameters that share memory with ``model``.
         offload: the averages are updated on the host, in a thread.
-        overlap: averages on a CUDA device are updated on a stream of its own.
+        overlap: averages on a CUDA device are updated on a separate stream.
 
     Attributes:
         device: of the averages (of the first, if they are on several); ``devices`` names all.
-        stream: what updates overlap on; None where they are in order with everything else.
+        stream: the separate stream that updates run on; None if they run on the current stream.
 
     Raises:
         KeyError, TypeError: as :func:`pair_up` and the plan, from every method too.
-        ValueError: also where a trainable parameter is the average's own memory.
+        ValueError: also if the average of a trainable parameter shares its memory.
     """
 
     def __init__(
@@ -111,7 +113,8 @@ class Pairing:
             rounding=self._rounding,
             backend=self._backend,
         )
-        # Of a plan that isn't offloaded both are an order on the device.
+        # A plan on a device orders its streams, so waiting for the averages and waiting for the
+        # reads of the model are the same.
         waits = (
             (everything.flush, everything.wait_until_read)
             if isinstance(everything, OffloadedPlan)
@@ -119,7 +122,7 @@ class Pairing:
         )
         for pair in pairs:
             _check_own_memory(pair)
-        # Nothing above is kept if any of it has raised.
+        # Assigned only now, so that an error above leaves the pairing as it was.
         self._slots_changed = slots_changed
         self._pairs = pairs
         self._shared = [(pair.averaged, pair.source) for pair in shared]
@@ -130,16 +133,17 @@ class Pairing:
         self._followers: Plan | None = None
         rounded = pairs if self._rounding == "nearest" else []
         halves = {pair.averaged.dtype for pair in rounded if _is_half(pair)}
-        # With a smaller weight, half a unit in the last place is more than a whole new value moves.
+        # With a smaller weight even a change as large as the average is rounded away: it is below
+        # half a unit in the last place.
         self.lossy_below = max((torch.finfo(dtype).eps / 2 for dtype in halves), default=0.0)
 
     def _take_snapshot(self, snapshot: Plan) -> None:
-        # The one before may still be being read.
+        # The previous update may still be reading the snapshot.
         self.wait_until_read()
         snapshot.copy_()
 
     def holds(self, averaged: nn.Module, model: nn.Module, update_buffers: bool) -> bool:
-        """Whether the pairs are still those of these modules: some nanoseconds a slot."""
+        """Whether the pairs are still those of these modules; takes some nanoseconds per tensor."""
         if averaged is not self._averaged() or not self._model.is_now(model):
             return False
         if update_buffers != self.update_buffers:
@@ -152,7 +156,7 @@ class Pairing:
         return True
 
     def difference(self, other: Pairing) -> str:
-        """What distinguishes this pairing from ``other``, an earlier one."""
+        """Says what has changed since ``other``, an earlier pairing; for a warning."""
         model = self._model.present()
         if model is not other._model.last() and not other._model.has_the_parts_of(model):
             return "another model object is passed in turn"
@@ -178,7 +182,7 @@ class Pairing:
         if self._snapshot is not None:
             self._take_snapshot(self._snapshot)
         self._everything.copy_()
-        # What fails is told now: an average of nothing isn't gone on with.
+        # Wait for errors now: without this first copy the average would have no valid values.
         self._flush()
 
     def average_(
@@ -190,10 +194,10 @@ class Pairing:
         found_inf: Tensor | None = None,
         squared_distance: Tensor | None = None,
     ) -> None:
-        """Averages what has an average and copies the rest, in one launch a device.
+        """Averages the tensors that can be averaged and copies the rest, in one launch per device.
 
-        ``seed`` and ``step`` are those of stochastic rounding; where ``found_inf`` is set, nothing
-        is done; ``squared_distance`` is as of :meth:`~ema_fused.Plan.lerp_`.
+        ``seed`` and ``step`` are those of stochastic rounding; if ``found_inf`` is set, nothing is
+        done; ``squared_distance`` is as in :meth:`~ema_fused.Plan.lerp_`.
         """
         try:
             return self._average(weight, seed, step, found_inf, squared_distance)
@@ -212,7 +216,7 @@ class Pairing:
     ) -> None:
         plan = self._everything
         if self._is_plain and found_inf is None and squared_distance is None:
-            plan.lerp_(weight)  # type: ignore[arg-type]  # the shortest way to the launch
+            plan.lerp_(weight)  # type: ignore[arg-type]  # the fast path
             return
         if self._snapshot is not None:
             self._take_snapshot(self._snapshot)
@@ -242,11 +246,11 @@ class Pairing:
         self._prepare()
 
     def flush(self) -> None:
-        """Waits until all updates are in the averages; the host only for offloaded ones."""
+        """Waits until all updates are in the averages; the host waits for offloaded ones only."""
         self._flush()
 
     def is_idle(self) -> bool:
-        """Whether no update is known to be under way."""
+        """Whether no update is unfinished, as far as the host knows."""
         return self._everything.is_idle()
 
     def wait_until_read(self) -> None:
@@ -254,11 +258,11 @@ class Pairing:
         self._wait_until_read()
 
     def where_it_runs(self) -> AbstractContextManager[object]:
-        """A context in which the stream of the updates is the current one."""
+        """A context in which the stream of the updates is the current stream."""
         return nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
 
     def follow_(self, *, found_inf: Tensor | None = None) -> None:
-        """Copies only what isn't averaged; where ``found_inf`` is set, nothing is done."""
+        """Copies the tensors that aren't averaged; if ``found_inf`` is set, does nothing."""
         if self._followers is not None:
             try:
                 return _copy_unless(found_inf, self._followers)
@@ -269,7 +273,7 @@ class Pairing:
         _copy_unless(found_inf, self._followers)
 
     def averaging_pairs(self) -> list[Pair]:
-        """The pairs to average, their shapes known to be equal."""
+        """The pairs to average, after a check that their shapes are equal."""
         pairs = [pair for pair in self._pairs if pair.averages]
         if all(pair.averaged.shape == pair.source.shape for pair in pairs):
             return pairs
@@ -278,10 +282,10 @@ class Pairing:
 
 
 def _with_snapshots(pairs: list[Pair], backend: str | None) -> tuple[Plan | None, list[Pair]]:
-    """What copies the model's buffers, and the pairs with the copies in their place.
+    """A plan that copies the model's buffers, and the pairs with these copies as sources.
 
-    For updates beside the training: the next forward pass writes the buffers, and nobody waits
-    before that.
+    For updates that run in parallel with training: the next forward pass writes the buffers without
+    waiting for the update, which therefore reads copies of them.
     """
     with torch.inference_mode(False):
         held = {
@@ -303,7 +307,7 @@ def _with_snapshots(pairs: list[Pair], backend: str | None) -> tuple[Plan | None
 def _copy_unless(found_inf: Tensor | None, followers: Plan) -> None:
     if found_inf is None:
         followers.copy_()
-    else:  # of pairs that are only copied an average is a copy, and it can be told of the flag
+    else:  # lerp_ copies such pairs, and unlike copy_ it takes the flag
         followers.lerp_(1.0, found_inf=found_inf)
 
 
@@ -316,7 +320,7 @@ def _is_half(pair: Pair) -> bool:
 
 
 def _check_own_memory(pair: Pair) -> None:
-    """An average in its model's own memory would look right and never average anything."""
+    """Refuses an average that shares the model's memory: it would always equal the model."""
     name, averaged, source, averages, _, trains, _ = pair
     if not averages or not trains or averaged.device != source.device:
         return

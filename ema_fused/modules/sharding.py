@@ -1,4 +1,4 @@
-"""Models whose parameters are spread over processes by FSDP1, FSDP2 or ZeRO-3."""
+"""Models whose parameters are sharded by FSDP1, FSDP2 or ZeRO-3."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Device = torch.device | str | int | None
 
 
 def drop_gathered(model: nn.Module) -> None:
-    """Lets FSDP go of parameters it has gathered, as a forward pass without a backward leaves them.
+    """Frees parameters that FSDP has gathered; a forward pass without a backward leaves them so.
 
-    Where they stay, the module holds plain tensors instead of shards (FSDP2), and a later forward
-    pass would still use them after the shards have been written.
+    Otherwise the module would hold plain tensors instead of shards (FSDP2), and a later forward
+    pass would use the gathered, outdated values after the shards have been written.
     """
     fsdp2 = class_if_imported("torch.distributed.fsdp", "FSDPModule")
     fsdp1 = class_if_imported("torch.distributed.fsdp", "FullyShardedDataParallel")
@@ -26,20 +26,21 @@ def drop_gathered(model: nn.Module) -> None:
             module.reshard()
         elif fsdp1 is not None and isinstance(module, fsdp1):
             handle = getattr(module, "_handle", None)
-            # Before the first forward pass there is no place to gather into.
+            # Before the first forward pass nothing has been allocated to gather into.
             if handle is not None and hasattr(handle.flat_param, "_full_param_padded"):
-                # FSDP1 has no public call for it: summon_full_params() would gather everything.
+                # FSDP1 has no public function for this: summon_full_params() would gather
+                # everything.
                 handle._free_unsharded_flat_param()
 
 
 def is_flattened(model: nn.Module) -> bool:
-    """Whether a part of ``model`` is wrapped by FSDP1, whose parameters are flat pieces."""
+    """Whether FSDP1, which flattens parameters, wraps any part of ``model``."""
     fsdp1 = class_if_imported("torch.distributed.fsdp", "FullyShardedDataParallel")
     return fsdp1 is not None and any(isinstance(part, fsdp1) for part in model.modules())
 
 
 def refuse_deepcopy(model: nn.Module) -> None:
-    """Raises TypeError where a part of ``model`` is wrapped by FSDP, which can't be deep-copied."""
+    """Raises TypeError if FSDP wraps any part of ``model``: such a model can't be deep-copied."""
     fsdp2 = class_if_imported("torch.distributed.fsdp", "FSDPModule")
     if is_flattened(model) or (
         fsdp2 is not None and any(isinstance(part, fsdp2) for part in model.modules())
@@ -51,7 +52,7 @@ def refuse_deepcopy(model: nn.Module) -> None:
 
 
 def refuse_partitioned(name: str, tensor: Tensor) -> None:
-    """Raises TypeError for a parameter that DeepSpeed's ZeRO-3 has taken the elements of."""
+    """Raises TypeError for a parameter whose elements DeepSpeed's ZeRO-3 has partitioned."""
     if hasattr(tensor, "ds_id") and tensor.numel() == 0 and getattr(tensor, "ds_numel", None) != 0:
         raise TypeError(
             f"{name!r} is partitioned by DeepSpeed ZeRO-3 (ds_id {tensor.ds_id}) and holds no "
@@ -64,10 +65,10 @@ def refuse_partitioned(name: str, tensor: Tensor) -> None:
 def converted(
     tensor: Tensor, device: Device, dtype: torch.dtype | None, *, pinned: bool = False
 ) -> Tensor:
-    """A copy of ``tensor`` on ``device`` and in ``dtype`` (None: as they are), spread as it is.
+    """A copy of ``tensor`` on ``device`` and in ``dtype`` (None: unchanged), sharded as it is.
 
     Args:
-        pinned: in host memory, pinned where there is CUDA.
+        pinned: in host memory, pinned if CUDA is available.
     """
     source = local(tensor.detach())
     if not pinned:

@@ -1,4 +1,4 @@
-"""The tensors of a model under their names, without the model."""
+"""The tensors of a model under their names, in bare modules."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-# Children that are the module itself, in a wrapper that may be gone when the tensors are used.
+# The child of a wrapper that is the wrapped module itself. The wrapper may be removed later.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 Copy = Callable[[str, Tensor], Tensor]
@@ -16,18 +16,18 @@ Copy = Callable[[str, Tensor], Tensor]
 def skeleton_of(model: nn.Module, copy: Copy) -> nn.Module:
     """A tree of bare modules with copies of the parameters and buffers of ``model``.
 
-    Nothing else of the model is copied, so models that can't be deep-copied have one too. Tied
-    tensors are tied in it, and wrappers are left out: the names are those of the plain model.
+    Nothing else of the model is copied, so it works for models that can't be deep-copied. Tied
+    tensors stay tied, and wrappers are left out: the names are those of the plain model.
 
     Args:
-        copy: makes the copy of a tensor, given its name and itself: an ``nn.Parameter`` of a
-            parameter.
+        copy: makes the copy of a tensor, given its name and the tensor; for a parameter, an
+            ``nn.Parameter``.
     """
     return _Copier(copy).module(model, "")
 
 
 class _Copier:
-    """Remembers what it has copied; a module or tensor met again is the same copy again."""
+    """Copies each module and tensor once; one that occurs again gets the same copy."""
 
     def __init__(self, copy: Copy) -> None:
         self._copy = copy

@@ -1,4 +1,4 @@
-"""Averaged weights in the model's place: for the length of a block, or for good."""
+"""Puts averaged weights into the model: for the duration of a block, or for good."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ema_fused.modules.sharding import drop_gathered
 from ema_fused.modules.waiting import wait_until_all_have_read
 from ema_fused.modules.watch import ModuleWatch
 
-# Modules that hold other weights than their own just now.
+# The modules whose weights are swapped at the moment.
 _swapped: set[nn.Module] = set()
 
 
@@ -31,8 +31,8 @@ def refuse_while_swapped(action: str, *modules: nn.Module) -> None:
         )
 
 
-# Functions of this file, not closures: a deep copy or a pickle of a swapped model takes its hooks
-# along, and there they must find that the copy is not swapped.
+# Module-level functions, not closures: a deep copy or pickle of a swapped model contains these
+# hooks, and they must see that the copy itself is not swapped.
 def _refuse_saving(module: nn.Module, *_: Any) -> None:
     refuse_while_swapped("state_dict() was called", module)
 
@@ -42,7 +42,7 @@ def _refuse_loading(module: nn.Module, *_: Any) -> None:
 
 
 def _each_source_once(pairs: Iterable[Pair]) -> list[Pair]:
-    """A source that is tied more often takes its first average."""
+    """Each source once: one with several averages, being tied more often, keeps the first."""
     distinct: dict[int, Pair] = {}
     for pair in pairs:
         distinct.setdefault(id(pair.source), pair)
@@ -50,7 +50,7 @@ def _each_source_once(pairs: Iterable[Pair]) -> list[Pair]:
 
 
 def _pairs(averaged: nn.Module, model: nn.Module, shares: FrozenShares) -> list[Pair]:
-    """All that the average holds."""
+    """The pairs of all tensors that the average holds."""
     pairs = pair_up(averaged, model, update_buffers=False, shares=shares).updated
     return _each_source_once(pairs)
 
@@ -58,7 +58,7 @@ def _pairs(averaged: nn.Module, model: nn.Module, shares: FrozenShares) -> list[
 def copy_to(
     averaged: nn.Module, model: nn.Module, *, shares: FrozenShares, backend: str | None
 ) -> None:
-    """Writes every averaged tensor into its place in ``model``, converting dtypes."""
+    """Copies every averaged tensor into ``model``, converting dtypes."""
     wait_until_all_have_read()
     drop_gathered(model)
     pairs = _pairs(averaged, model, shares)
@@ -71,17 +71,16 @@ def copy_to(
 
 
 class Exchange:
-    """Puts averages into a model and takes them out again; planned once for any number of times.
+    """Swaps averages into a model and out again; planned once, used any number of times.
 
-    Tensors of one dtype are swapped in place. Where a model's dtype differs from its average's, a
-    swap would lose bits: the model's tensors are kept aside, on the average's device, and
-    overwritten.
+    Pairs of one dtype are swapped in place. Where the dtypes differ, a swap would lose bits: the
+    model's tensor is saved on the average's device and then overwritten.
 
     Args:
         averaged: the module with the averages.
         model: the module to put them into.
-        find_pairs: gives the pairs of the two to exchange, each source once. Asked again after
-            tensors were replaced.
+        find_pairs: returns the pairs to exchange, each source once. Called again after tensors were
+            replaced.
         backend: as in :class:`~ema_fused.Plan`.
     """
 
@@ -103,7 +102,7 @@ class Exchange:
 
     @property
     def overwrites(self) -> list[str]:
-        """Names of the tensors that are kept aside and overwritten."""
+        """Names of the tensors that are saved and overwritten instead of swapped."""
         return [pair.name for pair in self._overwrites]
 
     def _prepare(self) -> None:
@@ -121,7 +120,7 @@ class Exchange:
         return Plan(sources, values, backend=self._backend, names=names)
 
     def put_in(self) -> None:
-        """Exchanges the tensors of average and model.
+        """Swaps the averages into the model.
 
         Raises:
             KeyError, TypeError, ValueError: as ``pair_up``; nothing has been exchanged then.
@@ -139,17 +138,17 @@ class Exchange:
         self._kept = kept
 
     def _is_as_planned(self) -> bool:
-        """Whether swaps are still swaps, after ``module.double()`` or the like."""
+        """Whether the same pairs still have equal dtypes; ``module.double()`` may change that."""
         return all(pair.averaged.dtype == pair.source.dtype for pair in self._swaps) and all(
             pair.averaged.dtype != pair.source.dtype for pair in self._overwrites
         )
 
     def take_out(self) -> None:
-        """Exchanges them back.
+        """Swaps the averages out of the model again.
 
         Raises:
             RuntimeError: dtypes, shapes or names have changed since; or an offloaded update failed,
-                which doesn't keep them from being exchanged.
+                in which case the weights are swapped back nevertheless.
         """
         try:
             wait_until_all_have_read()
@@ -172,7 +171,7 @@ class Exchange:
         self._kept = {}
 
     def _find_again(self) -> None:
-        """The same pairs by name, in modules whose slots hold other tensors by now."""
+        """Finds the same pairs again, by name, after tensors in the modules were replaced."""
         found = {pair.name: pair for pair in self._find_pairs()}
         self._swaps = [found[pair.name] for pair in self._swaps]
         self._overwrites = [found[pair.name] for pair in self._overwrites]
@@ -184,7 +183,7 @@ class Exchange:
 def exchange_of_everything(
     averaged: nn.Module, model: nn.Module, *, shares: FrozenShares, backend: str | None
 ) -> Exchange:
-    """The exchange of all that the average holds."""
+    """An :class:`Exchange` of all tensors that the average holds."""
     find_pairs = functools.partial(_pairs, averaged, model, shares)
     return Exchange(averaged, model, find_pairs, backend=backend)
 
@@ -197,7 +196,7 @@ def exchange_of_averages(
     shares: FrozenShares,
     backend: str | None,
 ) -> Exchange:
-    """The exchange of what is averaged alone: parameters, and with ``update_buffers`` buffers."""
+    """An :class:`Exchange` of averaged tensors only; buffers too with ``update_buffers``."""
 
     def find_pairs() -> list[Pair]:
         pairs = pair_up(averaged, model, update_buffers=update_buffers, shares=shares).updated
@@ -215,10 +214,11 @@ def swapped(
     shares: FrozenShares,
     backend: str | None,
 ) -> Iterator[nn.Module]:
-    """Exchanges the weights of ``averaged`` and ``model`` for the length of the block.
+    """Swaps the weights of ``averaged`` and ``model`` for the duration of the block.
 
     Args:
-        owner: the averaged model around ``averaged``; unusable inside the block, as both others.
+        owner: the averaged model around ``averaged``. Saving, loading and updating any of the three
+            is refused inside the block.
     """
     refuse_while_swapped("swapped() was called", owner, model)
     exchange = exchange_of_everything(averaged, model, shares=shares, backend=backend)

@@ -1,4 +1,4 @@
-"""A module whose tensors may be being written just now: whatever reads them waits first."""
+"""A module whose tensors may be written in the background: reading them waits first."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-# Averages whose updates may still be reading their models.
+# Averages with updates that may still be reading their models.
 _beside: weakref.WeakSet[WaitingModule] = weakref.WeakSet()
 
 
 def reads_beside(averaged: WaitingModule) -> None:
-    """Notes that updates of ``averaged`` run beside the training."""
+    """Registers ``averaged`` as one whose updates run in parallel with training."""
     _beside.add(averaged)
 
 
 def wait_until_all_have_read() -> None:
-    """Waits until a model may be written, whichever averages it has.
+    """Waits until no update reads any model, so that models may be written.
 
     Raises:
-        RuntimeError: an offloaded update of one of them failed; all have been waited for then.
+        RuntimeError: an offloaded update failed; all others have been waited for nevertheless.
     """
     failed: RuntimeError | None = None
     for averaged in list(_beside):
@@ -34,10 +34,10 @@ def wait_until_all_have_read() -> None:
 
 
 class WaitingModule(nn.Module):
-    """Waits, by :meth:`flush`, before it hands out its ``module``, its tensors or its state."""
+    """Calls :meth:`flush` before it gives access to its ``module``, its tensors or its state."""
 
     def flush(self) -> None:
-        """Waits until the tensors hold what they are to hold."""
+        """Waits until all updates are in the tensors."""
         raise NotImplementedError
 
     def wait_until_read(self) -> None:
@@ -46,7 +46,7 @@ class WaitingModule(nn.Module):
 
     @property
     def module(self) -> nn.Module:
-        """The averaged copy; waits for an update that is under way."""
+        """The averaged copy; waits for unfinished updates first."""
         self.flush()
         averaged = self._modules["module"]
         assert averaged is not None
@@ -55,12 +55,12 @@ class WaitingModule(nn.Module):
     def named_parameters(
         self, *arguments: Any, **options: Any
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """As of any module; waits for an update that is under way."""
+        """As of any module; waits for unfinished updates first."""
         self.flush()
         return super().named_parameters(*arguments, **options)
 
     def named_buffers(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
-        """As of any module; waits for an update that is under way."""
+        """As of any module; waits for unfinished updates first."""
         self.flush()
         return super().named_buffers(*arguments, **options)
 

@@ -1,7 +1,7 @@
-"""Watching modules for change: are their parameters, buffers and children still the same objects?
+"""Watches modules: are their parameters, buffers and children still the same objects?
 
 Walking a module for its named parameters takes longer than updating their average, so it is done
-only when one of these slots has changed.
+only when one of these objects has been replaced.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class _Watch(Protocol):
 
 
 class _PythonSlotWatch:
-    """What the compiled SlotWatch does, for an install without it."""
+    """The fallback for the compiled SlotWatch."""
 
     def __init__(self, dictionaries: list[dict[str, Any]]) -> None:
         self._remembered = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
@@ -36,15 +36,15 @@ class _PythonSlotWatch:
 
 
 class ModuleWatch:
-    """Tells whether any parameter, buffer or child slot of ``modules`` holds another object.
+    """Tells whether any parameter, buffer or child of ``modules`` has been replaced.
 
-    Replaced, added and removed slots are seen, and DTensors that have got another shard; a plain
-    tensor that changes in place (``.data = ...``) is not: a Plan sees that. Keeps what is in the
-    slots alive, not the modules.
+    It detects replaced, added and removed objects, and DTensors whose shard was replaced. It
+    doesn't detect new storage in the same tensor (``.data = ...``); a Plan does. It keeps the
+    watched parameters, buffers and children alive, but not ``modules`` themselves.
 
     Args:
-        modules: each watched with all that is in it.
-        alone: each watched by its own slots only.
+        modules: each watched with all its submodules.
+        alone: modules watched without their submodules.
     """
 
     def __init__(self, *modules: nn.Module, alone: Iterable[nn.Module] = ()) -> None:
@@ -62,7 +62,8 @@ class ModuleWatch:
             for tensor in dictionary.values()
             if isinstance(tensor, Tensor)
         )
-        # Found once: asked before every update. Not a bound method, so that it doesn't hold itself.
+        # Looked up once, as it is called before every update. Not a bound method, which would make
+        # a reference cycle.
         slots_changed, shards_changed = self._slots.changed, self._shards.changed
         self.changed: Callable[[], bool] = (
             (lambda: slots_changed() or shards_changed()) if self._shards else slots_changed

@@ -1,4 +1,4 @@
-"""The thread that brings pieces over and averages them, and what its caller waits for."""
+"""The thread that copies pieces to the host and averages them, and the events to wait for."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from torch import Tensor
 from ema_fused.offloading.staging import Piece
 
 _EXIT_SECONDS = 60.0  # how long the interpreter's exit waits for an unfinished update
-_LOOK_SECONDS = 1.0  # how often who waits looks whether the thread is alive
+_LOOK_SECONDS = 1.0  # between checks whether the thread is alive
 
 
 class OffloadedUpdate:
-    """One pass over the pieces, which the thread carries out and the caller waits for.
+    """One pass over the pieces: the thread runs it, and the caller can wait for its events.
 
     Args:
         pieces: all of them.
-        run: what is done with a piece once it is staged.
-        flag: found_inf on its way to the host, and the event of its arrival.
+        run: called with each piece once it is staged.
+        flag: the tensor that ``found_inf`` is copied to on the host, and the event after that copy.
     """
 
     def __init__(
@@ -34,7 +34,7 @@ class OffloadedUpdate:
         flag: tuple[Tensor, torch.cuda.Event] | None,
     ) -> None:
         self.pieces = pieces
-        self.read = threading.Event()  # nothing more of the sources will be asked for
+        self.read = threading.Event()  # all reads of the sources are enqueued
         self.done = threading.Event()
         self.finished = 0  # pieces
         self.error: BaseException | None = None
@@ -59,7 +59,7 @@ class OffloadedUpdate:
             self.read.set()
 
     def _finish(self, piece: Piece) -> bool:
-        """False where found_inf was set: then nothing is done with any piece."""
+        """Waits for a piece and runs it; False if found_inf is set: then no piece is run."""
         piece.wait()
         if self._flag is not None and self.finished == 0:
             flag, arrived = self._flag
@@ -71,16 +71,16 @@ class OffloadedUpdate:
         return True
 
     def _come_to_rest(self) -> None:
-        """Nothing reads the sources any more once this returns."""
+        """After an error: waits until nothing reads the sources any more."""
         for stream in {piece.stream for piece in self.pieces if piece.stream is not None}:
             try:
                 stream.synchronize()
             except RuntimeError:
-                return  # the device has failed; the first error tells more
+                return  # the device has failed; the first error says why
 
 
 class Worker:
-    """A thread that carries out one update after the other. It holds none that is done."""
+    """A thread that runs updates one after another. It keeps no reference to a finished one."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
@@ -97,11 +97,11 @@ class Worker:
                 return
             update.carry_out()
             done = update.done
-            del update  # first, so that its pieces go when the plan lets them go
+            del update  # before done is set, so that only the plan keeps the pieces alive
             done.set()
 
     def wait(self, event: threading.Event) -> None:
-        """Waits, open to KeyboardInterrupt."""
+        """Waits for ``event``; can be interrupted by KeyboardInterrupt."""
         while not event.wait(_LOOK_SECONDS):
             if not self.thread.is_alive() and not event.is_set():
                 raise RuntimeError(
@@ -115,7 +115,7 @@ _workers: weakref.WeakSet[Worker] = weakref.WeakSet()
 
 @atexit.register
 def _finish_at_exit() -> None:
-    """A daemon thread that is stopped within a kernel could take the interpreter down."""
+    """Joins the threads: a daemon thread stopped inside a kernel could crash the interpreter."""
     for worker in list(_workers):
         worker.updates.put(None)
         worker.thread.join(_EXIT_SECONDS)

@@ -1,4 +1,4 @@
-"""Averages in host memory, updated by a thread while the training goes on."""
+"""Averages in host memory, updated by a thread while the model trains."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from ema_fused.offloading.staging import LEAST_BYTES, PairOptions, Piece, Stagin
 
 __all__ = ["OffloadedPlan", "host_memory"]
 
-# Of a tensor, to see that it is as planned. Asked by map(): some 0.3 microseconds a tensor.
+# The properties of a tensor that are compared with the plan. By map(), for speed: some 0.3
+# microseconds per tensor.
 _FACTS: tuple[Callable[[Tensor], Any], ...] = (
     operator.attrgetter("dtype"),
     operator.attrgetter("shape"),
@@ -37,11 +38,11 @@ _FACTS: tuple[Callable[[Tensor], Any], ...] = (
 
 
 class OffloadedPlan:
-    """A :class:`~ema_fused.Plan` whose averages are on the CPU, carried out in the background.
+    """A :class:`~ema_fused.Plan` whose averages are on the CPU and updated in the background.
 
-    :meth:`lerp_` and :meth:`copy_` return at once. A thread brings the sources over, piece by piece
-    through two staging buffers, and averages them there; the results have the bits that
-    ``Plan(averaged, [s.cpu() for s in source])`` gives. Before the sources are written again
+    :meth:`lerp_` and :meth:`copy_` return at once. A thread copies the sources to the host, piece
+    by piece through two staging buffers, and averages them there; the results are bitwise those of
+    ``Plan(averaged, [s.cpu() for s in source])``. Before the sources are written again
     (``optimizer.step()``), call :meth:`wait_until_read`; before the averages are read,
     :meth:`flush`::
 
@@ -50,39 +51,41 @@ class OffloadedPlan:
         optimizer.step()
         plan.lerp_(0.001)
 
-    One update is under way at a time: the next waits for it, none is dropped. Where the training
-    has to wait, a plan says so once, by a :class:`~ema_fused.SlowPathWarning`.
+    Updates run one at a time: the next waits for the one before, none is dropped. When the training
+    has to wait, the plan warns once, by a :class:`~ema_fused.SlowPathWarning`.
 
-    A device's memory holds the two buffers beside the chunk tables (48 bytes a chunk). The sources'
-    memory, replaced tensors' too, is kept until an update that reads it is done. A plan is used by
-    one thread at a time. While a CUDA graph is captured there should be no update under way.
+    In device memory it needs the two buffers and the chunk tables (48 bytes per chunk). The
+    sources' storage, also of tensors replaced since, is kept alive until the updates that read it
+    are done. Only one thread at a time may use a plan. Don't capture a CUDA graph while an update
+    is unfinished.
 
-    An update that is unfinished when the plan is deleted, or when the interpreter exits, is
-    finished (at exit within a minute). After ``os.fork`` the child's plan starts a thread of its
-    own, with CPU sources; an update that was under way at the fork stays unfinished there, so
-    :meth:`flush` before.
+    An update that is unfinished when the plan is deleted, or when the interpreter exits, is still
+    completed (at exit within a minute). After ``os.fork`` the child's plan starts its own thread,
+    which works with CPU sources only; an update that is unfinished at the fork stays so in the
+    child, so :meth:`flush` before the fork.
 
     Args:
         averaged: tensors on the CPU, as a Plan takes them; best from :func:`host_memory`.
         source: as many tensors, on CUDA devices or on the CPU.
         arithmetic, only_copy, backend, names, rounding, numbers: as a Plan takes them; ``backend``
             is that of the averages.
-        staging_bytes: of each buffer, at least 1024. Tensors are cut to fit, but those whose bits
-            depend on where an element stands, which make the buffers as large as the largest of
-            them: 16-bit averages with stochastic rounding, tensors that ``foreach`` serves, and
-            pairs of two layouts or with gaps.
+        staging_bytes: size of each buffer in bytes, at least 1024. Larger tensors are split, except
+            where the result depends on the position of an element: 16-bit averages with stochastic
+            rounding, tensors that ``foreach`` serves, and pairs whose two layouts differ or have
+            gaps. The buffers grow to the largest of these.
 
     Attributes:
         averaged: the averaged tensors.
         source: the source of each.
-        staged_bytes: of one buffer, as it is now.
+        staged_bytes: the current size of one buffer, in bytes.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as a Plan does; an averaged tensor that isn't on the
-            CPU, or a source on a device other than those.
+        TypeError, ValueError, RuntimeError: as :class:`~ema_fused.Plan`; also for an averaged
+            tensor that isn't on the CPU, or a source that is neither on a CUDA device nor on the
+            CPU.
 
-    Every method raises RuntimeError where the thread failed: at the first call after it, once, from
-    the thread's exception. Whatever that call was to do is not done then, but waiting and closing.
+    If the thread fails, the next call of any method raises RuntimeError, once, with the thread's
+    exception as its cause. That call does nothing else, except that waiting and closing are done.
     """
 
     def __init__(
@@ -107,7 +110,7 @@ class OffloadedPlan:
             "rounding": rounding,
             "numbers": numbers,
         }
-        # Refuses what a Plan refuses, before the lists are taken for granted.
+        # A Plan checks the arguments, so that the lists can be relied on from here on.
         if Plan(averaged, source, **self._arguments).averages > 1:
             raise TypeError(
                 "averaged is a list of lists; an OffloadedPlan keeps one average: make one for each"
@@ -132,11 +135,11 @@ class OffloadedPlan:
 
     # ---- Planning --------------------------------------------------------------------------------
 
-    @torch.inference_mode(False)  # a tensor made in it could not be written by the thread
+    @torch.inference_mode(False)  # the thread couldn't write an inference tensor
     def _plan_pieces(self) -> None:
-        # The buffers of the last go before there are others.
+        # Frees the previous buffers before new ones are allocated.
         self._pieces: list[Piece] = []
-        self._last_pieces: list[Piece] = []  # of each stream
+        self._last_pieces: list[Piece] = []  # the last one of each stream
         self._facts: list[list[Any]] = []
         for i, (averaged, source) in enumerate(zip(self.averaged, self.source, strict=True)):
             for which, tensor, devices in (
@@ -163,17 +166,17 @@ class OffloadedPlan:
             [piece for piece in self._pieces if piece.stream is stream][-1]
             for stream in self._streams
         ]
-        # Pinned now: no update waits for it.
+        # Allocated now: pinning memory takes long, and no update should wait for it.
         self._flag = host_memory(torch.empty(1, device="meta")) if self._streams else None
         self._facts = self._current_facts()
 
     def _current_facts(self) -> list[list[Any]]:
-        """What was planned for, fact by fact: of the averaged tensors, then of the sources."""
+        """One list per property in ``_FACTS``: of all averaged tensors, then of all sources."""
         tensors = self.averaged + self.source
         return [list(map(fact, tensors)) for fact in _FACTS]
 
     def _follow(self) -> None:
-        """Plans again where tensors have got other memory.
+        """Plans again if the storage of a tensor was replaced.
 
         Raises:
             ValueError: a dtype or shape has changed; nothing was updated.
@@ -181,7 +184,7 @@ class OffloadedPlan:
         facts = self._current_facts()
         if facts == self._facts:
             return
-        # Nothing to compare with where planning has failed before.
+        # If planning failed before, there is nothing to compare with.
         kinds, planned = (list(zip(*known[:2], strict=True)) for known in (facts, self._facts))
         for k, ((dtype, shape), now) in enumerate(zip(planned, kinds, strict=False)):
             if now != (dtype, shape):
@@ -198,7 +201,7 @@ class OffloadedPlan:
 
     @property
     def staged_bytes(self) -> int:
-        """Of one buffer, as it is now; 0 where nothing is to be updated."""
+        """The current size of one buffer, in bytes; 0 if there is nothing to update."""
         return max((piece.buffer_bytes for piece in self._pieces), default=0)
 
     # ---- Updates ---------------------------------------------------------------------------------
@@ -212,14 +215,14 @@ class OffloadedPlan:
         step: int = 0,
         squared_distance: Tensor | None = None,
     ) -> None:
-        """Starts ``averaged = (1 - weight) * averaged + weight * source``; waits for no device.
+        """Starts ``averaged = (1 - weight) * averaged + weight * source`` without synchronising.
 
         Args:
             weight: of the source, a number.
-            found_inf: a tensor of one number: anything but 0 makes this update do nothing. On a
-                CUDA device it is read in the order of its current stream, not waited for.
+            found_inf: a tensor of one number: unless it is 0, this update does nothing. On a CUDA
+                device it is read in the order of the current stream, without waiting.
             seed: of stochastic rounding's random bits, in [0, 2**63).
-            step: what they are counted by, modulo 2**32.
+            step: the counter of those random bits, modulo 2**32.
             squared_distance: a 0-dim float64 tensor on the CPU, as :meth:`Plan.lerp_` takes it. The
                 thread writes it once, when the update is done.
 
@@ -227,8 +230,8 @@ class OffloadedPlan:
             TypeError: a pair that has no average (integers, bool) and isn't ``only_copy``; the
                 weight, seed or step is no number.
             ValueError: a tensor's dtype or shape has changed.
-            RuntimeError: a CUDA graph is being captured, or as said of the class.
-            Nothing has been updated then.
+            RuntimeError: a CUDA graph is being captured, or the thread failed (see the class).
+            If an error is raised, nothing has been updated.
         """
         if isinstance(weight, Sequence) and not isinstance(weight, str):
             raise TypeError("the weight is a list; an OffloadedPlan takes one number for all pairs")
@@ -255,7 +258,7 @@ class OffloadedPlan:
         self._start(run, flag)
 
     def copy_(self) -> None:
-        """Starts to copy every source into its averaged tensor.
+        """Starts copying every source into its averaged tensor.
 
         Raises:
             ValueError, RuntimeError: as :meth:`lerp_`.
@@ -264,14 +267,14 @@ class OffloadedPlan:
         self._start(Piece.copy, None)
 
     def _get_ready(self) -> None:
-        """The update before is done, and the pieces are those of the tensors as they are."""
+        """Waits for the previous update, and plans again if tensors have changed."""
         worker, update = self._current()
         if worker is not None and update is not None and not update.done.is_set():
             self._warn("an update was to start while the one before it was not finished")
             worker.wait(update.done)
         self._raise_failure()
         del update
-        self._update = None  # it holds its pieces, and these their buffers
+        self._update = None  # its pieces keep their buffers alive
         if self._streams and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "an offloaded update was started while a CUDA graph is being captured, which can't "
@@ -284,7 +287,7 @@ class OffloadedPlan:
             return
         on_host = None
         if flag is not None:
-            if self._flag is None:  # a flag on a device, and no source there
+            if self._flag is None:  # the flag is on a CUDA device, no source is
                 self._flag = host_memory(torch.empty(1, device="meta"))
             self._flag.copy_(flag.reshape(1), non_blocking=True)
             arrived = torch.cuda.Event()
@@ -300,9 +303,10 @@ class OffloadedPlan:
         self._worker.updates.put(self._update)
 
     def wait_until_read(self) -> None:
-        """The sources may be written again after it.
+        """Waits until the sources may be written again.
 
-        Waits until all reading is put on the devices, and makes their current streams wait for it.
+        The host waits until all reads are enqueued on the devices, whose current streams then wait
+        for the reads.
         """
         worker, update = self._current()
         if worker is None or update is None:
@@ -323,12 +327,12 @@ class OffloadedPlan:
         self._raise_failure()
 
     def is_idle(self) -> bool:
-        """Whether nothing is under way, and no failure is left to be told. Waits for nothing."""
+        """Whether no update is unfinished and no failure is still to be raised. Doesn't wait."""
         update = self._update
         return update is None or (update.done.is_set() and update.error is None)
 
     def close(self) -> None:
-        """Flushes and ends the thread; an update after it starts another."""
+        """Flushes and ends the thread; a later update starts a new one."""
         try:
             self.flush()
         finally:
@@ -339,7 +343,7 @@ class OffloadedPlan:
             self._forget_worker()
 
     def _current(self) -> tuple[Worker | None, OffloadedUpdate | None]:
-        """The thread and the last update, of this process."""
+        """The thread and the last update; both None in a forked child, which has no such thread."""
         if self._worker is not None and self._worker.pid != os.getpid():
             self._forget_worker()
         return self._worker, self._update
@@ -379,7 +383,7 @@ class OffloadedPlan:
 def _measured(
     average: Callable[..., None], into: Tensor, measured: list[float], pieces: int, piece: Piece
 ) -> None:
-    """Averages a piece; after the last one writes the sum of what all of them have measured."""
+    """Averages a piece; after the last one writes the sum of the distances of all pieces."""
     distance = torch.zeros((), dtype=torch.float64)
     average(piece, squared_distance=distance)
     measured.append(float(distance))

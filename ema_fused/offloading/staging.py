@@ -1,9 +1,9 @@
-"""Sources on their way to averages in host memory, cut into pieces that fit a staging buffer.
+"""Copies sources to averages in host memory, in pieces that fit a staging buffer.
 
-    source -> packed side by side (device) -> one copy to the host -> averaged from there
+    sources -> packed into one buffer (device) -> one copy to the host -> averaged from there
 
 A piece is as many tensors, or flat slices of tensors, as a buffer holds, each in its source's own
-dtype. Two buffers take turns: while one piece crosses, the one before it is averaged.
+dtype. Two buffers take turns: while one piece is copied to the host, the one before it is averaged.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ema_fused.engine.pairs import label
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.rounding import HALVES
 
-LEAST_BYTES = 1024  # of a buffer: a slice has room in it, whatever its dtype
+LEAST_BYTES = 1024  # smallest buffer: holds a slice of any dtype
 
-_ALIGNMENT = 64  # bytes between which staged tensors begin: all of a vector's, and of a cache line
-_SLICE = 64  # elements that slices are multiples of, so that they stay aligned in their tensors
+_ALIGNMENT = 64  # bytes: staged tensors begin at multiples of it, a cache line
+_SLICE = 64  # elements: sizes of slices are multiples of it, to stay aligned
 
 
 class PairOptions(NamedTuple):
-    """What is done with the pairs, as :class:`~ema_fused.Plan` takes it: one item a pair."""
+    """Options as :class:`~ema_fused.Plan` takes them; lists have one item per pair."""
 
     arithmetic: str
     rounding: str
@@ -38,12 +38,12 @@ class PairOptions(NamedTuple):
 
 
 class _Item(NamedTuple):
-    """A pair, or a flat slice of one, and where it lies in a buffer."""
+    """A pair, or a flat slice of one, and its offset in a buffer."""
 
     pair: int
     averaged: Tensor
     source: Tensor
-    strides: tuple[int, ...]  # of the staged source: those that source.cpu() has
+    strides: tuple[int, ...]  # of the staged source: the strides of source.cpu()
     offset: int = 0  # in bytes
 
     @property
@@ -52,13 +52,13 @@ class _Item(NamedTuple):
 
     @property
     def is_dense(self) -> bool:
-        """Whether the source can be staged as the memory that it is."""
+        """Whether the source can be staged as one contiguous block of memory."""
         source = self.source
         return self.strides == source.stride() and not (source.is_conj() or source.is_neg())
 
     @property
     def is_flat(self) -> bool:
-        """Whether the pair is two blocks of memory whose elements stand in the same order."""
+        """Whether both sides are contiguous memory with their elements in the same order."""
         averaged, source = self.averaged, self.source
         strides = zip(source.shape, averaged.stride(), source.stride(), strict=True)
         same = all(size == 1 or ours == theirs for size, ours, theirs in strides)
@@ -69,7 +69,7 @@ class _Item(NamedTuple):
         return flat.as_strided(self.source.shape, self.strides)
 
     def part(self, begin: int, end: int, offset: int) -> _Item:
-        """Elements in the order of memory."""
+        """The slice of elements ``begin`` to ``end``, in memory order."""
         averaged, source = (_flat(tensor)[begin:end] for tensor in (self.averaged, self.source))
         return _Item(self.pair, averaged, source, (1,), offset)
 
@@ -79,17 +79,17 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _distinct_items(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> list[_Item]:
-    """What there is to do: tied pairs once, nothing for pairs of one memory, no empty tensors.
+    """The pairs to update: tied ones once, none whose two sides are the same memory, none empty.
 
-    Of aliases: a tensor that gets other memory (``.data = other``) leaves its alias as it is, which
-    keeps the memory that was planned.
+    They consist of aliases (``detach()``): when a tensor's storage is replaced (``.data = other``),
+    its alias keeps the planned storage.
     """
     seen = set()
     items = []
     for i, (a, s) in enumerate(zip(averaged, source, strict=True)):
         item = _Item(i, a.detach(), s.detach(), s.detach().to("meta").stride())
         places = [(t.device, t.data_ptr(), t.dtype) for t in (a, s)]
-        # Of blocks of memory the shapes don't count.
+        # For flat pairs only the number of elements matters, not the shape.
         layout = a.numel() if item.is_flat else (a.shape, a.stride(), s.stride())
         if a.numel() == 0 or (*places, layout) in seen:
             continue
@@ -100,10 +100,11 @@ def _distinct_items(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> lis
 
 
 def _can_be_cut(item: _Item, options: PairOptions) -> bool:
-    """Whether slices of a pair get the bits that the whole would.
+    """Whether updating slices gives bitwise the result of updating the whole tensor.
 
-    Not where a place in the tensor counts: the random bits of stochastic rounding are counted from
-    its beginning, and torch's own loops may round the last elements in another way.
+    Not if the result depends on an element's position in the tensor: the random bits of stochastic
+    rounding are counted from its beginning, and torch's own loops may round the last elements
+    differently.
     """
     averaged, source = item.averaged, item.source
     if not item.is_flat:
@@ -123,11 +124,11 @@ def _can_be_cut(item: _Item, options: PairOptions) -> bool:
 
 
 def _cut_up(items: Sequence[_Item], staging_bytes: int, options: PairOptions) -> list[list[_Item]]:
-    """The pieces: of one device each, in the order of the lists."""
+    """The items of each piece, in the order of the lists; a piece has sources on one device."""
     whole = [t.bytes for t in items if t.bytes > staging_bytes and not _can_be_cut(t, options)]
     room = max([staging_bytes, *whole])
     pieces: list[list[_Item]] = []
-    used = room  # of the last piece; so the first item begins one
+    used = room  # used bytes of the last piece; full, so that the first item begins a piece
     for item in items:
         if pieces and item.source.device != pieces[-1][0].source.device:
             used = room
@@ -154,13 +155,13 @@ def _cut_up(items: Sequence[_Item], staging_bytes: int, options: PairOptions) ->
 
 
 class Piece:
-    """What goes through a buffer at once, and the plans for it.
+    """The items that are staged in a buffer together, and the plans for them.
 
     Args:
         items: pairs or slices, with sources on one device.
-        host: the staging buffer on the host, in bytes.
-        on_device: the one beside the sources; None: they are on the host themselves.
-        stream: of the device, to pack and copy on; None as well.
+        host: the staging buffer on the host, uint8.
+        on_device: the buffer on the sources' device; None if the sources are on the host.
+        stream: the stream to pack and copy on; None if the sources are on the host.
         options: of the pairs.
     """
 
@@ -190,7 +191,7 @@ class Piece:
             numbers=[options.numbers[i] for i in pairs],
         )
         self._packed = None if stream is None else torch.cuda.Event()
-        # One that sleeps: a waiting thread leaves its core to others.
+        # A blocking event: the waiting thread sleeps instead of using its core.
         self._arrived = None if stream is None else torch.cuda.Event(blocking=True)
 
     @property
@@ -198,7 +199,7 @@ class Piece:
         return self._host.numel()
 
     def stage(self) -> None:
-        """Starts to bring the sources into the host's buffer; on the CPU, brings them."""
+        """Starts copying the sources to the host's buffer; from the CPU, copies them at once."""
         if self.stream is None or self._packed is None or self._arrived is None:
             self._pack()
             return
@@ -236,7 +237,7 @@ class Piece:
 
 
 def _packs(items: Sequence[_Item], buffer: Tensor, backend: str | None) -> list[Plan]:
-    """The plans that fill a buffer. A backend that is pinned is pinned for the averages."""
+    """The plans that fill a buffer; a backend pinned for the averages need not fit its device."""
     pin = backends.pinned(backend)
     native = None if pin is None else "foreach" if pin == "foreach" else buffer.device.type
     plans = []
@@ -252,21 +253,24 @@ class Staging:
     """The streams and buffers that pieces go through.
 
     Args:
-        staging_bytes: of each of two buffers on the host, and two on each CUDA device with sources.
-            They are smaller where less is needed, and larger where a tensor must be staged whole.
+        staging_bytes: size of each buffer: two on the host, and two on each CUDA device with
+            sources. They are smaller if less is needed, and larger if a larger tensor can't be
+            split.
     """
 
     def __init__(self, staging_bytes: int) -> None:
         self._bytes = staging_bytes
-        # Kept: each has a pool of memory of its own, which its buffers come from again.
+        # Kept, because the caching allocator reuses memory per stream: new buffers then reuse that
+        # of old ones.
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def pieces(
         self, averaged: Sequence[Tensor], source: Sequence[Tensor], options: PairOptions
     ) -> list[Piece]:
-        """The pieces of checked pairs, to be staged and averaged one after the other.
+        """The pieces of checked pairs, to be staged and averaged one after another.
 
-        A piece may be staged once the one before the last is averaged, and no sooner.
+        As two buffers take turns, a piece must not be staged before the second-last one is
+        averaged.
         """
         cut = _cut_up(_distinct_items(averaged, source), self._bytes, options)
         size = max((items[-1].offset + items[-1].bytes for items in cut), default=0)

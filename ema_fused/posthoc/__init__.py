@@ -1,7 +1,7 @@
-"""Averages that are chosen after the training (EDM2): kept as snapshots, put together later.
+"""Averages whose width is chosen after training (EDM2), reconstructed from snapshots.
 
 :mod:`.power_function` averages while the model trains and writes :mod:`.snapshots`;
-:mod:`.reconstruction` makes the average of any width of them, by the formulas of
+:mod:`.reconstruction` makes the average of any width from them, by the formulas of
 :mod:`.power_profiles`. May import ``engine``, ``modules`` and ``saving``.
 """
 

@@ -1,4 +1,4 @@
-"""Power-function averages (EDM2): several at once, saved so that any other can be made later."""
+"""Power-function averages (EDM2): several at once, with snapshots to make others later."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ class _Paired(NamedTuple):
 
 
 class PowerFunctionEMA(nn.Module):
-    """Averages of a model with power-function profiles, updated together in one pass.
+    """Averages of a model with power-function profiles, all updated in one pass.
 
-    Karras et al. 2023, arXiv 2312.02696. At time t, dt after the update before::
+    Karras et al. 2023, arXiv 2312.02696. At time t, with dt since the previous update::
 
         averaged = beta * averaged + (1 - beta) * model,  beta = (1 - dt / t) ** (gamma + 1)
 
     The width of a profile is a fraction of the run so far, ``sigma_rel``; the first update copies.
-    Which width is best is known only after training. So save snapshots along the way and make the
-    average of any width from them, :func:`ema_fused.posthoc.reconstruction.reconstruct`::
+    Which width is best is known only after training. So save snapshots during training, and make
+    the average of any width from them by :func:`ema_fused.posthoc.reconstruction.reconstruct`::
 
         ema = PowerFunctionEMA(model)
         for step in range(steps):
@@ -52,21 +52,20 @@ class PowerFunctionEMA(nn.Module):
             if (step + 1) % (steps // 32) == 0:
                 ema.save_snapshot("run")
 
-    The averages are tensors alone, no copy of the model: parameters in at least float32; buffers
-    follow by copy. ``state_dict()`` holds everything that a resumed run goes on from, to the bit.
+    It keeps the averaged tensors only, no copy of the model: parameters in at least float32;
+    buffers are copied. ``state_dict()`` holds everything that a run needs to resume bit for bit.
 
     Args:
-        model: the model to average, wrapped or not; tensors are called as in the plain model.
+        model: the model to average, wrapped or not; tensors have the names of the plain model.
         sigma_rel: the widths, in (0, 0.2887); up to eight. Two are enough to reconstruct others.
         backend: as in :class:`~ema_fused.Plan`.
 
     Attributes:
         sigma_rel: the widths, a tuple.
-        averages: a module of bare tensors for each.
-        time: how far the averages have come, in steps or in samples.
-        steps: updates so far.
-        run: a name drawn at random that tells the snapshots of one run from another's; a resumed
-            run keeps it.
+        averages: for each width, a bare module with the averaged tensors.
+        time: the length of the run so far, in steps or in samples.
+        steps: number of updates so far.
+        run: a random name that identifies the snapshots of this run; a resumed run keeps it.
 
     Raises:
         ValueError: a width is out of range or given twice, or there are none or too many.
@@ -90,7 +89,7 @@ class PowerFunctionEMA(nn.Module):
             raise ValueError(f"sigma_rel is {self.sigma_rel}; different widths are expected")
         self._gammas = [gamma_of(one) for one in self.sigma_rel]
         refuse_while_swapped("a PowerFunctionEMA was made", model)
-        # Tensors made in inference mode could never be updated outside it.
+        # Inference tensors could never be updated outside inference mode.
         with torch.inference_mode(False):
             self.averages = nn.ModuleList(skeleton_of(model, _average_of) for _ in self.sigma_rel)
         self.time = 0
@@ -100,15 +99,15 @@ class PowerFunctionEMA(nn.Module):
         self._paired: _Paired | None = None
 
     def update_parameters(self, model: nn.Module, *, samples: int = 1) -> None:
-        """Takes the present weights of ``model`` into every average, in one pass over them.
+        """Updates every average with the current weights of ``model``, in one pass over them.
 
         Doesn't wait for the device. Call it after each ``optimizer.step()``.
 
         Args:
             model: the model that was averaged from the start, or another of the same structure;
                 wrapped or not.
-            samples: by how much :attr:`time` moves on: 1 counts steps, the size of the batch counts
-                samples. It makes a difference only where the size of the batch changes.
+            samples: how much :attr:`time` increases: 1 to count steps, the batch size to count
+                samples. It makes a difference only if the batch size changes.
 
         Raises:
             KeyError: names of parameters or buffers don't match those of the averages.
@@ -117,7 +116,7 @@ class PowerFunctionEMA(nn.Module):
                 no integer.
             RuntimeError: the model holds swapped-in averages.
 
-        The averages are unchanged then.
+        If an error is raised, the averages are unchanged.
         """
         refuse_while_swapped("update_parameters() was called", model)
         check_integer("samples", samples, least=1)
@@ -127,7 +126,7 @@ class PowerFunctionEMA(nn.Module):
         try:
             self._average(plan, weights)
         except ValueError:
-            # A dtype has changed in place: planned once more, or refused with its name.
+            # A dtype has changed in place: plan again, or raise with the name of the tensor.
             self._paired = None
             self._average(self._planned_with(model), weights)
         self.time = time
@@ -153,19 +152,19 @@ class PowerFunctionEMA(nn.Module):
             backend=self.backend,
             names=[pair.name for pair in pairs],
         )
-        # The plan holds the tensors of a model that may be deleted.
-        let_go = functools.partial(_let_go, weakref.ref(self))
-        self._paired = _Paired(weakref.ref(model, let_go), watch, plan)
+        # The plan keeps the model's tensors alive: drop it when the model is garbage-collected.
+        drop_plan = functools.partial(_drop_plan, weakref.ref(self))
+        self._paired = _Paired(weakref.ref(model, drop_plan), watch, plan)
         return plan
 
     def _pairs(self, average: nn.Module, model: nn.Module) -> list[Pair]:
         return pair_up(average, model, update_buffers=False, shares=FrozenShares()).updated
 
     def average(self, sigma_rel: float | None = None) -> dict[str, Tensor]:
-        """The tensors of one average by name, as the model's ``state_dict()``; not copied.
+        """The tensors of one average by name, like the model's ``state_dict()``; not copies.
 
         Args:
-            sigma_rel: one of the widths kept; may be left out where there is only one.
+            sigma_rel: one of the widths kept; may be omitted if there is only one.
 
         Raises:
             ValueError: no average of this width is kept.
@@ -180,7 +179,7 @@ class PowerFunctionEMA(nn.Module):
 
         Raises:
             KeyError, TypeError, RuntimeError: as :meth:`update_parameters`; nothing is written.
-            ValueError: also where no average of this width is kept.
+            ValueError: also if no average of this width is kept.
         """
         refuse_while_swapped("copy_to() was called", model)
         average = self._average_of(sigma_rel)
@@ -200,8 +199,8 @@ class PowerFunctionEMA(nn.Module):
     def save_snapshot(self, run_dir: str | os.PathLike[str]) -> list[Path]:
         """Saves every average as it is now: one safetensors file each in ``run_dir``.
 
-        A file is written under another name and renamed when it is whole. One that is there
-        already, of this width and step, is replaced. Only one process may save.
+        Each file is written atomically: under another name, then renamed. A file of this width and
+        step that exists already is replaced. Only one process may save.
 
         Returns:
             The paths of the files.
@@ -225,7 +224,7 @@ class PowerFunctionEMA(nn.Module):
         ]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What ``state_dict()`` holds besides the tensors."""
+        """The part of ``state_dict()`` that isn't tensors."""
         return {
             "sigma_rel": list(self.sigma_rel),
             "time": self.time,
@@ -234,10 +233,10 @@ class PowerFunctionEMA(nn.Module):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes over a ``state`` that :meth:`get_extra_state` gave.
+        """Loads a ``state`` that :meth:`get_extra_state` returned.
 
         Raises:
-            ValueError: it belongs to averages of other widths; nothing has been loaded then.
+            ValueError: it is of averages of other widths; nothing has been loaded then.
         """
         if tuple(state["sigma_rel"]) != self.sigma_rel:
             raise ValueError(
@@ -247,12 +246,12 @@ class PowerFunctionEMA(nn.Module):
         self.time, self.steps, self.run = state["time"], state["steps"], state["run"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """What is copied and pickled: everything but the plan, which holds the model itself."""
+        """Copied and pickled is everything but the plan, which refers to the model itself."""
         return self.__dict__ | {"_paired": None}
 
 
 def _average_of(name: str, tensor: Tensor) -> Tensor:
-    """Those of 16 bits or fewer are float32: so few bits would lose most updates."""
+    """A copy; float32 for parameters of 16 bits or fewer, which would lose most updates."""
     refuse_partitioned(name, tensor)
     if not isinstance(tensor, nn.Parameter):
         return converted(tensor, None, None)
@@ -261,8 +260,8 @@ def _average_of(name: str, tensor: Tensor) -> Tensor:
     return nn.Parameter(average, requires_grad=False)
 
 
-def _let_go(owner: weakref.ref[PowerFunctionEMA], _: object) -> None:
-    """Lets the plan of ``owner`` go: it would keep the tensors of a deleted model alive."""
+def _drop_plan(owner: weakref.ref[PowerFunctionEMA], _: object) -> None:
+    """Drops the plan of ``owner``: it would keep the tensors of a deleted model alive."""
     ema = owner()
     if ema is not None:
         ema._paired = None

@@ -1,13 +1,13 @@
-"""Power-function averages: their profiles, and how one is made of others (Karras et al. 2023).
+"""Profiles of power-function averages, and how to combine them (Karras et al. 2023).
 
-arXiv 2312.02696. A run is counted in time, from 0: steps or training samples. An average of time t
-weighs what the model was at time tau by its profile, which integrates to 1 over [0, t]::
+arXiv 2312.02696. Time is counted from 0, in steps or training samples. An average at time t weights
+the model of time tau by its profile, which integrates to 1 over [0, t]::
 
     p(tau) = (gamma + 1) * tau ** gamma / t ** (gamma + 1)
 
-``sigma_rel`` is its standard deviation divided by t. A weighted sum of averages has the weighted
-sum of their profiles, so an average that nobody kept is approximated by the sum of kept ones whose
-profile is nearest to its own.
+``sigma_rel`` is its standard deviation divided by t. The profile of a weighted sum of averages is
+the weighted sum of their profiles. So an average that wasn't kept is approximated by the weighted
+sum of kept ones with the nearest profile.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from torch import Tensor
 
 from ema_fused.engine.elementary import Number, expm1, log1p
 
-# At gamma = 0, where all values weigh the same.
+# The width at gamma = 0, where all values have equal weight.
 LARGEST_SIGMA_REL = math.sqrt(1 / 12)
 
-# Directions in which many kept profiles hardly differ are left out: weights along them would be so
-# large that they magnify the float32 rounding of the snapshots above what they gain in the profile.
+# Eigenvalues below it are dropped. They belong to directions in which the kept profiles hardly
+# differ: weights along them would be so large that the magnified float32 rounding of the snapshots
+# would cost more than the better profile gains.
 _CUT = 1e-10
 
 
@@ -37,9 +38,10 @@ class Profile(NamedTuple):
 
 
 class Combination(NamedTuple):
-    """Weights, one a kept profile, that sum to 1, and how far their sum is from what was wanted.
+    """Weights of the kept profiles, which sum to 1, and the error of the combined profile.
 
-    ``error`` is the distance of the two profiles divided by the norm of the wanted one (in L2).
+    ``error`` is the L2 distance between the combined and the wanted profile, divided by the norm of
+    the wanted one.
     """
 
     weights: list[float]
@@ -59,8 +61,8 @@ def gamma_of(sigma_rel: float) -> float:
     """The exponent of the profile with this relative width.
 
     The largest root of ``g**3 + 7 * g**2 + (16 - v) * g + (12 - v)`` with ``v = sigma_rel**-2``.
-    To the right of 0 the polynomial is convex, negative at 0 and positive at ``1 / sigma_rel``, so
-    Newton's method comes down from there to its only positive root.
+    For g above 0 the polynomial is convex; it is negative at 0 and positive at ``1 / sigma_rel``.
+    So Newton's method, started at ``1 / sigma_rel``, descends to the only positive root.
 
     Raises:
         ValueError: ``sigma_rel`` is outside (0, 0.2887).
@@ -72,15 +74,16 @@ def gamma_of(sigma_rel: float) -> float:
         value = ((gamma + 7) * gamma + (16 - v)) * gamma + (12 - v)
         lower = gamma - value / ((3 * gamma + 14) * gamma + (16 - v))
         if not 0.0 <= lower < gamma:
-            return gamma  # as near as rounding lets it come
+            return gamma  # as exact as rounding allows
         gamma = lower
 
 
 def momentum_between(gamma: float, before: Number, after: Number) -> Number:
-    """The weight of the new value in an update that takes the average from one time to another.
+    """The weight of the new value in an update from time ``before`` to time ``after``.
 
     ``1 - beta`` with ``beta = (before / after) ** (gamma + 1)``, which is ``(1 - dt / t) ** (gamma
-    + 1)``. Exactly the profile's share of the time between the two, so no error adds up.
+    + 1)``. It is exactly the integral of the profile between the two times, so no error
+    accumulates.
     """
     if not isinstance(before, Tensor) and before == 0:
         return 1.0
@@ -88,7 +91,7 @@ def momentum_between(gamma: float, before: Number, after: Number) -> Number:
 
 
 def combine(kept: Sequence[Profile], wanted: Profile) -> Combination:
-    """The sum of kept profiles nearest to the wanted one, by least squares.
+    """The weighted sum of kept profiles that is nearest to the wanted one, by least squares.
 
     Inner products are known in closed form. For exponents a and b, and times s <= t::
 
@@ -97,19 +100,20 @@ def combine(kept: Sequence[Profile], wanted: Profile) -> Combination:
 
     because the product is a multiple of ``tau^(a + b)``, and beyond s the first profile is 0.
 
-    The weights are held to a sum of 1, as a profile's integral is: weights that the training never
-    changed come out as they are, and the others without an error in proportion to their size.
+    The weights are constrained to a sum of 1, as a profile integrates to 1. So parameters that
+    never changed in training come out exactly, and the others without an error proportional to
+    their size.
     """
     gammas = torch.tensor([profile.gamma for profile in kept], dtype=torch.float64)
     times = torch.tensor([profile.time for profile in kept], dtype=torch.float64)
     products = _inner(gammas[:, None], times[:, None], gammas, times)
     gamma, time = torch.tensor(wanted, dtype=torch.float64)
     with_wanted = _inner(gammas, times, gamma, time)
-    # Of unit length each: an early profile is much taller than a late one.
+    # Normalised to unit length: an early profile is much higher than a late one.
     lengths = products.diagonal().sqrt()
     matrix = products / (lengths[:, None] * lengths)
     right = with_wanted / lengths
-    # The sum of weights is 1 on a plane: one point of it, and an orthonormal basis of the rest.
+    # Weights with sum 1 form a hyperplane: ``point`` is on it, ``basis`` spans its directions.
     normal = 1 / lengths
     point = normal / normal.dot(normal)
     basis = torch.linalg.qr(normal[:, None], mode="complete").Q[:, 1:]
@@ -125,7 +129,7 @@ def combine(kept: Sequence[Profile], wanted: Profile) -> Combination:
 
 
 def _inner(gamma_a: Tensor, time_a: Tensor, gamma_b: Tensor, time_b: Tensor) -> Tensor:
-    """Integrals of products of profiles, elementwise."""
+    """Inner products (integrals of products) of profiles, elementwise."""
     late = torch.maximum(time_a, time_b)
     gamma_of_late = torch.where(time_a <= time_b, gamma_b, gamma_a)
     share = (torch.minimum(time_a, time_b) / late) ** gamma_of_late
@@ -133,6 +137,6 @@ def _inner(gamma_a: Tensor, time_a: Tensor, gamma_b: Tensor, time_b: Tensor) -> 
 
 
 def density(profile: Profile, times: Tensor) -> Tensor:
-    """The profile at ``times``: 0 after its own time."""
+    """The values of the profile at ``times``; 0 after its own time."""
     heights = (profile.gamma + 1) * (times / profile.time) ** profile.gamma / profile.time
     return torch.where(times <= profile.time, heights, 0.0)

@@ -24,33 +24,34 @@ def reconstruct(run_dir: PathLike, sigma_rel: float, step: int | None = None) ->
     """The average of width ``sigma_rel`` at ``step``, from the snapshots in ``run_dir``.
 
     Args:
-        run_dir: where ``PowerFunctionEMA.save_snapshot`` has saved.
-        sigma_rel: the width wanted, in (0, 0.2887). Between those kept it comes out best.
-        step: of a snapshot; None: the last.
+        run_dir: the folder that ``PowerFunctionEMA.save_snapshot`` saved into.
+        sigma_rel: the width wanted, in (0, 0.2887). The error is smallest between the widths kept.
+        step: the step of a snapshot; None: the last.
 
     Returns:
-        The averaged tensors and, as they were at that step, the buffers; a state dict of the model.
+        A state dict of the model: the averaged tensors, and the buffers as they were at that step.
 
     Raises:
-        ValueError: ``sigma_rel`` is out of range, there are no snapshots of this step, or snapshots
-            are damaged or not of one run.
-        FileNotFoundError: no snapshots.
+        ValueError: ``sigma_rel`` is out of range, there is no snapshot of this step, or snapshots
+            are damaged or of different runs.
+        FileNotFoundError: there are no snapshots.
         ImportError: safetensors is not installed.
     """
     return Reconstruction(run_dir, sigma_rel, step).state_dict()
 
 
 class Reconstruction:
-    """How an average is made of snapshots; nothing but their headers is read until it is asked for.
+    """The average of any width from snapshots; their tensors are read only when they are needed.
 
     Arguments and errors as :func:`reconstruct`.
 
     Attributes:
         wanted: the profile asked for.
-        snapshots: all up to that step: what was saved later has seen too much.
-        weights: of each in the sum.
-        error: the distance between the profile reached and the one wanted, relative to its norm.
-        steps: updates at that point.
+        snapshots: all up to that step; later ones would bring in later weights.
+        weights: the weight of each snapshot in the sum.
+        error: the L2 distance between the profiles reached and wanted, relative to the norm of the
+            latter.
+        steps: the number of updates at that step.
     """
 
     def __init__(self, run_dir: PathLike, sigma_rel: float, step: int | None = None) -> None:
@@ -71,18 +72,18 @@ class Reconstruction:
 
     @property
     def bytes(self) -> int:
-        """Size of the result."""
+        """The size of the result's tensors, in bytes."""
         return max((_end(entry) for entry in self._last.layout.values()), default=0)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Each tensor under one name, in the order of the files; one of them in memory at a time.
+        """Yields each tensor under one name, in file order; holds one of them in memory at a time.
 
         Summed in float64, and rounded once to the snapshots' dtype.
         """
         package = safetensors()
         layout = self._last.layout
         with ExitStack() as stack:
-            # Files are mapped: open ones hold no memory and no descriptors.
+            # Files are memory-mapped: open ones take no memory and no file descriptors.
             files = [
                 stack.enter_context(package.safe_open(snapshot.path, "pt"))
                 for snapshot in self.snapshots
@@ -104,14 +105,14 @@ class Reconstruction:
         return found | {name: found[kept] for name, kept in self._last.tied.items()}
 
     def save(self, path: PathLike, progress: Callable[[int], object] | None = None) -> None:
-        """Writes the result to a safetensors file, tensor by tensor as it is made.
+        """Writes the result to a safetensors file, tensor by tensor.
 
-        Tied tensors are in it once, and its metadata tells their other names, as
-        ``safetensors.torch.save_model`` has it (``load_model`` reads it).
+        Tied tensors are written once; the metadata holds their other names, as
+        ``safetensors.torch.save_model`` writes them (``load_model`` reads them).
 
         Args:
-            path: of the file, which appears when it is whole.
-            progress: called with the number of bytes of each tensor written.
+            path: of the file, which is written atomically.
+            progress: called after each tensor with the number of bytes written.
         """
         metadata = {
             "format": "pt",
@@ -121,7 +122,7 @@ class Reconstruction:
             "profile_error": repr(self.error),
             **self._last.tied,
         }
-        # The tensors lie as in the snapshots.
+        # The layout of the tensors is that of the snapshots.
         header = json.dumps({"__metadata__": metadata, **self._last.layout}).encode()
         header += b" " * (-len(header) % 8)
         with written_whole(Path(path)) as beside, beside.open("wb") as file:
@@ -133,7 +134,7 @@ class Reconstruction:
                     progress(tensor.nbytes)
 
     def picture(self, path: PathLike) -> None:
-        """Draws the profile asked for and the one reached over the run, as a PNG at ``path``.
+        """Draws the profiles wanted and reached over the run, as a PNG at ``path``.
 
         Raises:
             ImportError: matplotlib is not installed.

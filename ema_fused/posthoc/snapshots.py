@@ -1,4 +1,4 @@
-"""Files of power-function averages: each whole or not there, and read with what they say."""
+"""Snapshot files of power-function averages: written atomically, and checked when read."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _PATTERN = "snapshot-*.safetensors"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The header of a file: one average at one step.
+    """The header of a snapshot file, which holds one average at one step.
 
     Attributes:
-        run: whose it is.
-        followers: names of the tensors that aren't averaged.
-        tied: other names of tensors, and the one that each is saved under.
-        layout: dtype, shape and place in the file of each tensor, as safetensors writes them.
+        run: the name of the run that saved it.
+        followers: names of the tensors that are copied, not averaged.
+        tied: for each further name of a tied tensor, the name that it is saved under.
+        layout: dtype, shape and offsets in the file of each tensor, as in the safetensors header.
     """
 
     path: Path
@@ -78,7 +78,7 @@ def write_snapshot(
 def _read(path: Path) -> Snapshot:
     package = safetensors()
     try:
-        # It checks that the file is whole.
+        # safe_open checks that the file is complete.
         with package.safe_open(path, "pt"):
             layout = read_header(path)
     except package.SafetensorError as error:

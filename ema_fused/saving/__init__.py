@@ -1,9 +1,9 @@
-"""Files of averages: sharded checkpoints, safetensors for inference; each file whole or not there.
+"""Files of averages: sharded checkpoints, and safetensors for inference; all written atomically.
 
-:mod:`.checkpoints` and :mod:`.export` are what users call; :mod:`.whole_files`,
-:mod:`.safetensors_files` and :mod:`.first_process` are what they are written with. May import
-``engine`` and ``modules``. Public names are loaded when they are first used, because
-``torch.distributed.checkpoint`` takes most of a second to import.
+Users call :mod:`.checkpoints` and :mod:`.export`, which use :mod:`.whole_files`,
+:mod:`.safetensors_files` and :mod:`.first_process`. May import ``engine`` and ``modules``. Public
+names are loaded when they are first used, because ``torch.distributed.checkpoint`` takes most of a
+second to import.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Checkpoints of averages that are spread over processes, by ``torch.distributed.checkpoint``.
+"""Checkpoints of averages of sharded models, by ``torch.distributed.checkpoint``.
 
-Every process calls each of these functions, as those of torch. Saved by some number of processes,
-an average is loaded by any other, or by one that has none around it::
+Every process calls each of these functions, as with torch's. An average can be loaded by a
+different number of processes than saved it, or by one process without a process group::
 
     checkpoints.save({"averaged": averaged_state_dict(averaged, model)}, "run/step-1000")
 
@@ -39,7 +39,7 @@ from ema_fused.saving.first_process import by_the_first
 
 __all__ = ["averaged_state_dict", "exists", "load", "load_averaged_state_dict", "save"]
 
-MODULE = "module."  # before the names of averaged tensors in a state
+MODULE = "module."  # prefix of the averaged tensors in a state
 
 
 def save(
@@ -48,14 +48,14 @@ def save(
     *,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """``torch.distributed.checkpoint.save`` into a directory that is whole or not there.
+    """``torch.distributed.checkpoint.save``, but atomic: the directory is complete or absent.
 
-    Every process writes its part beside ``path``; when all are done one renames the directory. So
-    processes that are killed leave the checkpoint that was there before, or none.
+    Every process writes its part into a directory beside ``path``; when all are done, one process
+    renames it. If processes are killed, the previous checkpoint stays, or there is none.
 
     Args:
-        state_dict: as there.
-        path: the directory, on a file system that all processes see. Replaced if it is there.
+        state_dict: as for torch's function.
+        path: the directory, on a file system shared by all processes. Replaced if it exists.
         process_group: the processes that save; None: all.
     """
     goal = Path(path)
@@ -82,16 +82,17 @@ def load(
 ) -> None:
     """``torch.distributed.checkpoint.load`` of what :func:`save` wrote, into ``state_dict``.
 
-    Where a program was killed while it gave a checkpoint its name, the one before is loaded.
-    (torch reads the metadata of a checkpoint as a pickle: load only what you trust.)
+    If a program was killed while it renamed a checkpoint, the previous one is loaded. (torch reads
+    the metadata of a checkpoint as a pickle: load only what you trust.)
 
     Args:
-        state_dict: as there: the tensors to write into, of any processes' layout.
-        path: as :func:`save` was given it.
+        state_dict: as for torch's function: the tensors to write into, sharded over any number of
+            processes.
+        path: the ``path`` that was passed to :func:`save`.
         process_group: the processes that load; None: all.
 
     Raises:
-        CheckpointException: torch's, where there is none.
+        CheckpointException: torch's, if there is no checkpoint.
     """
     with _alone_if_it_is():
         state_dict_loader.load(
@@ -109,7 +110,7 @@ def exists(path: str | os.PathLike[str]) -> bool:
 
 @contextmanager
 def _alone_if_it_is() -> Iterator[None]:
-    """Without torch's warning that there is no process group: that is meant."""
+    """Suppresses torch's warning that there is no process group: that is allowed here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -122,25 +123,25 @@ def averaged_state_dict(
     full_state_dict: bool = False,
     cpu_offload: bool = False,
 ) -> dict[str, Any]:
-    """The state of an average as ``averaged.state_dict()`` gives it, however the model is spread.
+    """The state of an average as ``averaged.state_dict()``, for models sharded in any way.
 
     Args:
         averaged: of ``model``.
-        model: sharded or not. FSDP1's is asked to put its flat pieces together.
-        full_state_dict: whole tensors instead of shards; with ``cpu_offload`` in the first process
-            alone, and empty in the others.
-        cpu_offload: on the CPU.
+        model: sharded or not. FSDP1 restores the parameters from its flattened pieces.
+        full_state_dict: whole tensors instead of shards; with ``cpu_offload`` only the first
+            process gets them, and the others an empty dict.
+        cpu_offload: return tensors on the CPU.
 
     Returns:
-        ``steps`` and ``module.*``, names as the plain model's.
+        ``steps`` and ``module.*``, with the names of the plain model.
 
     Raises:
-        ValueError: an average of FSDP1's parameters is kept in another dtype than they have: they
-            would be rounded on their way.
+        ValueError: an average of FSDP1's parameters has another dtype than the parameters: it would
+            be rounded to theirs.
     """
     own = _own_buffers(averaged)
     averaged.settle()
-    # torch crashes where it is asked to bring FSDP1's tensors from the CPU to the CPU.
+    # torch crashes when it is asked to offload FSDP1's tensors that are on the CPU already.
     is_there = is_flattened(model) and all(one.is_cpu for one in model.parameters())
     options = StateDictOptions(
         full_state_dict=full_state_dict, cpu_offload=cpu_offload and not is_there
@@ -160,7 +161,7 @@ def averaged_state_dict(
 def load_averaged_state_dict(
     averaged: PairedModule, model: nn.Module, state_dict: dict[str, Any]
 ) -> None:
-    """Takes over what :func:`averaged_state_dict` gave; whole tensors in every process, or shards.
+    """Loads the result of :func:`averaged_state_dict`: whole tensors in every process, or shards.
 
     Raises:
         RuntimeError: names or shapes don't match.
@@ -191,14 +192,14 @@ def load_averaged_state_dict(
 
 
 def _own_buffers(averaged: PairedModule) -> dict[str, Tensor]:
-    """``steps``, and the seed of stochastic rounding: what isn't of the model."""
+    """Buffers that aren't the model's: ``steps``, and the seed of stochastic rounding."""
     return {name: buffer for name, buffer in averaged.named_buffers() if "." not in name}
 
 
 def _spread_as(
     averaged: PairedModule, tensors: dict[str, Any], state_dict: dict[str, Any]
 ) -> dict[str, Any]:
-    """The state with shards where it has whole tensors and the average has shards."""
+    """The state, with whole tensors sharded where the average's are sharded."""
     spread = dict(state_dict)
     for name, own in averaged.module.state_dict().items():
         whole = tensors.get(name)
@@ -212,7 +213,7 @@ def _spread_as(
 
 @contextmanager
 def _in_the_model(averaged: PairedModule, model: nn.Module) -> Iterator[None]:
-    """The averages in the model's place, for the length of the block."""
+    """Puts the averages into the model for the duration of the block."""
     refuse_while_swapped("a checkpoint of averages was made or loaded", averaged, model)
     exchange = averaged.exchange_with(model)
     if exchange.overwrites:
@@ -230,5 +231,5 @@ def _in_the_model(averaged: PairedModule, model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _copied(tensors: dict[str, Any]) -> dict[str, Any]:
-    """What is the model's own memory holds other values soon."""
+    """Copies of the tensors: those of the model will soon hold its own weights again."""
     return {name: tensor.clone() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Averaged weights alone as safetensors files, named as Hugging Face names them, for inference."""
+"""Writes averaged weights as safetensors files, named as Hugging Face names them, for inference."""
 
 from __future__ import annotations
 
@@ -37,33 +37,34 @@ def export_safetensors(
 ) -> list[Path]:
     """Writes ``weights`` into ``directory``: ``model.safetensors``, or several files and an index.
 
-    Every process calls it. DTensors are gathered one by one, the first process writes and the
-    others only gather; its memory holds the tensors of one file at a time, and one more in passing.
-    Every name is written with values of its own, tied tensors once for each name::
+    Every process calls it. DTensors are gathered one by one by all processes, and the first process
+    writes them; it holds the tensors of one file in memory at a time, and temporarily one more.
+    Tied tensors are written once for each name::
 
         export_safetensors(averaged.weights, "run/inference", dtype=torch.bfloat16)
 
     Args:
-        weights: ``averaged.weights`` of any model but FSDP1's; or what
-            :func:`~ema_fused.saving.checkpoints.averaged_state_dict` gives, of FSDP1 with
+        weights: ``averaged.weights`` of any model but FSDP1's; or the result of
+            :func:`~ema_fused.saving.checkpoints.averaged_state_dict`, for FSDP1 with
             ``full_state_dict=True``: its ``module.*`` are written, under the model's names. Plain
             tensors are taken from the first process.
-        directory: on a file system of the first process. Whole or not there; replaced if an
-            earlier export is all that it holds.
-        dtype: of the floating-point tensors in the files; None: as they are.
-        max_shard_bytes: of the tensors in one file; a larger tensor has a file to itself.
+        directory: on a file system of the first process. Written atomically: complete or absent.
+            Replaced if it holds nothing but an earlier export.
+        dtype: of the floating-point tensors in the files; None: their own.
+        max_shard_bytes: largest total size of the tensors in one file, in bytes; a larger tensor
+            gets a file of its own.
 
     Returns:
-        The files with weights, in order, in every process.
+        The paths of the files with weights, in order, in every process.
 
     Raises:
         ValueError: there are no weights, a tensor is on the meta device, or an argument is out of
             its range.
-        TypeError: a weight is no tensor, or one of a kind that can't be gathered.
-        FileExistsError: ``directory`` holds something else than an export.
+        TypeError: a weight is no tensor, or of a kind that can't be gathered.
+        FileExistsError: ``directory`` holds something other than an export.
         ImportError: safetensors is not installed.
         RuntimeError: another process raised one of these, or couldn't write; or the processes pass
-            different DTensors. The directory is as it was before then.
+            different DTensors. The directory is unchanged then.
     """
     goal = Path(directory)
     tensors = _of_the_model(weights)
@@ -90,7 +91,7 @@ def export_safetensors(
 
 
 def _of_the_model(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Without ``steps`` and the like and the prefix, where an averaged model's state is passed."""
+    """The model's tensors; from an averaged model's state, ``module.*`` without the prefix."""
     inside = {
         name.removeprefix(MODULE): tensor
         for name, tensor in weights.items()
@@ -106,7 +107,7 @@ def _is_first() -> bool:
 
 
 def _agree_on(tensors: dict[str, Tensor], dtype: Any, max_shard_bytes: int) -> None:
-    """Raises in every process where one of them can't take part: the others would wait for it."""
+    """Raises in every process if one of them can't take part: the others would wait for it."""
     failed: Exception | None = None
     try:
         safetensors()
@@ -137,7 +138,7 @@ def _check(tensors: dict[str, Tensor], dtype: torch.dtype | None, max_shard_byte
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; at least 1 is expected")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; a floating-point dtype is expected")
-    # The others may hold nothing, as of a state that was gathered in the first process.
+    # Only the first process has the tensors if the state was gathered there.
     if not tensors and _is_first():
         raise ValueError("weights is empty; pass averaged.weights")
     for name, tensor in tensors.items():
@@ -160,7 +161,7 @@ def _check(tensors: dict[str, Tensor], dtype: torch.dtype | None, max_shard_byte
 def _files(
     tensors: dict[str, Tensor], dtype: torch.dtype | None, max_shard_bytes: int
 ) -> dict[str, list[str]]:
-    """The names of the tensors in each file, in order; as the first process has them."""
+    """The names of the tensors in each file, in order; the first process's, in every process."""
     files: list[list[str]] = [[]]
     filled = 0
     for name, tensor in tensors.items():
@@ -206,7 +207,7 @@ def _write(
             if not is_first and not (name in tensors and is_sharded(tensors[name])):
                 continue
             whole = _whole(tensors[name])
-            # Whatever goes wrong with the values, the others go on gathering with this process.
+            # After an error this process goes on gathering, or the others would wait for it.
             if is_first and failed is None:
                 try:
                     values[name] = _on_host(whole, tensors[name], dtype)
@@ -221,18 +222,18 @@ def _write(
 
 
 def _whole(tensor: Any) -> Tensor:
-    """All elements; of a DTensor every process of its mesh takes part."""
+    """The whole tensor; a DTensor is gathered by every process of its mesh."""
     if not is_sharded(tensor):
         return cast(Tensor, tensor)
     shard, kind = local(tensor), tensor.device_mesh.device_type
     if shard.device.type != kind:
-        # An average in host memory: the processes can talk where the model is.
+        # An average in host memory: the process group communicates on the model's device.
         tensor = placed_as(tensor, shard.to(kind))
     return cast(Tensor, tensor.full_tensor())
 
 
 def _on_host(whole: Tensor, original: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """In memory of its own: safetensors refuses tensors that share some, as tied ones do."""
+    """A copy on the CPU that shares no memory: safetensors refuses tensors that share memory."""
     host = whole.to("cpu", _dtype_in_file(whole, dtype)).contiguous()
     memory = local(original).untyped_storage().data_ptr()
     return host.clone() if host.untyped_storage().data_ptr() == memory else host

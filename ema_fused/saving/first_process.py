@@ -1,4 +1,4 @@
-"""What one process of a group does while the others wait for it."""
+"""Lets the first process of a group work while the others wait."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch.distributed as dist
 
 @contextmanager
 def by_the_first(group: dist.ProcessGroup | None = None) -> Iterator[bool]:
-    """``with by_the_first() as is_first:`` all leave the block once the first process is done.
+    """``with by_the_first() as is_first:`` the others leave the block after the first process.
 
-    If it raises, the others raise too. Without a process group this process is the first.
+    If the first process raises, the others raise too. Without a process group, this process is the
+    first.
 
     Raises:
-        RuntimeError: in the others, where the first process raised.
+        RuntimeError: in the others, if the first process raised.
     """
     if not dist.is_initialized():
         yield True

@@ -1,4 +1,4 @@
-"""The safetensors package, and the header of a file of its format."""
+"""Imports the safetensors package, and reads the header of its files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def safetensors() -> Any:
-    """The package, with its functions for torch.
+    """The package ``safetensors`` with ``safetensors.torch`` imported.
 
     Raises:
         ImportError: it is not installed.
@@ -24,7 +24,7 @@ def safetensors() -> Any:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file: a size of 8 bytes, and that much JSON."""
+    """The header of a safetensors file: its size in 8 bytes, then the header in JSON."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header: dict[str, Any] = json.loads(file.read(size))

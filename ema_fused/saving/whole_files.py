@@ -1,4 +1,4 @@
-"""Files and directories that are whole or not there, whatever stops the program."""
+"""Writes files and directories atomically: complete or absent, even if the program is killed."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """``with written_whole(path) as beside:`` what is written to ``beside`` becomes ``path``.
+    """``with written_whole(path) as beside:`` the file written to ``beside`` becomes ``path``.
 
-    At the end of the block, and on the disk by then: whatever stops the program, ``path`` is never
-    half a file.
+    At the end of the block it is synchronised to the disk and then renamed: ``path`` is never half
+    a file, even if the program is killed.
     """
     beside = path.with_name(f"{path.name}.partial")
     try:
@@ -29,21 +29,21 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 
 def beside(path: Path) -> Path:
-    """Where a directory is written before :func:`put_in_place` gives it its name."""
+    """The temporary path of a directory, until :func:`put_in_place` renames it."""
     return path.with_name(f"{path.name}.partial")
 
 
 def begin_beside(path: Path) -> None:
-    """Makes that directory, and deletes what an earlier program has left there."""
+    """Makes that directory, and deletes one left there by a killed program."""
     shutil.rmtree(beside(path), ignore_errors=True)
     beside(path).mkdir(parents=True)
 
 
 def put_in_place(path: Path) -> None:
-    """Renames the directory beside ``path`` to ``path``, and deletes what ``path`` was before.
+    """Renames the directory beside ``path`` to ``path``, and deletes the previous ``path``.
 
-    A program stopped between two renames leaves the directory before, whole, where
-    :func:`last_whole` finds it.
+    If the program is killed between the two renames, the previous directory is complete under
+    another name, and :func:`last_whole` finds it.
     """
     _sync_directory(beside(path))
     if path.exists():
@@ -55,7 +55,7 @@ def put_in_place(path: Path) -> None:
 
 
 def last_whole(path: Path) -> Path:
-    """``path``, or the directory that was there before where a program was stopped in between."""
+    """``path``; if a program was killed between the two renames, the previous directory."""
     return _previous(path) if not path.exists() and _previous(path).exists() else path
 
 

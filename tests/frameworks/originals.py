@@ -24,7 +24,7 @@ _imported: dict[str, dict[str, types.ModuleType]] = {}
 def original(pin: str, module: str) -> Any:
     """The module of an unpacked package, say ``original("mmdet==3.3.0", "mmdet.models.x")``.
 
-    It is imported once, and not left in ``sys.modules``: two versions of a package can be at hand.
+    It is imported once and removed from ``sys.modules``, so that two versions can be used.
     """
     folder = _UNPACKED / pin
     if not folder.is_dir():
@@ -54,7 +54,7 @@ def _take_out(package: str) -> dict[str, types.ModuleType]:
 
 
 class _Normalize:
-    """What MMSelfSup's CAE makes of images, which no test shows it."""
+    """A stand-in for torchvision's class, which MMSelfSup's CAE makes and no test uses."""
 
     def __init__(self, mean: object, std: object) -> None:
         pass
@@ -64,8 +64,8 @@ class _Normalize:
 def _torchvision_stands_in() -> Iterator[None]:
     """mmcv 1.x and MMSelfSup import names of torchvision that no test needs.
 
-    The releases of torchvision that go with this torch need a GPU build of it. The stand-in goes
-    again: other libraries would take it for the real one.
+    The releases of torchvision for this torch need a GPU build of it. The stand-in is removed
+    afterwards: other libraries would take it for the real one.
     """
     if importlib.util.find_spec("torchvision") is not None:
         yield

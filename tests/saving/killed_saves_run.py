@@ -230,7 +230,7 @@ def save_and_die(path: Path, version: float, actions: int) -> bool:
 class Kill(NamedTuple):
     """A save of ``wrote`` over ``before``: what was loaded ``after`` it, and whether it was done.
 
-    ``files``: what lies beside the checkpoint then, itself included.
+    ``files``: the names in the checkpoint's folder afterwards, its own included.
     """
 
     before: float
@@ -248,8 +248,10 @@ def kill(path: Path, version: float, actions: int) -> Kill:
 
 
 def sweep(folder: Path) -> tuple[list[Kill], list[Kill]]:
-    """Killed at each action until one is done: over a whole checkpoint; and over what the kill
-    before has left, first later and later, then earlier and earlier.
+    """Kills saves at the first action on files, at the second, ..., until one is complete.
+
+    First each save replaces a whole checkpoint. Then each replaces what the previous kill has
+    left, killed at a later action each time, and afterwards at an earlier one each time.
     """
     anew: list[Kill] = []
     while not anew or not anew[-1].done:

@@ -43,7 +43,7 @@ def assert_within_2_ulp(
     before: Sequence[Tensor],
     source: Sequence[Tensor],
 ) -> None:
-    """Units in the last place of the largest number that goes into an update or comes of it.
+    """Within 2 units in the last place of the largest number among inputs and result.
 
     Where an average and its step cancel out, the result alone would be no measure.
     """
@@ -75,9 +75,9 @@ def assert_next_within_2_ulp(
 
 @contextmanager
 def no_value_asked_of(*modules: nn.Module) -> Iterator[None]:
-    """Refuses to tell what is in tensors of the modules, or without modules in any tensor.
+    """Makes reading values on the host raise, for tensors of ``modules`` or, without any, for all.
 
-    On a GPU each of these waits for everything that is queued there.
+    On a GPU each such read synchronises with the device.
     """
     held = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     addresses = {tensor.data_ptr() for tensor in held}
@@ -97,7 +97,7 @@ def no_value_asked_of(*modules: nn.Module) -> Iterator[None]:
 
 
 def assert_freed(delete: Callable[[], weakref.ref[Any]]) -> None:
-    """``delete`` lets its last reference go and returns a weak one."""
+    """Checks that ``delete`` drops the last reference to the object whose weak one it returns."""
     reference = delete()
     gc.collect()
     assert reference() is None

@@ -59,5 +59,5 @@ def unequal(their_run: Run, our_run: Run) -> list[str]:
 
 
 def without_integers(names: list[str]) -> list[str]:
-    """What mmengine leaves behind with ``update_buffers`` are the integers: see differences."""
+    """Without integer buffers: mmengine doesn't update them with ``update_buffers``."""
     return [name for name in names if not name.endswith("num_batches_tracked")]

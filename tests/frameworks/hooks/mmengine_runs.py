@@ -348,7 +348,7 @@ def _is_same(one: Any, other: Any) -> bool:
         return alike and torch.equal(_bytes(one), _bytes(other))
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and one.tobytes() == other.tobytes()
-    # The names of a NaN are many, and each is unequal to itself.
+    # A NaN has many bit patterns, and is unequal to itself.
     return bool(one == other) or (one != one and other != other)
 
 
