@@ -263,7 +263,8 @@ struct ChunkBody {
         in_packs = packs * kElements;
       }
     }
-    constexpr std::uint32_t kSingles = Functor::kRandom ? 1 : 4;
+    // Neither random bits nor rare types are worth more registers and code.
+    constexpr std::uint32_t kSingles = Functor::kRandom || Widening<S>::kWidens ? 1 : 4;
     using Element = typename Widening<S>::Element;
     walk<1, kSingles, Single<A>, Single<Element>, S>(target,
                                                      {chunk.count - in_packs, head, in_packs});
