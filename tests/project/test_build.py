@@ -108,11 +108,10 @@ class Built(NamedTuple):
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The source archive, and a wheel of it with all that this machine can compile.
+    """The source archive, and a wheel of it.
 
-    Made in pip's own build environment, which holds the declared requirements and no torch. Of
-    CUDA's architectures one is enough here, whose PTX nvcc leaves beside its objects; what ptxas
-    makes of it for all is looked at below.
+    Made in pip's own build environment, which holds the declared requirements and no torch; without
+    CUDA and with few optimisations, because ``make`` has compiled all of it as users do (``made``).
     """
     folder = tmp_path_factory.mktemp("built")
     tree = source_tree(folder)
@@ -126,12 +125,28 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
         unpacked,
         folder / "wheel",
         isolated=True,
-        CMAKE_ARGS="-DEMA_FUSED_CUDA_ARCHITECTURES=75-virtual "
-        "'-DCMAKE_CUDA_FLAGS=--keep --objdir-as-tempdir'",
-        TORCH_CUDA_ARCH_LIST="",
+        CMAKE_ARGS="-DCMAKE_CXX_FLAGS_RELEASE=-O1",
+        EMA_FUSED_CUDA="0",
     )
     assert wheel is not None
     return Built(files, archive, unpacked, wheel, log)
+
+
+class Made(NamedTuple):
+    extension: Path
+    objects: Path  # the folder with those that it is linked of
+    log: str
+
+
+@pytest.fixture(scope="module")
+def made() -> Made:
+    """What ``make`` has built in this folder, with all that this machine can compile."""
+    log = Path(sys.prefix) / "build.log"
+    extensions = list((ROOT / "ema_fused").glob("_C.*.so"))
+    if not extensions or not log.is_file():
+        pytest.skip("`make test` builds what this looks into")
+    objects = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+    return Made(extensions[0], objects, log.read_text(encoding="utf-8", errors="replace"))
 
 
 def test_source_archive_holds_all_files_of_the_project(built: Built) -> None:
@@ -152,28 +167,27 @@ def test_wheel_works_under_this_torch(built: Built, tmp_path: Path) -> None:
     assert "('cpu',)" in use(built.wheel, tmp_path)
 
 
-def test_nothing_is_warned_of_by_the_compilers(built: Built) -> None:
+def test_nothing_is_warned_of_by_the_compilers(built: Built, made: Made) -> None:
     assert "Building CXX object" in built.log
     assert WARNED.findall(built.log) == []
+    assert WARNED.findall(made.log) == []
 
 
-def test_extension_links_neither_torch_nor_cuda(built: Built, tmp_path: Path) -> None:
+def test_extension_links_neither_torch_nor_cuda(made: Made) -> None:
     readelf = shutil.which("readelf")
     assert readelf is not None, "readelf comes with every compiler's binutils"
-    zipfile.ZipFile(built.wheel).extractall(tmp_path)
-    (extension,) = (tmp_path / "ema_fused").glob("_C.*.so")
-    printed = run([readelf, "--dynamic", "--wide", extension], tmp_path).stdout
+    printed = run([readelf, "--dynamic", "--wide", made.extension], ROOT).stdout
     needed = re.findall(r"\(NEEDED\).*\[(.+?)\]", printed)
     assert "libc.so.6" in needed, printed
     assert not [name for name in needed if re.search(r"torch|c10|cuda|nvidia", name)], needed
 
 
-def test_kernels_of_an_instruction_set_define_nothing_that_others_share(built: Built) -> None:
+def test_kernels_of_an_instruction_set_define_nothing_that_others_share(made: Made) -> None:
     """An inline function left out of line could be linked in place of the baseline's own copy of
     it, and end the process on an older processor."""
     nm = shutil.which("nm")
     assert nm is not None, "nm comes with every compiler's binutils"
-    objects = list(built.unpacked.rglob("ema_fused_cpu_*.dir/**/*.o"))
+    objects = list(made.objects.rglob("ema_fused_cpu_*.dir/**/*.o"))
     assert {path.name for path in objects} == {
         f"{path.name}.o" for path in ROOT.glob("csrc/update_cpu_*.cpp")
     }
@@ -185,6 +199,20 @@ def test_kernels_of_an_instruction_set_define_nothing_that_others_share(built: B
         assert symbols
         for _, _, name in symbols:  # of a template with the type that it returns
             assert re.match(rf"([\w*]+ )?ema_fused::{isa[1]}::\w+[<(]", name), printed
+
+
+def cuda_tool(name: str) -> str:
+    found = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+    if found is None:
+        pytest.skip(f"no {name} on this machine")
+    return found
+
+
+def default_architectures() -> set[str]:
+    """Those that this machine's nvcc knows."""
+    listed = run([cuda_tool("nvcc"), "--list-gpu-arch"], ROOT).stdout
+    ours = {"75", "80", "86", "89", "90", "100", "120"}
+    return set(re.findall(r"compute_(\d+)", listed)) & ours
 
 
 def report_of_ptxas(nvcc: str, known: set[str], folder: Path) -> str:
@@ -210,12 +238,8 @@ def report_of_ptxas(nvcc: str, known: set[str], folder: Path) -> str:
 
 
 def test_every_default_architecture_compiles_without_spills(tmp_path: Path) -> None:
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    if nvcc is None:
-        pytest.skip("no nvcc on this machine")
-    listed = run([nvcc, "--list-gpu-arch"], ROOT).stdout
-    known = set(re.findall(r"compute_(\d+)", listed)) & {"75", "80", "86", "89", "90", "100", "120"}
-    log = report_of_ptxas(nvcc, known, tmp_path)
+    known = default_architectures()
+    log = report_of_ptxas(cuda_tool("nvcc"), known, tmp_path)
     assert WARNED.findall(log) == []
     kernels = COMPILED.findall(log)
     assert Counter(kernels) == dict.fromkeys(known, KERNELS)
@@ -228,10 +252,19 @@ def test_every_default_architecture_compiles_without_spills(tmp_path: Path) -> N
     assert len(registers) >= len(kernels) and max(registers) <= 65_536 // (3 * 256) // 8 * 8
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
-def test_kernels_move_vectors_and_use_no_local_memory(built: Built) -> None:
-    texts = [path.read_text(encoding="utf-8") for path in built.unpacked.rglob("update*.ptx")]
-    kernels = [kernel for text in texts for kernel in text.split(".entry ")[1:]]
+def test_the_binary_is_small(made: Made) -> None:
+    """With code for all architectures, compressed."""
+    assert made.extension.stat().st_size < 8 * 2**20
+
+
+@pytest.mark.parametrize("text", ["compute_75", "compute_100"])
+def test_kernels_move_vectors_and_use_no_local_memory(text: str, made: Made) -> None:
+    """In both texts of PTX that nvcc makes, each for several architectures."""
+    if text.removeprefix("compute_") not in default_architectures():
+        pytest.skip(f"this nvcc doesn't know {text}")
+    kept = sorted(made.objects.rglob(f"update_cuda_kernel*{text}.ptx"))
+    texts = [path.read_text(encoding="utf-8") for path in kept]
+    kernels = [kernel for one in texts for kernel in one.split(".entry ")[1:]]
     assert len(kernels) == KERNELS
     for kernel in kernels:
         is_measured = "measured_update_kernel" in kernel.partition("(")[0]
