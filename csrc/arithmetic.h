@@ -44,7 +44,7 @@ struct FunctorTraits {
   static constexpr bool kReadsAveraged = true;
   static constexpr bool kWritesSource = false;
   static constexpr bool kRandom = false;      // else it is called with 16 random bits an element
-  static constexpr bool kHasTwoEnds = false;  // else the weight tells which: `from_averaged`
+  static constexpr bool kHasTwoEnds = false;  // else `from_averaged` says from which it goes
 };
 
 template <typename A, typename S>
