@@ -43,11 +43,13 @@ EMA_FUSED_HD Compute multiply_add(Compute x, Compute y, Compute z) {
 struct FunctorTraits {
   static constexpr bool kReadsAveraged = true;
   static constexpr bool kWritesSource = false;
-  static constexpr bool kRandom = false;  // else it is called with 16 random bits an element
+  static constexpr bool kRandom = false;      // else it is called with 16 random bits an element
+  static constexpr bool kHasTwoEnds = false;  // else `from_averaged` says from which it goes
 };
 
 template <typename A, typename S>
 struct Lerp : FunctorTraits {
+  static constexpr bool kHasTwoEnds = true;
   using Compute = ComputeType<A, S>;
   Compute coefficient;
   bool from_averaged;

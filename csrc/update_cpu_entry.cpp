@@ -8,36 +8,72 @@
 namespace ema_fused::EMA_FUSED_ISA {
 namespace {
 
+// `random`: nothing, or the bits of each element.
+template <typename Functor, typename A, typename S, typename... Random>
+EMA_FUSED_HD void loop(const Functor functor, A* averaged, S* source, std::int64_t count,
+                       const Random*... random) {
+  EMA_FUSED_INDEPENDENT
+  for (std::int64_t i = 0; i < count; ++i) {
+    functor(averaged[i], source[i], random[i]...);
+  }
+}
+
+// Out of line, so that a widened source shares the loop of those that have its type.
+template <typename Functor, typename A, typename S, typename... Random>
+__attribute__((noinline)) void update_elements(double weight, A* averaged, S* source,
+                                               std::int64_t count, const Random*... random) {
+  Functor functor(weight);
+  if constexpr (Functor::kHasTwoEnds) {
+    // A loop for each end. A choice within one loop costs time, and gcc, which moves it out by
+    // itself, leaves some of the loops without vectors then.
+    if (functor.from_averaged) {
+      functor.from_averaged = true;
+      loop(functor, averaged, source, count, random...);
+      return;
+    }
+    functor.from_averaged = false;
+  }
+  loop(functor, averaged, source, count, random...);
+}
+
+// The random bits of `blocks` blocks, four words each.
+[[maybe_unused]] __attribute__((noinline)) void fill(std::uint32_t* words, const RandomKey key,
+                                                     std::uint64_t first, std::int64_t blocks) {
+  EMA_FUSED_INDEPENDENT
+  for (std::int64_t b = 0; b < blocks; ++b) {
+    const RandomWords made = random_block(key, first + static_cast<std::uint64_t>(b));
+    words[4 * b] = made.words[0];
+    words[4 * b + 1] = made.words[1];
+    words[4 * b + 2] = made.words[2];
+    words[4 * b + 3] = made.words[3];
+  }
+}
+
 struct Loop {
   const Chunk& chunk;
   const Launch& launch;
 
   template <typename Types>
   EMA_FUSED_HD void operator()(Types) const {
-    using A = typename Types::Averaged;
     using S = typename Types::Source;
     using Functor = typename Types::Functor;
-    using Element = typename Widening<S>::Element;
-    auto* const averaged = static_cast<A*>(chunk.averaged);
-    const Functor functor(weight_of(launch, chunk));
+    auto* const averaged = static_cast<typename Types::Averaged*>(chunk.averaged);
+    const double weight = weight_of(launch, chunk);
     if constexpr (!Widening<S>::kWidens && !Functor::kRandom) {
-      auto* const source = static_cast<S*>(chunk.source);
-      const std::int64_t count = chunk.count;
-      EMA_FUSED_INDEPENDENT
-      for (std::int64_t i = 0; i < count; ++i) {
-        functor(averaged[i], source[i]);
-      }
+      update_elements<Functor>(weight, averaged, static_cast<S*>(chunk.source), chunk.count);
     } else {
       for (std::int64_t begin = 0; begin < chunk.count; begin += kElementsATile) {
         const std::int64_t count = std::min(kElementsATile, chunk.count - begin);
-        [[maybe_unused]] Element tile[Widening<S>::kWidens ? kElementsATile : 1];
-        Element* source;
         if constexpr (Widening<S>::kWidens) {
-          source = widen_elements(chunk.source, chunk.source_dtype, begin, count, tile);
+          using Element = typename Widening<S>::Element;
+          Element tile[kElementsATile];
+          update_tile<Functor>(weight, averaged + begin,
+                               widen_elements(chunk.source, chunk.source_dtype, begin, count, tile),
+                               begin, count);
         } else {
-          source = static_cast<S*>(chunk.source) + begin;
+          update_tile<Functor>(weight, averaged + begin, static_cast<S*>(chunk.source) + begin,
+                               begin, count);
         }
-        update_tile(functor, averaged + begin, source, begin, count);
       }
     }
   }
@@ -45,40 +81,21 @@ struct Loop {
  private:
   // The elements [begin, begin + count) of the chunk.
   template <typename Functor, typename A, typename S>
-  EMA_FUSED_HD void update_tile(const Functor& functor, A* averaged, S* source,
+  EMA_FUSED_HD void update_tile(double weight, A* averaged, S* source,
                                 [[maybe_unused]] std::int64_t begin, std::int64_t count) const {
     if constexpr (Functor::kRandom) {
+      // A CPU's chunks begin where a random block does.
+      static_assert(kChunkElementsCpu % kElementsARandomBlock == 0);
+      static_assert(kElementsATile % kElementsARandomBlock == 0);
       std::uint32_t words[kElementsATile / 2];
-      fill(words, begin, count);
+      fill(words, random_key_of(launch, chunk.number),
+           static_cast<std::uint64_t>(chunk.first + begin) / kElementsARandomBlock,
+           (count + kElementsARandomBlock - 1) / kElementsARandomBlock);
       // The low half of a word is the first on every machine that this is built for.
-      const auto* const random = reinterpret_cast<const std::uint16_t*>(words);
-      EMA_FUSED_INDEPENDENT
-      for (std::int64_t i = 0; i < count; ++i) {
-        functor(averaged[i], source[i], random[i]);
-      }
+      update_elements<Functor>(weight, averaged, source, count,
+                               reinterpret_cast<const std::uint16_t*>(words));
     } else {
-      EMA_FUSED_INDEPENDENT
-      for (std::int64_t i = 0; i < count; ++i) {
-        functor(averaged[i], source[i]);
-      }
-    }
-  }
-
-  // The random bits of the same elements, half a word each.
-  EMA_FUSED_HD void fill(std::uint32_t* words, std::int64_t begin, std::int64_t count) const {
-    // A CPU's chunks begin where a random block does.
-    static_assert(kChunkElementsCpu % kElementsARandomBlock == 0);
-    static_assert(kElementsATile % kElementsARandomBlock == 0);
-    const RandomKey key = random_key_of(launch, chunk.number);
-    const auto first = static_cast<std::uint64_t>(chunk.first + begin) / kElementsARandomBlock;
-    const std::int64_t blocks = (count + kElementsARandomBlock - 1) / kElementsARandomBlock;
-    EMA_FUSED_INDEPENDENT
-    for (std::int64_t b = 0; b < blocks; ++b) {
-      const RandomWords made = random_block(key, first + static_cast<std::uint64_t>(b));
-      words[4 * b] = made.words[0];
-      words[4 * b + 1] = made.words[1];
-      words[4 * b + 2] = made.words[2];
-      words[4 * b + 3] = made.words[3];
+      update_elements<Functor>(weight, averaged, source, count);
     }
   }
 };
