@@ -35,7 +35,9 @@ QUICK := tests/engine tests/offloading tests/modules tests/saving tests/posthoc 
 .PHONY: demo test-quick test bench docs format lint host-test clean
 .DELETE_ON_ERROR:
 
-demo: $(VENV)/.built-here
+# The build needs nothing of what is installed meanwhile.
+demo: $(VENV)/.created
+	@$(MAKE) --no-print-directory --jobs 2 $(VENV)/.demo $(VENV)/.built-here
 	$(BIN)/python examples/digits.py
 
 test-quick: $(VENV)/.quick $(VENV)/.built-here
@@ -81,12 +83,14 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# torch's wheel brings its own compiled tests along, 120 MB that nothing here runs.
+# torch's wheel brings its own compiled tests along, 120 MB that nothing here runs. The imports write
+# the bytecode that the demo needs.
 $(VENV)/.demo: requirements/demo.txt requirements/constraints.txt | $(VENV)/.created
 	@echo "installing what the demo needs (the first time this downloads torch)"
 	@$(INSTALL) --requirement $<
 	@rm -rf $(VENV)/lib*/python*/site-packages/torch/test \
 		$(VENV)/lib*/python*/site-packages/torch/bin/test_*
+	@$(BIN)/python -c 'import matplotlib.figure, sklearn.datasets, torch._dynamo, tqdm'
 	@touch $@
 
 $(VENV)/.quick: requirements/quick.txt $(VENV)/.demo
@@ -116,11 +120,10 @@ BUILD = if [ -e $(VENV)/.quick ]; then isolation=--no-build-isolation; else \
 		export PIP_BUILD_CONSTRAINT="$$PIP_CONSTRAINT"; fi; \
 	rm -f $(VENV)/build.log; \
 	CMAKE_ARGS="-DEMA_FUSED_PTXAS_VERBOSE=ON $(CMAKE_ARGS)" $(PIP) --log $(VENV)/build.log \
-		install $$isolation --no-deps --editable . \
-	&& $(BIN)/python -m ema_fused info
+		install $$isolation --no-deps --editable .
 
 # Kernels for GPUs only where there is one, so that the first run doesn't wait for them.
-$(VENV)/.built-here: $(SOURCES) | $(VENV)/.demo
+$(VENV)/.built-here: $(SOURCES) | $(VENV)/.created
 	@echo "building ema_fused for this machine"
 	@export EMA_FUSED_CUDA="$${EMA_FUSED_CUDA:-$(if $(wildcard /dev/nvidiactl /dev/dxg),auto,0)}"; \
 		$(BUILD)
@@ -129,6 +132,7 @@ $(VENV)/.built-here: $(SOURCES) | $(VENV)/.demo
 $(VENV)/.built: $(SOURCES) | $(VENV)/.test
 	@echo "building ema_fused, with CUDA where nvcc is found"
 	@$(BUILD)
+	@$(BIN)/python -m ema_fused info
 	@touch $@ $(VENV)/.built-here
 
 clean:

@@ -1,6 +1,6 @@
 """Train a small network on scikit-learn's digits and keep two averaged copies of its weights.
 
-    python examples/digits.py [--epochs 25] [--seeds 5] [--output digits.png] [--quick]
+    python examples/digits.py [--epochs 25] [--seeds 3] [--output digits.png] [--quick]
 
 Where torch sees a GPU it trains there, else on the CPU. ``train`` is an ordinary training loop with
 two lines of ours for each average, marked (1) and (2).
@@ -280,12 +280,12 @@ def main() -> None:
     """Train for every seed, measure the updates, print both tables, draw the picture."""
     parser = argparse.ArgumentParser(description="Averaged weights on scikit-learn's digits.")
     parser.add_argument("--epochs", type=_at_least_one, help="of each training (default: 25)")
-    parser.add_argument("--seeds", type=_at_least_one, help="trainings to run (default: 5)")
+    parser.add_argument("--seeds", type=_at_least_one, help="trainings to run (default: 3)")
     parser.add_argument("--output", type=Path, default=Path("digits.png"), help="the picture")
     parser.add_argument("--quick", action="store_true", help="8 epochs and 2 seeds unless given")
     options = parser.parse_args()
     epochs = options.epochs or (8 if options.quick else 25)
-    seeds = options.seeds or (2 if options.quick else 5)
+    seeds = options.seeds or (2 if options.quick else 3)
 
     # On so small a network two threads are hardly faster than one, and far slower when others
     # keep the machine busy.
