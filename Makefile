@@ -32,7 +32,7 @@ PARALLEL := -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 QUICK := tests/engine tests/offloading tests/modules tests/saving tests/posthoc tests/averages \
 	tests/project/test_layers.py
 
-.PHONY: demo test-quick test bench docs format lint host-test clean
+.PHONY: demo test-quick test python-test bench docs format lint host-test clean
 .DELETE_ON_ERROR:
 
 # The build needs nothing of what is installed meanwhile.
@@ -44,7 +44,11 @@ test-quick: $(VENV)/.quick $(VENV)/.built-here
 	$(BIN)/ruff check
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(or $(TESTS),$(QUICK))
 
-test: lint host-test
+# Side by side: a core would be idle while the last of the kernels' tests is compiled.
+test: lint
+	@$(MAKE) --no-print-directory --jobs 2 host-test python-test
+
+python-test: $(VENV)/.test $(VENV)/.built
 	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
 
 bench: $(VENV)/.test $(VENV)/.built
@@ -66,12 +70,12 @@ format: $(VENV)/.test
 
 # The kernels' bodies on the host, under the address and undefined-behaviour sanitizers.
 host-test: $(VENV)/.test
-	@echo "building the host tests"
-	@$(BIN)/cmake -S . -B $(HOST_TESTS) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
+	@echo "building and running the kernels' tests on the host"
+	@{ $(BIN)/cmake -S . -B $(HOST_TESTS) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
 		-DEMA_FUSED_PYTHON=OFF -DEMA_FUSED_CUDA=OFF -DEMA_FUSED_TESTS=ON -DEMA_FUSED_SANITIZE=ON \
-		>$(VENV)/host_tests.log || { cat $(VENV)/host_tests.log; exit 1; }
-	@$(BIN)/cmake --build $(HOST_TESTS)
-	$(BIN)/ctest --test-dir $(HOST_TESTS) --output-on-failure --no-tests=error
+		&& $(BIN)/cmake --build $(HOST_TESTS); } >$(VENV)/host_tests.log 2>&1 \
+		|| { cat $(VENV)/host_tests.log; exit 1; }
+	@$(BIN)/ctest --test-dir $(HOST_TESTS) --output-on-failure --no-tests=error
 
 # ---- What is installed: for the demo, for its quick tests too, for all ---------------------------
 

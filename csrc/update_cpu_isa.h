@@ -7,7 +7,7 @@
 #include "chunk_table.h"
 
 #ifndef EMA_FUSED_ISA
-#error "EMA_FUSED_ISA must name the instruction set this is compiled for"
+#error "EMA_FUSED_ISA must name the instruction set this file is compiled for"
 #endif
 
 // The two sides of a pair may be equal but never overlap otherwise (drop_repeated_pairs), so no

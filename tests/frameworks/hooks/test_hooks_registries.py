@@ -229,6 +229,7 @@ def test_without_the_frameworks_the_names_are_put_into_mmengine_s_registries(
     (old / "__init__.py").touch()
     code = f"""{RUN}
 from mmengine.registry import HOOKS, MODELS
+import shutil
 import ema_fused.hooks.mmdet as mmdet, ema_fused.hooks.mmpretrain as mmpretrain
 
 (folder / "mmdet").mkdir()
@@ -237,8 +238,7 @@ try:
     mmdet.register(replace=True)
 except ModuleNotFoundError as error:
     found = {{"broken": error.name, "untouched": HOOKS.module_dict.get("MeanTeacherHook")}}
-(folder / "mmdet" / "__init__.py").unlink()
-(folder / "mmdet").rmdir()
+shutil.rmtree(folder / "mmdet")
 sys.path_importer_cache.clear()
 
 for module in (mmdet, mmpretrain):
