@@ -27,7 +27,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh \
 	csrc/tests/*.h csrc/tests/*.cpp csrc/tests/*.cu csrc/tests/*/*.h)
 HOST_TESTS := build/host_tests
 # Tests over the cores there are; tests/conftest.py says which of them one process runs.
-PARALLEL := -n logical --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
+PARALLEL := -n logical --maxprocesses 8 --no-loadscope-reorder
 # Tests that need neither a framework nor a build, and start few processes.
 QUICK := tests/engine tests/offloading tests/modules tests/saving tests/posthoc tests/averages \
 	tests/project/test_layers.py

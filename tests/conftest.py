@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from ema_fused.engine import backends
 from tests import ranks
 from tests.ranks import Ranks
 
-HERE = Path(__file__).parent
 _NO_GPU = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
 
 # The same examples in every run, and as much time for each as a busy machine takes.
@@ -33,26 +33,46 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _WORKERS > 1:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _WORKERS))
 
-# Files that take longest are begun first, so that no process is left alone with one at the end.
-_LONGEST = (
-    "project/test_build.py",
-    "documentation/test_docs.py",
-    "bench/test_benchmarks.py",
+# A file's tests share fixtures, so one process runs them all, and one process runs all the files
+# that start distributed processes: several such groups at a time would disturb each other.
+_START_RANKS = (
+    "tests/modules/test_sharded.py",
+    "tests/modules/test_sharded_refusals.py",
+    "tests/modules/test_sharded_states.py",
+    "tests/saving/test_export.py",
+    "tests/saving/test_killed_saves.py",
+    "tests/examples/test_example_fsdp2.py",
+)
+# What takes longest is begun first, so that no process is left alone with it at the end.
+_FIRST = (
+    "tests/project/test_build.py",
+    *_START_RANKS,
+    "tests/documentation/test_docs.py",
+    "tests/bench/test_benchmarks.py",
+    "tests/examples/test_example_mmengine.py",
 )
 
 
-@pytest.hookimpl(tryfirst=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Shares tests out among the processes by the file that they are in."""
+    scheduling = importlib.import_module("xdist.scheduler").LoadScopeScheduling
+
+    class ByFile(scheduling):  # type: ignore[misc, valid-type]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ranks" if file in _START_RANKS else file
+
+    return ByFile(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if {"two_ranks", "four_ranks"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-        # A file's tests share fixtures, so one process runs them; a group is several such files.
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.relative_to(HERE).as_posix()))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(_NO_GPU)
-    items.sort(key=lambda item: not item.path.as_posix().endswith(_LONGEST))
+    order = {file: place for place, file in enumerate(_FIRST)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
 
 
 def pytest_collection_finish() -> None:
