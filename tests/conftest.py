@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from ema_fused.engine import backends
 from tests import ranks
 from tests.ranks import Ranks
+from tests.threads import on_threads
 
 _NO_GPU = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
 
@@ -53,6 +54,7 @@ _FIRST = (
 )
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing: a GPU is tested without it
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Shares tests out among the processes by the file that they are in."""
     scheduling = importlib.import_module("xdist.scheduler").LoadScopeScheduling
@@ -100,10 +102,8 @@ def one_thread() -> Iterator[None]:
 
     Small networks are quicker so, too: their threads only wait for one another.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    with on_threads(1):
+        yield
 
 
 @pytest.fixture(scope="session")
