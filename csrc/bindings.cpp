@@ -4,6 +4,7 @@
 
 #include "build_info.h"
 #include "plan.h"
+#include "python_refs.h"
 #include "torch_doors.h"
 #include "update_cpu.h"
 #include "watch.h"
@@ -105,6 +106,8 @@ PYBIND11_MODULE(_C, module) {
       std::rethrow_exception(pointer);
     } catch (const OverlapError& error) {
       PyErr_SetObject(overlap_error, py::make_tuple(error.first, error.second, error.what).ptr());
+    } catch (const PythonError&) {
+      // Its exception is set already.
     }
   });
 
@@ -119,8 +122,12 @@ PYBIND11_MODULE(_C, module) {
       .value("PRODUCTS", Arithmetic::kProducts)
       .value("STOCHASTIC", Arithmetic::kStochastic);
 
-  module.def("connect", &torch_doors::connect, py::arg("tensor_type"), py::arg("library"),
-             py::arg("make_handles").none(true));
+  module.def(
+      "connect",
+      [](const py::type& tensor_type, const std::string& library, const py::object& make_handles) {
+        torch_doors::connect(tensor_type.ptr(), library, make_handles.ptr());
+      },
+      py::arg("tensor_type"), py::arg("library"), py::arg("make_handles").none(true));
   module.def("missing_doors", &torch_doors::missing);
   module.def("build_info", &build_info);
   module.def("cpu_isa", [] { return cpu_kernel().isa; });
@@ -133,7 +140,7 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "inspect",
       [](const py::list& averaged, const py::list& source) {
-        Inspection result = inspect(averaged, source);
+        Inspection result = inspect(averaged.ptr(), source.ptr());
         return std::make_pair(std::move(result.refusals), std::move(result.devices));
       },
       py::arg("averaged"), py::arg("source"));
@@ -147,11 +154,17 @@ PYBIND11_MODULE(_C, module) {
              for (const auto& [only_copy, average, number] : options) {
                pairs.push_back({only_copy, average, number});
              }
-             return std::make_unique<Plan>(averaged, source, std::move(pairs), arithmetic);
+             return std::make_unique<Plan>(averaged.ptr(), source.ptr(), std::move(pairs),
+                                           arithmetic);
            }),
            py::arg("averaged"), py::arg("source"), py::arg("options"), py::arg("arithmetic"))
       .def("release", &Plan::release)
-      .def("matches", &Plan::matches, py::arg("averaged"), py::arg("source"))
+      .def(
+          "matches",
+          [](const Plan& plan, const py::list& averaged, const py::list& source) {
+            return plan.matches(averaged.ptr(), source.ptr());
+          },
+          py::arg("averaged"), py::arg("source"))
       .def("ready", &Plan::ready)
       .def(
           "run",
@@ -170,6 +183,9 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("partials", &Plan::partials);
 
   py::class_<SlotWatch>(module, "SlotWatch")
-      .def(py::init<const py::list&>(), py::arg("dictionaries"))
+      .def(py::init([](const py::list& dictionaries) {
+             return std::make_unique<SlotWatch>(dictionaries.ptr());
+           }),
+           py::arg("dictionaries"))
       .def("changed", &SlotWatch::changed);
 }

@@ -17,8 +17,6 @@ class DeviceTable {};
 namespace ema_fused {
 namespace {
 
-namespace py = pybind11;
-
 // As at::internal::GRAIN_SIZE: below this many elements a second thread costs more than it brings.
 constexpr std::int64_t kGrainElements = 32768;
 // What a chunk costs beside its elements, in elements: thousands of tiny tensors are work too.
@@ -82,7 +80,7 @@ bool is_aligned(const TensorFacts& facts) {
 }
 
 // Why one tensor can't be given to a kernel; empty where it can.
-std::string refusal_of(py::handle tensor, const char* which, TensorFacts& facts) {
+std::string refusal_of(PyObject* tensor, const char* which, TensorFacts& facts) {
   const std::string name = which;
   if (!torch_doors::is_tensor(tensor)) {
     return "the " + name + " is not a torch.Tensor";
@@ -135,17 +133,17 @@ std::string refusal_of(const TensorFacts& averaged, const TensorFacts& source) {
 
 }  // namespace
 
-Inspection inspect(const py::list& averaged, const py::list& source) {
-  if (averaged.size() != source.size()) {
+Inspection inspect(PyObject* averaged, PyObject* source) {
+  if (list_size(averaged) != list_size(source)) {
     throw std::invalid_argument("the lists differ in length");
   }
   Inspection result;
   std::map<std::pair<std::int32_t, std::int32_t>, std::vector<std::size_t>> devices;
-  for (std::size_t i = 0; i < averaged.size(); ++i) {
+  for (std::size_t i = 0; i < list_size(averaged); ++i) {
     TensorFacts a;
     TensorFacts s;
-    std::string refusal = refusal_of(averaged[i], "averaged tensor", a);
-    if (refusal.empty()) refusal = refusal_of(source[i], "source", s);
+    std::string refusal = refusal_of(list_item(averaged, i), "averaged tensor", a);
+    if (refusal.empty()) refusal = refusal_of(list_item(source, i), "source", s);
     if (refusal.empty()) refusal = refusal_of(a, s);
     if (refusal.empty()) {
       const bool host = is_host(a.device);
@@ -160,10 +158,10 @@ Inspection inspect(const py::list& averaged, const py::list& source) {
   return result;
 }
 
-Plan::Plan(const py::list& averaged, const py::list& source, std::vector<PairOptions> options,
+Plan::Plan(PyObject* averaged, PyObject* source, std::vector<PairOptions> options,
            Arithmetic arithmetic)
-    : watch_(averaged + source), options_(std::move(options)), arithmetic_(arithmetic) {
-  if (averaged.size() != size() || source.size() != size()) {
+    : watch_(averaged, source), options_(std::move(options)), arithmetic_(arithmetic) {
+  if (list_size(averaged) != size() || list_size(source) != size()) {
     throw std::invalid_argument("the lists differ in length");
   }
   if (size() > 0) {
@@ -355,7 +353,7 @@ void Plan::run_on_cpu(const Launch& launch, const Partials& partials) const {
   Context context{table.get(), &launch, cpu_kernel().update_chunks,
                   partials.sums == nullptr ? nullptr : distances.data()};
 
-  const py::gil_scoped_release release;
+  const WithoutGil others_run;
   torch_doors::parallel_for(
       table->work, kGrainElements,
       [](std::int64_t begin, std::int64_t end, void* opaque) {

@@ -1,8 +1,6 @@
 // The prepared update of one device: pairs -> chunk table -> one launch.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -11,6 +9,7 @@
 #include <vector>
 
 #include "chunk_table.h"
+#include "python_refs.h"
 #include "tensor_watch.h"
 
 namespace ema_fused {
@@ -30,13 +29,13 @@ struct OverlapError {
 // A pair that the native kernels don't serve, and why.
 using Refusal = std::pair<std::size_t, std::string>;
 
-// Looks at fresh lists: which pairs have a kernel, by device. Nothing is kept.
+// Looks at fresh lists of tensors: which pairs have a kernel, by device. Nothing is kept.
 struct Inspection {
   std::vector<Refusal> refusals;
   // (device type as DLPack numbers it, device index, indices of the pairs)
   std::vector<std::tuple<std::int32_t, std::int32_t, std::vector<std::size_t>>> devices;
 };
-Inspection inspect(const pybind11::list& averaged, const pybind11::list& source);
+Inspection inspect(PyObject* averaged, PyObject* source);
 
 // Beside the tensors, what a plan needs to know of each pair.
 struct PairOptions {
@@ -59,8 +58,8 @@ struct LaunchOptions {
 class Plan {
  public:
   // Every pair must have passed inspect() and be on one device.
-  Plan(const pybind11::list& averaged, const pybind11::list& source,
-       std::vector<PairOptions> options, Arithmetic arithmetic);
+  Plan(PyObject* averaged, PyObject* source, std::vector<PairOptions> options,
+       Arithmetic arithmetic);
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
@@ -68,7 +67,7 @@ class Plan {
   // Lets the tensors go: for plans that are found again by fresh tensors that match them. Then
   // nothing is checked at a launch: it follows matches(), in one go.
   void release() { watch_.release(); }
-  bool matches(const pybind11::list& averaged, const pybind11::list& source) const {
+  bool matches(PyObject* averaged, PyObject* source) const {
     return watch_.matches(averaged, source);
   }
 

@@ -70,7 +70,7 @@ std::string in_words(const TensorFacts& facts) {
 
 }  // namespace
 
-TensorFacts facts_of(pybind11::handle tensor) {
+TensorFacts facts_of(PyObject* tensor) {
   dlpack::Tensor description{};
   std::string why_not;
   if (!torch_doors::describe(tensor, description, why_not)) {
@@ -94,10 +94,12 @@ TensorFacts facts_of(pybind11::handle tensor) {
   return facts;
 }
 
-TensorWatch::TensorWatch(const pybind11::list& tensors) : tensors_(tensors) {
-  facts_.reserve(tensors.size());
-  for (const pybind11::handle tensor : tensors) {
-    facts_.push_back(facts_of(tensor));
+TensorWatch::TensorWatch(PyObject* averaged, PyObject* source)
+    : tensors_(Ref::take(PySequence_Concat(averaged, source))) {
+  PyObject* tensors = tensors_.get();
+  facts_.reserve(list_size(tensors));
+  for (std::size_t i = 0; i < list_size(tensors); ++i) {
+    facts_.push_back(facts_of(list_item(tensors, i)));
   }
   if (!shim().complete) {
     return;
@@ -128,19 +130,19 @@ void TensorWatch::release() {
     shim().free_tensor(expected.handle);
   }
   expected_.clear();
-  tensors_ = pybind11::list();
+  tensors_ = Ref();
   released_ = true;
 }
 
-bool TensorWatch::matches(const pybind11::list& averaged, const pybind11::list& source) const {
-  return averaged.size() + source.size() == facts_.size() && matches(averaged, 0) &&
-         matches(source, averaged.size());
+bool TensorWatch::matches(PyObject* averaged, PyObject* source) const {
+  return list_size(averaged) + list_size(source) == facts_.size() && match_from(averaged, 0) &&
+         match_from(source, list_size(averaged));
 }
 
 // Tells them from those remembered from place `first` on, without an allocation.
-bool TensorWatch::matches(const pybind11::list& tensors, std::size_t first) const {
-  for (std::size_t i = 0; i < tensors.size(); ++i) {
-    const pybind11::handle tensor = tensors[i];
+bool TensorWatch::match_from(PyObject* tensors, std::size_t first) const {
+  for (std::size_t i = 0; i < list_size(tensors); ++i) {
+    PyObject* tensor = list_item(tensors, i);
     const TensorFacts& facts = facts_[first + i];
     dlpack::Tensor now{};
     std::string why_not;
@@ -250,7 +252,7 @@ bool TensorWatch::adopt(std::size_t i) {
   void* data = nullptr;
   shim().data_ptr(expected_[i].handle, &data);
   if (facts_[i].elements > 0) {
-    const pybind11::handle tensor = tensors_[i];
+    PyObject* tensor = list_item(tensors_.get(), i);
     dlpack::Tensor now{};
     std::string why_not;
     if (data == nullptr || !torch_doors::describe(tensor, now, why_not) ||
@@ -269,7 +271,7 @@ Change TensorWatch::check_through_dlpack() {
   for (std::size_t i = 0; i < facts_.size(); ++i) {
     TensorFacts now;
     try {
-      now = facts_of(tensors_[i]);
+      now = facts_of(list_item(tensors_.get(), i));
     } catch (const std::invalid_argument&) {
       return Change::kDifferent;
     }
@@ -277,7 +279,8 @@ Change TensorWatch::check_through_dlpack() {
       return Change::kDifferent;
     }
     if (now.data != facts_[i].data) {
-      if (now.elements > 0 && (now.data == nullptr || torch_doors::is_negated(tensors_[i]))) {
+      if (now.elements > 0 &&
+          (now.data == nullptr || torch_doors::is_negated(list_item(tensors_.get(), i)))) {
         return Change::kDifferent;
       }
       facts_[i].data = now.data;
@@ -291,7 +294,7 @@ std::pair<std::int64_t, std::string> TensorWatch::changed_kind() const {
   for (std::size_t i = 0; i < facts_.size(); ++i) {
     const TensorFacts& planned = facts_[i];
     try {
-      const TensorFacts now = facts_of(tensors_[i]);
+      const TensorFacts now = facts_of(list_item(tensors_.get(), i));
       if (same_dtype(now, planned) && now.sizes == planned.sizes) {
         continue;
       }

@@ -3,14 +3,13 @@
 // plan for them lives.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "dtypes.h"
+#include "python_refs.h"
 #include "torch_doors.h"
 
 namespace ema_fused {
@@ -27,7 +26,7 @@ struct TensorFacts {
 };
 
 // Throws std::invalid_argument with torch's reason where the tensor is not exported.
-TensorFacts facts_of(pybind11::handle tensor);
+TensorFacts facts_of(PyObject* tensor);
 
 enum class Change : std::uint8_t {
   kNone,
@@ -37,7 +36,7 @@ enum class Change : std::uint8_t {
 
 class TensorWatch {
  public:
-  explicit TensorWatch(const pybind11::list& tensors);
+  TensorWatch(PyObject* averaged, PyObject* source);
   ~TensorWatch();
   TensorWatch(const TensorWatch&) = delete;
   TensorWatch& operator=(const TensorWatch&) = delete;
@@ -55,7 +54,7 @@ class TensorWatch {
 
   // Whether fresh tensors are, place by place, what is remembered: memory, type, shape, strides and
   // device. Asks the tensors that are given, so no address can be stale.
-  bool matches(const pybind11::list& averaged, const pybind11::list& source) const;
+  bool matches(PyObject* averaged, PyObject* source) const;
 
   const std::vector<TensorFacts>& facts() const { return facts_; }
 
@@ -74,10 +73,10 @@ class TensorWatch {
   Change compare(const torch_doors::Shim& torch, std::size_t i) const;
   bool same_layout(const torch_doors::Shim& torch, const Expected& expected) const;
   bool adopt(std::size_t i);
-  bool matches(const pybind11::list& tensors, std::size_t first) const;
+  bool match_from(PyObject* tensors, std::size_t first) const;
   Change check_through_dlpack();
 
-  pybind11::list tensors_;
+  Ref tensors_;  // a list of our own; none after release()
   std::vector<TensorFacts> facts_;
   std::vector<Expected> expected_;  // empty where the shim is missing
   std::vector<std::int64_t> layouts_;

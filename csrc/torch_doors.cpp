@@ -9,8 +9,8 @@ struct Doors {
   PyTypeObject* tensor_type = nullptr;
   const dlpack::ExchangeApi* exchange = nullptr;
   Shim shim;
-  py::object make_handles;
-  py::object is_neg;
+  Ref make_handles;
+  Ref is_neg;
   int (*parallel_for)(std::int64_t, std::int64_t, std::int64_t, ParallelBody, void*) = nullptr;
   std::string missing;
 };
@@ -41,41 +41,46 @@ Shim find_shim(void* library) {
   return shim;
 }
 
-const dlpack::ExchangeApi* find_exchange(py::handle tensor_type) {
-  if (!py::hasattr(tensor_type, "__dlpack_c_exchange_api__")) {
-    throw py::import_error("torch offers no DLPack exchange table; torch 2.10 or later does");
+[[noreturn]] void fail_to_import(const char* why) {
+  PyErr_SetString(PyExc_ImportError, why);
+  throw PythonError{};
+}
+
+const dlpack::ExchangeApi* find_exchange(PyObject* tensor_type) {
+  if (PyObject_HasAttrString(tensor_type, "__dlpack_c_exchange_api__") == 0) {
+    fail_to_import("torch offers no DLPack exchange table; torch 2.10 or later does");
   }
-  const py::object capsule = tensor_type.attr("__dlpack_c_exchange_api__");
-  void* pointer = PyCapsule_GetPointer(capsule.ptr(), dlpack::kCapsuleName);
+  const Ref capsule = Ref::take(PyObject_GetAttrString(tensor_type, "__dlpack_c_exchange_api__"));
+  void* pointer = PyCapsule_GetPointer(capsule.get(), dlpack::kCapsuleName);
   if (pointer == nullptr) {
-    throw py::error_already_set();
+    throw PythonError{};
   }
   const auto* header = static_cast<const dlpack::ExchangeHeader*>(pointer);
   while (header != nullptr && header->version.major != dlpack::kMajorVersion) {
     header = header->previous;
   }
   if (header == nullptr) {
-    throw py::import_error("torch's DLPack exchange table has no version 1");
+    fail_to_import("torch's DLPack exchange table has no version 1");
   }
   const auto* exchange = reinterpret_cast<const dlpack::ExchangeApi*>(header);
   if (exchange->tensor_from_py_object == nullptr || exchange->current_work_stream == nullptr) {
-    throw py::import_error("torch's DLPack exchange table is incomplete");
+    fail_to_import("torch's DLPack exchange table is incomplete");
   }
   return exchange;
 }
 
 }  // namespace
 
-void connect(py::type tensor_type, const std::string& library, py::object make_handles) {
+void connect(PyObject* tensor_type, const std::string& library, PyObject* make_handles) {
   Doors& all = doors();
   all.exchange = find_exchange(tensor_type);
-  all.is_neg = tensor_type.attr("is_neg");
+  all.is_neg = Ref::take(PyObject_GetAttrString(tensor_type, "is_neg"));
   all.missing.clear();
   // RTLD_NOLOAD: only the copy that torch itself has loaded will do.
   void* handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD);
   all.shim = find_shim(handle);
-  all.make_handles = std::move(make_handles);
-  if (!all.shim.complete || all.make_handles.is_none()) {
+  all.make_handles = Ref::borrow(make_handles);
+  if (!all.shim.complete || make_handles == Py_None) {
     all.shim.complete = false;
     all.missing = "torch's C shim (tensors are watched through DLPack, which is slower)";
   }
@@ -83,50 +88,47 @@ void connect(py::type tensor_type, const std::string& library, py::object make_h
     all.missing += all.missing.empty() ? "" : "; ";
     all.missing += "torch_parallel_for (the CPU kernel runs on one thread)";
   }
-  all.tensor_type = reinterpret_cast<PyTypeObject*>(tensor_type.release().ptr());
+  all.tensor_type = reinterpret_cast<PyTypeObject*>(Ref::borrow(tensor_type).release());
 }
 
 std::string missing() { return doors().missing; }
 
-bool is_tensor(py::handle object) {
-  return PyObject_TypeCheck(object.ptr(), doors().tensor_type) != 0;
-}
+bool is_tensor(PyObject* object) { return PyObject_TypeCheck(object, doors().tensor_type) != 0; }
 
-bool describe(py::handle tensor, dlpack::Tensor& description, std::string& why_not) {
-  if (doors().exchange->tensor_from_py_object(tensor.ptr(), &description) == 0) {
+bool describe(PyObject* tensor, dlpack::Tensor& description, std::string& why_not) {
+  if (doors().exchange->tensor_from_py_object(tensor, &description) == 0) {
     return true;
   }
-  const py::error_already_set error;
-  why_not = py::str(error.value()).cast<std::string>();
+  PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
+  PyErr_Fetch(&type, &value, &traceback);
+  const Ref words = Ref::take(PyObject_Str(value == nullptr ? Py_None : value));
+  why_not = PyUnicode_AsUTF8(words.get());
+  Py_XDECREF(type);
+  Py_XDECREF(value);
+  Py_XDECREF(traceback);
   return false;
 }
 
-bool is_negated(py::handle tensor) {
-  PyObject* answer = PyObject_CallOneArg(doors().is_neg.ptr(), tensor.ptr());
-  if (answer == nullptr) {
-    throw py::error_already_set();
-  }
-  const bool negated = answer == Py_True;
-  Py_DECREF(answer);
-  return negated;
+bool is_negated(PyObject* tensor) {
+  return Ref::take(PyObject_CallOneArg(doors().is_neg.get(), tensor)).get() == Py_True;
 }
 
 void* current_stream(std::int32_t device_type, std::int32_t device_id) {
   void* stream = nullptr;
   if (doors().exchange->current_work_stream(device_type, device_id, &stream) != 0) {
-    throw py::error_already_set();
+    throw PythonError{};
   }
   return stream;
 }
 
 const Shim& shim() { return doors().shim; }
 
-std::vector<Handle> make_handles(const py::list& tensors) {
-  const py::list capsules = doors().make_handles(tensors);
+std::vector<Handle> make_handles(PyObject* tensors) {
+  const Ref capsules = Ref::take(PyObject_CallOneArg(doors().make_handles.get(), tensors));
   std::vector<Handle> handles;
-  handles.reserve(capsules.size());
-  for (const py::handle capsule : capsules) {
-    handles.push_back(PyCapsule_GetPointer(capsule.ptr(), nullptr));
+  handles.reserve(list_size(capsules.get()));
+  for (std::size_t i = 0; i < list_size(capsules.get()); ++i) {
+    handles.push_back(PyCapsule_GetPointer(list_item(capsules.get(), i), nullptr));
   }
   return handles;
 }

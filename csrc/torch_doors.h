@@ -6,35 +6,32 @@
 // parallel_for, which must be called without it.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <cstdint>
 #include <string>
 #include <vector>
 
 #include "dlpack_abi.h"
+#include "python_refs.h"
 
 namespace ema_fused::torch_doors {
-
-namespace py = pybind11;
 
 // An owned reference to a tensor, as the C shim knows it.
 using Handle = void*;
 
 // Finds the doors. `library` is the path of libtorch_cpu, already loaded; `make_handles` is
 // torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors or None.
-void connect(py::type tensor_type, const std::string& library, py::object make_handles);
+void connect(PyObject* tensor_type, const std::string& library, PyObject* make_handles);
 
 // What is missing, in words, for a report; empty where every door was found.
 std::string missing();
 
-bool is_tensor(py::handle object);
+bool is_tensor(PyObject* object);
 
 // False where torch does not export this tensor, with its reason.
-bool describe(py::handle tensor, dlpack::Tensor& description, std::string& why_not);
+bool describe(PyObject* tensor, dlpack::Tensor& description, std::string& why_not);
 
 // tensor.is_neg(): a lazy negation that the description does not tell.
-bool is_negated(py::handle tensor);
+bool is_negated(PyObject* tensor);
 
 void* current_stream(std::int32_t device_type, std::int32_t device_id);
 
@@ -54,7 +51,7 @@ struct Shim {
 const Shim& shim();
 
 // New handles, one a tensor; the caller frees them with shim().free_tensor. Needs shim().complete.
-std::vector<Handle> make_handles(const py::list& tensors);
+std::vector<Handle> make_handles(PyObject* tensors);
 
 // body(begin, end, context) over parts of [0, size), on torch's threads.
 using ParallelBody = void (*)(std::int64_t begin, std::int64_t end, void* context);

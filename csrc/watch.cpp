@@ -2,32 +2,30 @@
 
 namespace ema_fused {
 
-namespace py = pybind11;
-
-SlotWatch::SlotWatch(const py::list& dictionaries) {
-  for (const py::handle item : dictionaries) {
-    auto dictionary = py::reinterpret_borrow<py::dict>(item);
-    for (const auto& [key, value] : dictionary) {
-      slots_.push_back({dictionary.ptr(), py::reinterpret_borrow<py::object>(key),
-                        py::reinterpret_borrow<py::object>(value)});
+SlotWatch::SlotWatch(PyObject* dictionaries) {
+  for (std::size_t i = 0; i < list_size(dictionaries); ++i) {
+    PyObject* dictionary = list_item(dictionaries, i);
+    Py_ssize_t position = 0;
+    PyObject *key = nullptr, *value = nullptr;
+    while (PyDict_Next(dictionary, &position, &key, &value) != 0) {
+      slots_.push_back({dictionary, Ref::borrow(key), Ref::borrow(value)});
     }
-    const Py_ssize_t size = PyDict_Size(dictionary.ptr());
-    dictionaries_.push_back({std::move(dictionary), size});
+    dictionaries_.push_back({Ref::borrow(dictionary), PyDict_Size(dictionary)});
   }
 }
 
 bool SlotWatch::changed() const {
   for (const Dictionary& entry : dictionaries_) {
-    if (PyDict_Size(entry.dictionary.ptr()) != entry.size) {
+    if (PyDict_Size(entry.dictionary.get()) != entry.size) {
       return true;
     }
   }
   for (const Slot& slot : slots_) {
-    PyObject* value = PyDict_GetItemWithError(slot.dictionary, slot.key.ptr());
+    PyObject* value = PyDict_GetItemWithError(slot.dictionary, slot.key.get());
     if (value == nullptr && PyErr_Occurred() != nullptr) {
-      throw py::error_already_set();
+      throw PythonError{};
     }
-    if (value != slot.value.ptr()) {
+    if (value != slot.value.get()) {
       return true;
     }
   }

@@ -3,29 +3,29 @@
 // microseconds.
 #pragma once
 
-#include <pybind11/pybind11.h>
-
 #include <vector>
+
+#include "python_refs.h"
 
 namespace ema_fused {
 
 class SlotWatch {
  public:
-  // Remembers every key and value of these dictionaries.
-  explicit SlotWatch(const pybind11::list& dictionaries);
+  // Remembers every key and value of these dictionaries, a list of them.
+  explicit SlotWatch(PyObject* dictionaries);
 
   bool changed() const;
 
  private:
   struct Dictionary {
-    pybind11::dict dictionary;
+    Ref dictionary;
     Py_ssize_t size;
   };
   struct Slot {
     PyObject* dictionary;  // owned by dictionaries_
-    pybind11::object key;
+    Ref key;
     // Owned: an address must not come to mean another object while it is compared.
-    pybind11::object value;
+    Ref value;
   };
   std::vector<Dictionary> dictionaries_;
   std::vector<Slot> slots_;
