@@ -3,11 +3,12 @@
 #include <pybind11/stl.h>
 
 #include "build_info.h"
+#include "model_update.h"
 #include "plan.h"
 #include "python_refs.h"
+#include "slot_watch.h"
 #include "torch_doors.h"
 #include "update_cpu.h"
-#include "watch.h"
 #ifdef EMA_FUSED_HAVE_CUDA
 #include "update_cuda.cuh"
 #endif
@@ -145,6 +146,20 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("averaged"), py::arg("source"));
 
+  py::class_<SlotWatch>(module, "SlotWatch")
+      .def(py::init([](const py::list& dictionaries, const py::list& sharded) {
+             return std::make_unique<SlotWatch>(dictionaries.ptr(), sharded.ptr());
+           }),
+           py::arg("dictionaries"), py::arg("sharded"))
+      .def("changed", &SlotWatch::changed)
+      .def_property_readonly_static("method",
+                                    [](const py::object&) { return SlotWatch::method(); });
+
+  py::class_<Counter>(module, "Counter")
+      .def(py::init(
+               [](const py::object& tensor) { return std::make_unique<Counter>(tensor.ptr()); }),
+           py::arg("tensor"));
+
   py::class_<Plan>(module, "Plan")
       .def(py::init([](const py::list& averaged, const py::list& source,
                        const std::vector<std::tuple<bool, std::uint8_t, std::uint32_t>>& options,
@@ -175,17 +190,12 @@ PYBIND11_MODULE(_C, module) {
       .def("run_with", &run_with, py::arg("operation"), py::arg("weight"),
            py::arg("weights_by_average"), py::arg("weights_by_pair"), py::arg("found_inf"),
            py::arg("seed"), py::arg("step"), py::arg("step_at"), py::arg("partials"))
+      .def("update_model", &update_model, py::arg("weight"), py::arg("averaged"), py::arg("model"),
+           py::arg("counter"), py::arg("steps"))
       .def("changed", &Plan::changed)
       .def_property_readonly("no_average", &Plan::no_average)
       .def_property_readonly("no_swap", &Plan::no_swap)
       .def_property_readonly("elements", &Plan::elements)
       .def_property_readonly("chunks", &Plan::chunks)
       .def_property_readonly("partials", &Plan::partials);
-
-  py::class_<SlotWatch>(module, "SlotWatch")
-      .def(py::init([](const py::list& dictionaries) {
-             return std::make_unique<SlotWatch>(dictionaries.ptr());
-           }),
-           py::arg("dictionaries"))
-      .def("changed", &SlotWatch::changed);
 }

@@ -17,10 +17,22 @@ class DeviceTable {};
 namespace ema_fused {
 namespace {
 
-// As at::internal::GRAIN_SIZE: below this many elements a second thread costs more than it brings.
-constexpr std::int64_t kGrainElements = 32768;
-// What a chunk costs beside its elements, in elements: thousands of tiny tensors are work too.
-constexpr std::int64_t kChunkOverhead = 64;
+// The work of one thread is told in picoseconds, as a core does it on memory that is not in its
+// caches: 10 GB/s, and what a chunk and its random bits cost beside.
+constexpr std::int64_t kPicosecondsAByte = 100;
+constexpr std::int64_t kPicosecondsAChunk = 30'000;
+constexpr std::int64_t kPicosecondsARandomElement = 500;
+// The least that is shared out. On an idle machine a second thread would bring something from tens
+// of microseconds on. But where other processes hold the cores (data loaders, evaluations), a woken
+// thread waits for its turn, milliseconds, and this one for it: the share must be worth that risk.
+constexpr std::int64_t kPicosecondsToShare = 1'500'000'000;
+
+std::int64_t work_of(const Chunk& chunk, Arithmetic arithmetic) {
+  const std::int64_t bytes = 2 * item_size(chunk.averaged_dtype) + item_size(chunk.source_dtype);
+  const bool is_random = arithmetic == Arithmetic::kStochastic && !chunk.only_copy;
+  return kPicosecondsAChunk +
+         chunk.count * (bytes * kPicosecondsAByte + (is_random ? kPicosecondsARandomElement : 0));
+}
 
 const char* describe(Conflict conflict) {
   switch (conflict) {
@@ -253,7 +265,7 @@ void Plan::build_table() {
     table->work_before.push_back(table->work);
     auto entry = static_cast<std::size_t>(head);
     do {
-      table->work += entries[entry].count + kChunkOverhead;
+      table->work += work_of(entries[entry], arithmetic_);
       entry = static_cast<std::size_t>(entries[entry].next);
     } while (entry != 0);
   }
@@ -354,19 +366,23 @@ void Plan::run_on_cpu(const Launch& launch, const Partials& partials) const {
                   partials.sums == nullptr ? nullptr : distances.data()};
 
   const WithoutGil others_run;
-  torch_doors::parallel_for(
-      table->work, kGrainElements,
-      [](std::int64_t begin, std::int64_t end, void* opaque) {
-        // A part of the work takes the chunks that begin in it.
-        const auto& [table, launch, update_chunks, distances] =
-            *static_cast<const Context*>(opaque);
-        const auto& before = table->work_before;
-        const auto first = std::lower_bound(before.begin(), before.end(), begin);
-        const auto last = std::lower_bound(first, before.end(), end);
-        update_chunks(table->chunks, first - before.begin(), last - before.begin(), *launch,
-                      distances);
-      },
-      &context);
+  if (table->work <= kPicosecondsToShare) {
+    context.update_chunks(table->chunks, 0, table->chunks.heads, launch, context.distances);
+  } else {
+    torch_doors::parallel_for(
+        table->work, kPicosecondsToShare,
+        [](std::int64_t begin, std::int64_t end, void* opaque) {
+          // A part of the work takes the chunks that begin in it.
+          const auto& [table, launch, update_chunks, distances] =
+              *static_cast<const Context*>(opaque);
+          const auto& before = table->work_before;
+          const auto first = std::lower_bound(before.begin(), before.end(), begin);
+          const auto last = std::lower_bound(first, before.end(), end);
+          update_chunks(table->chunks, first - before.begin(), last - before.begin(), *launch,
+                        distances);
+        },
+        &context);
+  }
   // In the order of the table: the same bits for any number of threads.
   std::fill_n(partials.sums, partials.averages * partials.count, 0.0);
   for (std::size_t i = 0; i < distances.size(); ++i) {

@@ -95,8 +95,8 @@ class Plan {
  private:
   struct CpuTable {
     ChunkTable chunks;
-    std::vector<std::int64_t> work_before;  // elements before each chain, to split evenly
-    std::int64_t work = 0;
+    std::vector<std::int64_t> work_before;  // work before each chain, to split evenly
+    std::int64_t work = 0;                  // in picoseconds of one thread
   };
 
   bool is_cuda() const { return device_.type == dlpack::kCuda; }

@@ -36,7 +36,9 @@ enum class Change : std::uint8_t {
 
 class TensorWatch {
  public:
+  // Of the tensors of two lists, one behind the other.
   TensorWatch(PyObject* averaged, PyObject* source);
+  explicit TensorWatch(PyObject* tensor);
   ~TensorWatch();
   TensorWatch(const TensorWatch&) = delete;
   TensorWatch& operator=(const TensorWatch&) = delete;
@@ -62,6 +64,7 @@ class TensorWatch {
   // What the shim is asked for at every check, side by side in memory.
   struct Expected {
     torch_doors::Handle handle;
+    const void* header;
     void* data;
     std::int64_t elements;
     std::int64_t stride;  // of the only dimension, where there is one
@@ -75,6 +78,8 @@ class TensorWatch {
   bool adopt(std::size_t i);
   bool match_from(PyObject* tensors, std::size_t first) const;
   Change check_through_dlpack();
+
+  explicit TensorWatch(Ref tensors);
 
   Ref tensors_;  // a list of our own; none after release()
   std::vector<TensorFacts> facts_;

@@ -53,6 +53,24 @@ const Shim& shim();
 // New handles, one a tensor; the caller frees them with shim().free_tensor. Needs shim().complete.
 std::vector<Handle> make_handles(PyObject* tensors);
 
+// Hints to the cache, which change nothing but time: a handle is torch's pointer to the header of
+// the tensor (its TensorImpl), and the header's third word is its pointer to the storage. In a
+// torch that lays them out in another way, useless lines are asked for.
+inline const void* header_of(Handle handle) { return *static_cast<const void* const*>(handle); }
+
+inline void prefetch_header(Handle handle, const void* header) {
+  constexpr int kLineBytes = 64;
+  constexpr int kHeaderBytes = 192;
+  __builtin_prefetch(handle);
+  for (int at = 0; at < kHeaderBytes; at += kLineBytes) {
+    __builtin_prefetch(static_cast<const char*>(header) + at);
+  }
+}
+
+inline void prefetch_storage(const void* header) {
+  __builtin_prefetch(static_cast<const void* const*>(header)[2]);
+}
+
 // body(begin, end, context) over parts of [0, size), on torch's threads.
 using ParallelBody = void (*)(std::int64_t begin, std::int64_t end, void* context);
 void parallel_for(std::int64_t size, std::int64_t grain, ParallelBody body, void* context);

@@ -60,6 +60,11 @@ class Plan:
         on the plan's device, averages, sums per average) for the squared distance between source
         and averages before the update, as :attr:`partials` sums per average. All are written. (0,
         0, 0): not measured."""
+    def update_model(
+        self, weight: float, averaged: SlotWatch, model: SlotWatch, counter: Counter, steps: int
+    ) -> bool:
+        """run() of an average, counted. False, with nothing done: also where a watch tells of a
+        change, or the counter isn't at ``steps``."""
     def changed(self) -> tuple[int, bool, str]:
         """(first pair with a changed dtype or shape or -1, is it the source, what was planned)."""
     @property
@@ -77,10 +82,20 @@ class Plan:
         """How many partial sums the squared distance of one average is written as."""
 
 class SlotWatch:
-    """Whether dictionaries still hold the objects they held."""
+    """Whether dictionaries still hold the objects they held, and DTensors their shards."""
 
-    def __init__(self, dictionaries: list[dict[str, Any]]) -> None: ...
+    method: str
+    """How a write is noticed: "versions" up to Python 3.11, "watcher" from 3.12 on; "slots" where
+    none is left, and every slot is looked at."""
+
+    def __init__(self, dictionaries: list[dict[str, Any]], sharded: list[Tensor]) -> None: ...
     def changed(self) -> bool: ...
+
+class Counter:
+    """The number in a tensor of one int64 in host memory, for :meth:`Plan.update_model`."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        """ValueError: any other tensor."""
 
 def connect(
     tensor_type: type[Tensor],

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.ops import update_
 from ema_fused.frameworks import missing
 
@@ -37,6 +38,7 @@ class EMAModel(original.EMAModel):  # type: ignore[misc]
         If an error is raised, the averages and ``optimization_step`` are unchanged.
     """
 
+    @outside_graphs
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
         """Updates the averages with ``parameters``, a list or an iterator."""
         if isinstance(parameters, nn.Module) or _is_partitioned():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.adapters.following import known_integer, notes_of
+from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.plan import Plan
 from ema_fused.frameworks import missing
 from ema_fused.modules.naming import match_names
@@ -56,6 +57,7 @@ class EMA(original.EMA):  # type: ignore[misc]
         decay = 1 - (1 + epoch / self.inv_gamma).pow(-self.power)
         return float(decay.clamp(min=self.min_value, max=self.beta))
 
+    @outside_graphs
     def update(self) -> None:
         """Counts a step, and copies or averages the model if either is due."""
         started, count = known_integer(self, "initted"), known_integer(self, "step")
@@ -82,6 +84,7 @@ class EMA(original.EMA):  # type: ignore[misc]
         if every is not None and step % every == 0:
             self.update_model_with_ema()
 
+    @outside_graphs
     def update_moving_average(
         self, ma_model: nn.Module, current_model: nn.Module, current_decay: float | None = None
     ) -> None:

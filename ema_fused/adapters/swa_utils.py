@@ -11,6 +11,7 @@ from torch.optim import swa_utils
 
 from ema_fused.adapters.following import Options, is_scripted, known_integer, pairing_of
 from ema_fused.engine.checks import check_fraction
+from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.ops import update_
 from ema_fused.engine.pairs import without_average
 
@@ -86,6 +87,7 @@ class AveragedModel(swa_utils.AveragedModel):
         If an error is raised, the averages are unchanged.
     """
 
+    @outside_graphs
     def update_parameters(self, model: nn.Module) -> None:
         """Updates the average with the current weights of ``model``; the first call copies them."""
         weight_at = _weight_of(self.multi_avg_fn)

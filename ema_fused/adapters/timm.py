@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.adapters.following import Options, is_scripted, pairing_of
+from ema_fused.engine.graphs import outside_graphs
 from ema_fused.frameworks import missing
 from ema_fused.modules.module_pairs import Kind
 
@@ -40,6 +41,7 @@ class ModelEmaV2(original.ModelEmaV2):  # type: ignore[misc]
         If an error is raised, the averages are unchanged.
     """
 
+    @outside_graphs
     def update(self, model: nn.Module) -> None:
         """Updates the average with the current weights of ``model``."""
         if is_scripted(self.module, model):
@@ -76,6 +78,7 @@ class ModelEmaV3(original.ModelEmaV3):  # type: ignore[misc]
 
     _rounding_step = -1  # the last counter of random bits
 
+    @outside_graphs
     def update(self, model: nn.Module, step: int | None = None) -> None:
         """Updates the average with the current weights of ``model``, by the decay of ``step``."""
         if is_scripted(self.module, model):

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.ops import update_
 from ema_fused.engine.pairs import without_average
 from ema_fused.frameworks import missing
@@ -36,6 +37,7 @@ class ExponentialMovingAverage(original.ExponentialMovingAverage):  # type: igno
 
     num_updates: int | None
 
+    @outside_graphs
     def update(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Updates the averages with ``parameters``; None: with those they were made from."""
         source = self._get_parameters(parameters)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.engine.graphs import outside_graphs
 from ema_fused.modules.sharding import drop_gathered
 
 
@@ -115,6 +116,7 @@ def attach(optimizer: Optimizer, model: nn.Module, averaged: Averaged) -> Attach
     return Attachment(hooked(update), before_steps, before_loading)
 
 
+@outside_graphs
 def _update(averaged: Averaged, model: nn.Module, optimizer: Optimizer, _: Any, __: Any) -> None:
     """The hook that runs after each step."""
     # GradScaler sets it on a fused optimizer, which reads it to decide whether to step.

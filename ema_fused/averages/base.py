@@ -15,6 +15,7 @@ from ema_fused.averages.momentum import (
 )
 from ema_fused.averages.options import Options, check_options, refuse_one_by_one
 from ema_fused.averages.telemetry import Distance, DistanceSamples
+from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.plan import Plan
 from ema_fused.modules.copying import FrozenShares, averaged_copy
 from ema_fused.modules.paired_module import PairedModule
@@ -173,6 +174,9 @@ class BaseAveragedModel(PairedModule):
         self._seed = KnownInteger()
         self._distances = DistanceSamples(distance_every)
         self._is_ordinary = rounding == "nearest" and distance_every is None
+        self._is_plain = (
+            self._is_ordinary and not one_by_one and not capturable and not self.runs_beside
+        )
 
     @property
     def distance(self) -> Distance | None:
@@ -210,6 +214,7 @@ class BaseAveragedModel(PairedModule):
         )
         plan.lerp_(checked_momentum(self, int(steps)))
 
+    @outside_graphs
     def update_parameters(
         self, model: nn.Module, *, found_inf: Tensor | None = None, asynchronous: bool = False
     ) -> None:
@@ -238,18 +243,49 @@ class BaseAveragedModel(PairedModule):
         If an error is raised, the averages are unchanged.
         """
         refuse_while_swapped("update_parameters() was called", self, model)
+        weight = None
+        known = self._pairing
+        if known is not None and found_inf is None and self._is_plain:
+            steps = self._step_count.presumed(self._buffers["steps"])  # type: ignore[arg-type]
+            try:
+                weight = self._weight_at(steps)
+            except Exception:
+                weight = None  # raised again below, if these are the steps
+            if weight is not None and known.average_at_once(
+                self._modules["module"],  # type: ignore[arg-type]
+                model,
+                self.update_buffers,
+                weight,
+                self._step_count.counter,
+                steps,
+            ):
+                self._step_count.counted()
+                self._advice.in_vain = 0
+                return
+            if self._step_count.read(self._buffers["steps"]) != steps:  # type: ignore[arg-type]
+                weight = None
         pairing = self._paired_with(model)
         if self.capturable:
             self._update_on_device(pairing, found_inf)
         else:
-            self._update(pairing, found_inf)
+            self._update(pairing, found_inf, weight)
         if self.runs_beside:
             reads_beside(self)
             if not asynchronous:
                 pairing.flush()
             self._advice.of_waiting(pairing, overlap=self.overlap, asynchronous=asynchronous)
 
-    def _update(self, pairing: Pairing, found_inf: Tensor | None) -> None:
+    def _weight_at(self, steps: int) -> float | None:
+        """The weight of the average that this call makes; None if it makes none."""
+        if steps <= 0 or steps % self.every or steps % self.interval:
+            return None
+        if self.every == 1:
+            return checked_momentum(self, steps)
+        return momentum_of_calls(self, steps, self.every)
+
+    def _update(
+        self, pairing: Pairing, found_inf: Tensor | None, weight: float | None = None
+    ) -> None:
         buffer = self._buffers["steps"]
         assert buffer is not None
         steps = self._step_count.read(buffer)
@@ -270,11 +306,8 @@ class BaseAveragedModel(PairedModule):
                 self.avg_func(pair.averaged.data, source, buffer)
             pairing.follow_()
         else:
-            weight = (
-                checked_momentum(self, steps)
-                if self.every == 1
-                else momentum_of_calls(self, steps, self.every)
-            )
+            weight = self._weight_at(steps) if weight is None else weight
+            assert weight is not None
             if weight < pairing.lossy_below:
                 self._advice.of_losses(weight)
             if self._is_ordinary:

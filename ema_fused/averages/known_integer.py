@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from ema_fused.engine import backends
 
 
 class KnownInteger:
@@ -13,16 +17,21 @@ class KnownInteger:
     Writing doesn't synchronise: the buffer is written at every change and is always up to date for
     its readers (``state_dict``, DistributedDataParallel's broadcast of buffers).
 
+    Attributes:
+        counter: the compiled Counter of the buffer that was read last; None if it isn't in host
+            memory, and without the extension.
+
     The buffer is read again if it is another object (``.to()``, ``load_state_dict(assign=True)``)
     or its version counter has moved (``fill_``, ``load_state_dict``, a broadcast).
     """
 
-    __slots__ = ("_buffer", "_unsettled", "_value", "_version")
+    __slots__ = ("_buffer", "_unsettled", "_value", "_version", "counter")
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
         self._version = -1
         self._value = 0
+        self.counter: Any = None
         # The flag that decides about the last count, being copied to the host, and the copy's
         # event.
         self._unsettled: tuple[Tensor, torch.cuda.Event] | None = None
@@ -31,6 +40,8 @@ class KnownInteger:
         self.settle(buffer)
         if buffer is not self._buffer or buffer._version != self._version:
             self._value = int(buffer.item())
+            if buffer is not self._buffer:
+                self.counter = backends.counter_of(buffer)
             self._buffer = buffer
             self._version = buffer._version
         return self._value
@@ -62,6 +73,20 @@ class KnownInteger:
             self._version = buffer._version
         else:
             self.write(buffer, self._value + 1)
+
+    def presumed(self, buffer: Tensor) -> int:
+        """The value, unless other code has written it: for a caller that :attr:`counter` corrects.
+
+        Reading the version counter, as :meth:`read` does, takes longer than a small update does in
+        all: a training step leaves nothing of what it touches in the caches.
+        """
+        if buffer is self._buffer and self._unsettled is None:
+            return self._value
+        return self.read(buffer)
+
+    def counted(self) -> None:
+        """Takes note that :attr:`counter` has counted one more."""
+        self._value += 1
 
     def read_once(self, buffer: Tensor) -> int:
         """The value that this object last read or counted; replays of a CUDA graph aren't included.

@@ -11,6 +11,7 @@ import os
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -44,6 +45,16 @@ _warned: set[str] = set()
 def native() -> ModuleType | None:
     """The compiled extension, or None in a pure-Python install."""
     return _native
+
+
+def counter_of(buffer: torch.Tensor) -> Any:
+    """The extension's Counter of a buffer of one int64 in host memory; None for any other."""
+    if _native is None:
+        return None
+    try:
+        return _native.Counter(buffer)
+    except ValueError:
+        return None
 
 
 def why_not(backend: str) -> str | None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from operator import attrgetter, is_not
+from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
-_shard_of: Callable[[Any], Tensor] = attrgetter("_local_tensor")
+shard_of: Callable[[Any], Tensor] = attrgetter("_local_tensor")
 
 
 def class_if_imported(module: str, name: str) -> Any:
@@ -32,7 +32,7 @@ def is_sharded(tensor: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """The shard of ``tensor`` in this process; the tensor itself if it isn't a DTensor."""
-    return _shard_of(tensor) if is_sharded(tensor) else tensor
+    return shard_of(tensor) if is_sharded(tensor) else tensor
 
 
 def replace_local(tensor: Tensor, shard: Tensor) -> None:
@@ -118,17 +118,3 @@ def shards_of(
         check_placed_alike(f"pair {i}", *pairs[i])
         pairs[i] = local(pairs[i][0]), local(pairs[i][1])
     return ([a for a, _ in pairs], [s for _, s in pairs]) if sharded else None
-
-
-class ShardWatch:
-    """Tells whether the shard of any DTensor in a list has been replaced."""
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._tensors = [tensor for tensor in tensors if is_sharded(tensor)]
-        self._shards = [*map(_shard_of, self._tensors)]
-
-    def __bool__(self) -> bool:
-        return bool(self._tensors)
-
-    def changed(self) -> bool:
-        return any(map(is_not, map(_shard_of, self._tensors), self._shards))

@@ -57,9 +57,9 @@ class NativePart:
         return overlap_error(pair, other, what)
 
     @property
-    def run(self) -> Any:
-        """The compiled ``run(operation, weight) -> bool``, to launch with the least overhead."""
-        return self._plan.run
+    def compiled(self) -> Any:
+        """The extension's Plan, for callers that launch with the least overhead."""
+        return self._plan
 
     @property
     def places(self) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ema_fused.engine import backends
+from ema_fused.engine import backends, operators
 from ema_fused.engine.arguments import as_weights
 from ema_fused.engine.dtensors import shards_of
 from ema_fused.engine.native import NativePart
@@ -48,6 +48,8 @@ def lerp_(
 
     The message names the index of the pair. If an error is raised, nothing has been updated.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return operators.lerp_(averaged, source, weight)
     if isinstance(weight, Sequence) and any(isinstance(item, Tensor) for item in weight):
         _lerp_by_tensors(averaged, source, weight)
         return
@@ -120,6 +122,8 @@ def copy_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     Raises:
         TypeError, ValueError: as :func:`lerp_`, but any dtype is allowed.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return operators.copy_(averaged, source)
     kind = _kind(averaged)
     parts = _known_parts(kind, averaged, source)
     shards = None if parts is not None else _shards(averaged, source)
@@ -143,6 +147,8 @@ def swap_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         TypeError: the dtypes of a pair differ.
         ValueError: as :func:`lerp_`; also where two sources overlap.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return operators.swap_(averaged, source)
     kind = _kind(averaged)
     parts = _known_parts(kind, averaged, source)
     shards = None if parts is not None else _shards(averaged, source)
@@ -180,3 +186,6 @@ def _known_parts(kind: Kind, averaged: object, source: object) -> list[NativePar
     if len(averaged) != len(source):
         return None
     return _plans.find(kind, list(averaged), list(source))
+
+
+operators.register(lerp_=lerp_, copy_=copy_, swap_=swap_)

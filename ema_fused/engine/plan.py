@@ -14,6 +14,7 @@ from ema_fused.engine import backends
 from ema_fused.engine.arguments import Weight, as_flag, as_step, as_weights, check_distance
 from ema_fused.engine.checks import as_integer
 from ema_fused.engine.distance import add_up
+from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.native import NativePart
 from ema_fused.engine.pairs import (
     as_several,
@@ -73,6 +74,7 @@ class Plan:
         averaged: the averaged tensors; with several averages, their lists concatenated.
         source: the source of each.
         averages: how many averages each source has.
+        compiled: the extension's Plan if it alone makes a plain average of all pairs; else None.
         step: how many times :meth:`lerp_` was called without ``step``, including calls that
             ``found_inf`` made do nothing. The random bits are counted by it.
 
@@ -156,10 +158,12 @@ class Plan:
         self._no_swap = min((p.no_swap for p in parts if p.no_swap is not None), default=None)
         # The fast path: with one native part, lerp_ calls its launch directly.
         sole = self._parts[0] if len(self._parts) == 1 else None
+        self.compiled: Any = None
         self._average_at_once: Any = None
         is_plain = self.rounding == "nearest" and self._no_average is None
         if isinstance(sole, NativePart) and is_plain:
-            self._average_at_once = sole.run
+            self.compiled = sole.compiled
+            self._average_at_once = self.compiled.run
             self._AVERAGE = sole.AVERAGE
 
     def _rebuild(self) -> None:
@@ -194,6 +198,7 @@ class Plan:
                     "perhaps not all pairs are updated; change tensors between updates alone"
                 )
 
+    @outside_graphs
     def lerp_(
         self,
         weight: Weight | Sequence[Weight],
@@ -302,6 +307,7 @@ class Plan:
                 "the graph: step += 1"
             )
 
+    @outside_graphs
     def copy_(self, *, stream: torch.cuda.Stream | None = None) -> None:
         """Copies every source into its averaged tensors, converting the dtype where the two differ.
 
@@ -314,6 +320,7 @@ class Plan:
         with self._on(stream):
             self._run(lambda part: part.copy())
 
+    @outside_graphs
     def swap_(self, *, stream: torch.cuda.Stream | None = None) -> None:
         """Exchanges the contents of averaged and source tensors, without a temporary.
 
@@ -355,6 +362,7 @@ class Plan:
             )
         return self._side_streams.running_on(stream, [*self.averaged, *self.source, *scalars])
 
+    @outside_graphs
     def wait(self) -> None:
         """Makes each device's current stream wait for updates that run on another ``stream``.
 

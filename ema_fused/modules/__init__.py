@@ -1,7 +1,7 @@
 """Pairs a model with the module that holds its averages: by name, watched for changes, swapped.
 
-:mod:`.naming` and :mod:`.module_pairs` find the pairs (wrappers, tied weights, buffers),
-:mod:`.pairing` keeps the plan for them and makes a new one when tensors are replaced
+:mod:`.naming` knows the names (wrappers), :mod:`.module_pairs` finds the pairs (tied weights,
+buffers), :mod:`.pairing` keeps the plan for them and makes a new one when tensors are replaced
 (:mod:`.watch`), :mod:`.paired_module` is the module that owns a pairing, :mod:`.swapping` puts
 averages into the model, :mod:`.copying` makes the averaged copy, :mod:`.sharding` handles FSDP and
 ZeRO-3. May import ``engine`` and ``offloading``.

@@ -30,6 +30,10 @@ class KnownModel:
 
     Args:
         when_a_part_is_gone: called when one of the parts is garbage-collected.
+
+    Attributes:
+        slots: the compiled watch of the model's own slots, without those of its children; None
+            without the extension, and when the model is gone.
     """
 
     def __init__(self, model: nn.Module, when_a_part_is_gone: Callable[[object], object]) -> None:
@@ -43,7 +47,9 @@ class KnownModel:
 
     def _remember(self, model: nn.Module) -> None:
         # The watch keeps the children alive, so it is dropped together with the model.
-        self.slots_changed = ModuleWatch(alone=[model]).changed
+        watch = ModuleWatch(alone=[model])
+        self.slots = watch.slots
+        self.slots_changed = watch.changed
         # Not a bound method: the reference cycle would keep all of it alive until a collection.
         self._present = weakref.ref(model, functools.partial(_forget, weakref.ref(self)))
 
@@ -78,4 +84,5 @@ class KnownModel:
 def _forget(known: weakref.ref[KnownModel], _: object) -> None:
     known_model = known()
     if known_model is not None:
+        known_model.slots = None
         known_model.slots_changed = lambda: True

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ema_fused.engine.graphs import outside_graphs
 from ema_fused.modules import swapping
 from ema_fused.modules.advice import Advice
 from ema_fused.modules.copying import FrozenShares
@@ -74,6 +75,7 @@ class PairedModule(WaitingModule):
         refuse_while_swapped("the averaged model was called", self)
         return self.module(*args, **kwargs)
 
+    @outside_graphs
     def flush(self) -> None:
         """Waits until every update so far is in the averages.
 
@@ -88,6 +90,7 @@ class PairedModule(WaitingModule):
         if self._pairing is not None:
             self._pairing.flush()
 
+    @outside_graphs
     def wait_until_read(self) -> None:
         """Waits until every update so far has read the model, which may then be changed.
 
@@ -102,6 +105,7 @@ class PairedModule(WaitingModule):
         if self._pairing is not None:
             self._pairing.wait_until_read()
 
+    @outside_graphs
     def copy_from(self, model: nn.Module) -> None:
         """Sets the average to the current weights and buffers of ``model``; ``steps`` is unchanged.
 
@@ -113,6 +117,7 @@ class PairedModule(WaitingModule):
         pairing.copy_()
         pairing.wait_until_read()
 
+    @outside_graphs
     def copy_to(self, model: nn.Module) -> None:
         """Writes the averaged weights and buffers into ``model``, in the model's dtypes.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ class Pairing:
         assert averaged is not None, "it is at hand wherever it is used"
         materialise(averaged, model, self._shares)
         inside = [part for part in model.modules() if part is not model]
-        slots_changed = ModuleWatch(averaged, alone=inside).changed
+        watch = ModuleWatch(averaged, alone=inside)
         pairs, shared = pair_up(
             averaged,
             model,
@@ -123,7 +124,8 @@ class Pairing:
         for pair in pairs:
             _check_own_memory(pair)
         # Assigned only now, so that an error above leaves the pairing as it was.
-        self._slots_changed = slots_changed
+        self._slots = watch.slots
+        self._slots_changed = watch.changed
         self._pairs = pairs
         self._shared = [(pair.averaged, pair.source) for pair in shared]
         self._everything: Plan | OffloadedPlan = everything
@@ -150,10 +152,58 @@ class Pairing:
             return False
         if self._slots_changed():
             return False
-        for alias, source in self._shared:
-            if source.requires_grad or local(alias).data_ptr() != local(source).data_ptr():
-                return False
-        return True
+        return self._shares_hold()
+
+    def _shares_hold(self) -> bool:
+        """Whether the shared parameters are still frozen, and in the model's memory."""
+        return not any(
+            source.requires_grad or local(alias).data_ptr() != local(source).data_ptr()
+            for alias, source in self._shared
+        )
+
+    def average_at_once(
+        self,
+        averaged: nn.Module,
+        model: nn.Module,
+        update_buffers: bool,
+        weight: float,
+        counter: Any,
+        steps: int,
+    ) -> bool:
+        """:meth:`holds` and :meth:`average_` in one call of the extension, which also counts.
+
+        Args:
+            averaged, model, update_buffers: as :meth:`holds`.
+            weight: of the model's values.
+            counter: the extension's Counter, which is at ``steps``.
+
+        Returns:
+            False, with nothing done, where the update takes another way: :meth:`holds` says no, or
+            it isn't a plain one by one native kernel, or its changes are rounded away.
+        """
+        compiled = self._compiled
+        slots = self._model.slots
+        if (
+            compiled is None
+            or counter is None
+            or slots is None
+            or averaged is not self._averaged()
+            or model is not self._model.last()
+            or update_buffers != self.update_buffers
+            or (self._shared and not self._shares_hold())
+            or weight < self.lossy_below  # its caller warns of that
+        ):
+            return False
+        try:
+            done: bool = compiled.update_model(weight, self._slots, slots, counter, steps)
+        except ValueError:
+            return False  # raised again on the other way, with the names of the pairs
+        return done
+
+    @property
+    def _compiled(self) -> Any:
+        plan = self._everything
+        return plan.compiled if self._is_plain and isinstance(plan, Plan) else None
 
     def difference(self, other: Pairing) -> str:
         """Says what has changed since ``other``, an earlier pairing; for a warning."""

@@ -7,23 +7,22 @@ only when one of these objects has been replaced.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from operator import is_not
+from typing import Any
 
 from torch import Tensor, nn
 
 from ema_fused.engine import backends
-from ema_fused.engine.dtensors import ShardWatch
-
-
-class _Watch(Protocol):
-    def changed(self) -> bool: ...
+from ema_fused.engine.dtensors import is_sharded, shard_of
 
 
 class _PythonSlotWatch:
     """The fallback for the compiled SlotWatch."""
 
-    def __init__(self, dictionaries: list[dict[str, Any]]) -> None:
+    def __init__(self, dictionaries: list[dict[str, Any]], sharded: list[Tensor]) -> None:
         self._remembered = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
+        self._sharded = sharded
+        self._shards = [*map(shard_of, sharded)]
 
     def changed(self) -> bool:
         for dictionary, remembered in self._remembered:
@@ -32,7 +31,7 @@ class _PythonSlotWatch:
             for name, value in remembered.items():
                 if dictionary.get(name, self) is not value:
                     return True
-        return False
+        return any(map(is_not, map(shard_of, self._sharded), self._shards))
 
 
 class ModuleWatch:
@@ -45,6 +44,11 @@ class ModuleWatch:
     Args:
         modules: each watched with all its submodules.
         alone: modules watched without their submodules.
+
+    Attributes:
+        slots: the compiled SlotWatch, which knows all of it; None without the extension.
+        changed: the function to ask. Not a method of this object, which would make a reference
+            cycle where it is kept by what it watches.
     """
 
     def __init__(self, *modules: nn.Module, alone: Iterable[nn.Module] = ()) -> None:
@@ -52,19 +56,13 @@ class ModuleWatch:
         parts = [part for root in modules for part in root.modules()]
         for module in (*parts, *alone):
             dictionaries += [module._parameters, module._buffers, module._modules]
-        native = backends.native()
-        self._slots: _Watch = (
-            _PythonSlotWatch(dictionaries) if native is None else native.SlotWatch(dictionaries)
-        )
-        self._shards = ShardWatch(
+        sharded = [
             tensor
             for dictionary in dictionaries
             for tensor in dictionary.values()
-            if isinstance(tensor, Tensor)
-        )
-        # Looked up once, as it is called before every update. Not a bound method, which would make
-        # a reference cycle.
-        slots_changed, shards_changed = self._slots.changed, self._shards.changed
-        self.changed: Callable[[], bool] = (
-            (lambda: slots_changed() or shards_changed()) if self._shards else slots_changed
-        )
+            if isinstance(tensor, Tensor) and is_sharded(tensor)
+        ]
+        native = backends.native()
+        self.slots: Any = None if native is None else native.SlotWatch(dictionaries, sharded)
+        watch: Any = self.slots or _PythonSlotWatch(dictionaries, sharded)
+        self.changed: Callable[[], bool] = watch.changed

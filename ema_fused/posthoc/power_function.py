@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.engine.checks import check_integer
+from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.pairs import MAX_AVERAGES
 from ema_fused.engine.plan import Plan
 from ema_fused.modules import swapping
@@ -98,6 +99,7 @@ class PowerFunctionEMA(nn.Module):
         self.backend = backend
         self._paired: _Paired | None = None
 
+    @outside_graphs
     def update_parameters(self, model: nn.Module, *, samples: int = 1) -> None:
         """Updates every average with the current weights of ``model``, in one pass over them.
 
@@ -171,6 +173,7 @@ class PowerFunctionEMA(nn.Module):
         """
         return dict(self._average_of(sigma_rel).state_dict())
 
+    @outside_graphs
     def copy_to(self, model: nn.Module, *, sigma_rel: float | None = None) -> None:
         """Writes one average and its buffers into ``model``, in the model's dtypes.
 

@@ -22,6 +22,8 @@ from ema_fused.averages.kinds import (
     MomentumAnnealingEMA,
     StochasticWeightAverage,
 )
+from ema_fused.engine.backends import native
+from ema_fused.modules.pairing import Pairing
 from tests.networks import (
     CPU_BACKENDS,
     Weight,
@@ -151,12 +153,22 @@ def test_every_update_of_a_network_is_one_operation_of_one_plan(
 
         monkeypatch.setattr(Plan, name, counted)
 
+    at_once = Pairing.average_at_once
+
+    def counted_at_once(pairing: Pairing, *arguments: Any) -> bool:
+        done = at_once(pairing, *arguments)
+        if done:
+            calls.append("update_model")
+        return done
+
+    monkeypatch.setattr(Pairing, "average_at_once", counted_at_once)
     for name in ("lerp_", "copy_", "swap_"):
         count(name)
     model = conv_net()
     averaged = ExponentialMovingAverage(model, 0.1, interval=2)
     run(averaged, model, 5)
-    assert calls == ["copy_", "copy_", "lerp_", "copy_", "lerp_"]
+    average = "lerp_" if native() is None else "update_model"
+    assert calls == ["copy_", "copy_", average, "copy_", average]
 
 
 def test_copy_from_sets_the_average_and_leaves_the_count() -> None:
