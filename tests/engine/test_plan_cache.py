@@ -128,7 +128,8 @@ def test_another_dtype_over_the_same_memory_is_seen() -> None:
     check(averaged, [source[0].view(torch.bfloat16)])
 
 
-def test_a_pending_negation_over_the_same_memory_is_seen() -> None:
+def test_a_pending_negation_over_the_same_memory_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_warned", set())
     averaged, source = [torch.zeros(8)], [torch.arange(8.0)]
     ema_fused.copy_(averaged, source)
     negated = torch._neg_view(source[0])
