@@ -125,10 +125,12 @@ PYBIND11_MODULE(_C, module) {
 
   module.def(
       "connect",
-      [](const py::type& tensor_type, const std::string& library, const py::object& make_handles) {
-        torch_doors::connect(tensor_type.ptr(), library, make_handles.ptr());
+      [](const py::type& tensor_type, const py::type& parameter_type, const std::string& library,
+         const py::object& make_handles) {
+        torch_doors::connect(tensor_type.ptr(), parameter_type.ptr(), library, make_handles.ptr());
       },
-      py::arg("tensor_type"), py::arg("library"), py::arg("make_handles").none(true));
+      py::arg("tensor_type"), py::arg("parameter_type"), py::arg("library"),
+      py::arg("make_handles").none(true));
   module.def("missing_doors", &torch_doors::missing);
   module.def("build_info", &build_info);
   module.def("cpu_isa", [] { return cpu_kernel().isa; });

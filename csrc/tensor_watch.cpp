@@ -131,6 +131,8 @@ TensorWatch::TensorWatch(Ref list) : tensors_(std::move(list)) {
     layouts_.insert(layouts_.end(), facts.sizes.begin(), facts.sizes.end());
     layouts_.insert(layouts_.end(), facts.strides.begin(), facts.strides.end());
     shim().dtype(handles[i], &expected.dtype);
+    shim().device_type(handles[i], &expected.device_type);
+    shim().device_index(handles[i], &expected.device_index);
     // The pointer as the shim tells it: of a tensor without elements DLPack may tell another.
     shim().data_ptr(handles[i], &expected.data);
     expected_.push_back(expected);
@@ -140,10 +142,11 @@ TensorWatch::TensorWatch(Ref list) : tensors_(std::move(list)) {
 TensorWatch::~TensorWatch() { release(); }
 
 void TensorWatch::release() {
-  for (const Expected& expected : expected_) {
-    shim().free_tensor(expected.handle);
+  for (Expected& expected : expected_) {
+    if (expected.handle != nullptr) {
+      shim().free_tensor(std::exchange(expected.handle, nullptr));
+    }
   }
-  expected_.clear();
   tensors_ = Ref();
   released_ = true;
 }
@@ -153,30 +156,55 @@ bool TensorWatch::matches(PyObject* averaged, PyObject* source) const {
          match_from(source, list_size(averaged));
 }
 
-// Tells them from those remembered from place `first` on, without an allocation.
+// Tells them from those remembered from place `first` on.
 bool TensorWatch::match_from(PyObject* tensors, std::size_t first) const {
-  for (std::size_t i = 0; i < list_size(tensors); ++i) {
+  const torch_doors::Shim torch = shim();
+  const std::size_t count = list_size(tensors);
+  for (std::size_t i = 0; i < count; ++i) {
     PyObject* tensor = list_item(tensors, i);
-    const TensorFacts& facts = facts_[first + i];
-    dlpack::Tensor now{};
-    std::string why_not;
-    if (!torch_doors::is_tensor(tensor) || !torch_doors::describe(tensor, now, why_not)) {
+    const torch_doors::Handle handle = torch_doors::borrowed_handle(tensor);
+    if (handle == nullptr || expected_.empty()) {
+      if (!match(tensor, first + i)) {
+        return false;
+      }
+      continue;
+    }
+    const Expected& expected = expected_[first + i];
+    if (compare(torch, handle, expected) != Change::kNone) {
       return false;
     }
-    const char* data =
-        now.data == nullptr ? nullptr : static_cast<char*>(now.data) + now.byte_offset;
-    const auto& dtype = facts.exact_dtype;
-    const auto dimensions = static_cast<std::size_t>(now.ndim);
-    if (data != facts.data || now.dtype.code != dtype.code || now.dtype.bits != dtype.bits ||
-        now.dtype.lanes != dtype.lanes || now.device.type != facts.device.type ||
-        now.device.id != facts.device.id || dimensions != facts.sizes.size() ||
-        !std::equal(facts.sizes.begin(), facts.sizes.end(), now.shape) ||
-        !std::equal(facts.strides.begin(), facts.strides.end(), now.strides) ||
-        torch_doors::is_negated(tensor)) {
-      return false;
+    if (torch_doors::header_of(handle) != expected.header) {
+      // Not the tensor that was remembered: what compare() doesn't ask for may differ too.
+      std::int32_t type = -1;
+      std::int32_t index = -1;
+      torch.device_type(handle, &type);
+      torch.device_index(handle, &index);
+      if (type != expected.device_type || index != expected.device_index ||
+          torch_doors::is_negated(tensor)) {
+        return false;
+      }
     }
   }
   return true;
+}
+
+// The same of one tensor through DLPack.
+bool TensorWatch::match(PyObject* tensor, std::size_t i) const {
+  dlpack::Tensor now{};
+  std::string why_not;
+  if (!torch_doors::is_tensor(tensor) || !torch_doors::describe(tensor, now, why_not)) {
+    return false;
+  }
+  const TensorFacts& facts = facts_[i];
+  const char* data = now.data == nullptr ? nullptr : static_cast<char*>(now.data) + now.byte_offset;
+  const auto& dtype = facts.exact_dtype;
+  return data == facts.data && now.dtype.code == dtype.code && now.dtype.bits == dtype.bits &&
+         now.dtype.lanes == dtype.lanes && now.device.type == facts.device.type &&
+         now.device.id == facts.device.id &&
+         static_cast<std::size_t>(now.ndim) == facts.sizes.size() &&
+         std::equal(facts.sizes.begin(), facts.sizes.end(), now.shape) &&
+         std::equal(facts.strides.begin(), facts.strides.end(), now.strides) &&
+         !torch_doors::is_negated(tensor);
 }
 
 Change TensorWatch::check() {
@@ -195,28 +223,28 @@ Change TensorWatch::check() {
     if (i + kStoragesAhead < count) {
       torch_doors::prefetch_storage(expected_[i + kStoragesAhead].header);
     }
-    worst = std::max(worst, compare(torch, i));
+    worst = std::max(worst, compare(torch, expected_[i].handle, expected_[i]));
   }
   if (worst != Change::kMoved) {
     return worst;
   }
   for (std::size_t i = 0; i < expected_.size(); ++i) {
-    if (compare(shim(), i) != Change::kNone && !adopt(i)) {
+    if (compare(torch, expected_[i].handle, expected_[i]) != Change::kNone && !adopt(i)) {
       return Change::kDifferent;
     }
   }
   return Change::kMoved;
 }
 
-Change TensorWatch::compare(const torch_doors::Shim& torch, std::size_t i) const {
-  const Expected& expected = expected_[i];
+Change TensorWatch::compare(const torch_doors::Shim& torch, torch_doors::Handle handle,
+                            const Expected& expected) const {
   std::int64_t elements = -1;
   std::int32_t dtype = -1;
   void* data = nullptr;
-  torch.numel(expected.handle, &elements);
-  torch.dtype(expected.handle, &dtype);
-  if (elements != expected.elements || dtype != expected.dtype || !same_layout(torch, expected) ||
-      torch.data_ptr(expected.handle, &data) != 0) {
+  torch.numel(handle, &elements);
+  torch.dtype(handle, &dtype);
+  if (elements != expected.elements || dtype != expected.dtype ||
+      !same_layout(torch, handle, expected) || torch.data_ptr(handle, &data) != 0) {
     return Change::kDifferent;
   }
   return data == expected.data ? Change::kNone : Change::kMoved;
@@ -224,23 +252,24 @@ Change TensorWatch::compare(const torch_doors::Shim& torch, std::size_t i) const
 
 // Sizes and strides against what is remembered. With one dimension and a known element count the
 // stride alone tells, which saves two of the three questions for the many small tensors of a model.
-bool TensorWatch::same_layout(const torch_doors::Shim& torch, const Expected& expected) const {
+bool TensorWatch::same_layout(const torch_doors::Shim& torch, torch_doors::Handle handle,
+                              const Expected& expected) const {
   std::int64_t* strides = nullptr;
   if (expected.elements <= 1) {
     return true;
   }
   if (expected.dim == 1) {
-    torch.strides(expected.handle, &strides);
+    torch.strides(handle, &strides);
     return strides[0] == expected.stride;
   }
   std::int64_t dim = -1;
   std::int64_t* sizes = nullptr;
-  torch.dim(expected.handle, &dim);
+  torch.dim(handle, &dim);
   if (dim != expected.dim) {
     return false;
   }
-  torch.sizes(expected.handle, &sizes);
-  torch.strides(expected.handle, &strides);
+  torch.sizes(handle, &sizes);
+  torch.strides(handle, &strides);
   const std::int64_t* planned_sizes = layouts_.data() + expected.layout;
   const std::int64_t* planned_strides = planned_sizes + expected.dim;
   for (std::int32_t d = 0; d < expected.dim; ++d) {

@@ -63,20 +63,25 @@ class TensorWatch {
  private:
   // What the shim is asked for at every check, side by side in memory.
   struct Expected {
-    torch_doors::Handle handle;
-    const void* header;
+    torch_doors::Handle handle;  // null after release()
+    const void* header;          // after release() of a tensor that may be gone
     void* data;
     std::int64_t elements;
     std::int64_t stride;  // of the only dimension, where there is one
     std::int32_t dtype;
     std::int32_t dim;
+    std::int32_t device_type;
+    std::int32_t device_index;
     std::size_t layout;  // where layouts_ has the sizes, then the strides
   };
 
-  Change compare(const torch_doors::Shim& torch, std::size_t i) const;
-  bool same_layout(const torch_doors::Shim& torch, const Expected& expected) const;
+  Change compare(const torch_doors::Shim& torch, torch_doors::Handle handle,
+                 const Expected& expected) const;
+  bool same_layout(const torch_doors::Shim& torch, torch_doors::Handle handle,
+                   const Expected& expected) const;
   bool adopt(std::size_t i);
   bool match_from(PyObject* tensors, std::size_t first) const;
+  bool match(PyObject* tensor, std::size_t i) const;
   Change check_through_dlpack();
 
   explicit TensorWatch(Ref tensors);

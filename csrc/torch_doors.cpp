@@ -5,8 +5,13 @@
 namespace ema_fused::torch_doors {
 namespace {
 
+// A Python tensor object begins with its torch tensor, behind what every object begins with.
+Handle handle_inside(PyObject* tensor) { return tensor + 1; }
+
 struct Doors {
   PyTypeObject* tensor_type = nullptr;
+  PyTypeObject* parameter_type = nullptr;
+  bool handles_are_inside = false;
   const dlpack::ExchangeApi* exchange = nullptr;
   Shim shim;
   Ref make_handles;
@@ -69,9 +74,27 @@ const dlpack::ExchangeApi* find_exchange(PyObject* tensor_type) {
   return exchange;
 }
 
+// Whether handle_inside() finds, in two tensors that are made for it, what torch's own handles
+// hold.
+bool finds_handles_inside(PyObject* tensor_type) {
+  const Ref tensors = Ref::take(PyList_New(2));
+  for (Py_ssize_t i = 0; i < 2; ++i) {
+    PyList_SET_ITEM(tensors.get(), i, Ref::take(PyObject_CallNoArgs(tensor_type)).release());
+  }
+  const std::vector<Handle> handles = make_handles(tensors.get());
+  bool inside = handles.size() == 2;
+  for (std::size_t i = 0; i < handles.size(); ++i) {
+    inside =
+        inside && header_of(handles[i]) == header_of(handle_inside(list_item(tensors.get(), i)));
+    shim().free_tensor(handles[i]);
+  }
+  return inside;
+}
+
 }  // namespace
 
-void connect(PyObject* tensor_type, const std::string& library, PyObject* make_handles) {
+void connect(PyObject* tensor_type, PyObject* parameter_type, const std::string& library,
+             PyObject* make_handles) {
   Doors& all = doors();
   all.exchange = find_exchange(tensor_type);
   all.is_neg = Ref::take(PyObject_GetAttrString(tensor_type, "is_neg"));
@@ -89,11 +112,20 @@ void connect(PyObject* tensor_type, const std::string& library, PyObject* make_h
     all.missing += "torch_parallel_for (the CPU kernel runs on one thread)";
   }
   all.tensor_type = reinterpret_cast<PyTypeObject*>(Ref::borrow(tensor_type).release());
+  all.parameter_type = reinterpret_cast<PyTypeObject*>(Ref::borrow(parameter_type).release());
+  all.handles_are_inside = all.shim.complete && finds_handles_inside(tensor_type);
 }
 
 std::string missing() { return doors().missing; }
 
 bool is_tensor(PyObject* object) { return PyObject_TypeCheck(object, doors().tensor_type) != 0; }
+
+Handle borrowed_handle(PyObject* tensor) {
+  const Doors& all = doors();
+  const bool is_plain =
+      Py_IS_TYPE(tensor, all.tensor_type) || Py_IS_TYPE(tensor, all.parameter_type);
+  return all.handles_are_inside && is_plain ? handle_inside(tensor) : nullptr;
+}
 
 bool describe(PyObject* tensor, dlpack::Tensor& description, std::string& why_not) {
   if (doors().exchange->tensor_from_py_object(tensor, &description) == 0) {

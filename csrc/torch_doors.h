@@ -20,7 +20,8 @@ using Handle = void*;
 
 // Finds the doors. `library` is the path of libtorch_cpu, already loaded; `make_handles` is
 // torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors or None.
-void connect(PyObject* tensor_type, const std::string& library, PyObject* make_handles);
+void connect(PyObject* tensor_type, PyObject* parameter_type, const std::string& library,
+             PyObject* make_handles);
 
 // What is missing, in words, for a report; empty where every door was found.
 std::string missing();
@@ -52,6 +53,10 @@ const Shim& shim();
 
 // New handles, one a tensor; the caller frees them with shim().free_tensor. Needs shim().complete.
 std::vector<Handle> make_handles(PyObject* tensors);
+
+// The handle of a plain tensor or parameter, borrowed from its Python object: good while that
+// lives. Null for subclasses, and where this torch keeps its tensors elsewhere in its objects.
+Handle borrowed_handle(PyObject* tensor);
 
 // Hints to the cache, which change nothing but time: a handle is torch's pointer to the header of
 // the tensor (its TensorImpl), and the header's third word is its pointer to the storage. In a

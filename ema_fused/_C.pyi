@@ -99,6 +99,7 @@ class Counter:
 
 def connect(
     tensor_type: type[Tensor],
+    parameter_type: type[Tensor],
     library: str,
     make_handles: Callable[[Sequence[Tensor]], Sequence[object]] | None,
 ) -> None:

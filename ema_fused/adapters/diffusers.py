@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from operator import attrgetter
 
 from torch import nn
 
@@ -16,6 +17,9 @@ except ImportError as error:
     raise missing("diffusers", "diffusers", error) from error
 
 __all__ = ["EMAModel"]
+
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class EMAModel(original.EMAModel):  # type: ignore[misc]
@@ -46,13 +50,13 @@ class EMAModel(original.EMAModel):  # type: ignore[misc]
             return
         source = list(parameters)
         decay = self.get_decay(self.optimization_step + 1)
-        copied = [not parameter.requires_grad for parameter in source]
+        trained = list(map(_REQUIRES_GRAD, source))
         update_(
             self.shadow_params,
             source,
             1 - decay,
             arithmetic="delta",
-            only_copy=copied if any(copied) else None,
+            only_copy=None if all(trained) else [not trains for trains in trained],
         )
         self.optimization_step += 1
         self.cur_decay_value = decay

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
+from collections.abc import Collection
 from itertools import chain
 from typing import NamedTuple
 
@@ -99,10 +101,11 @@ class EMA(original.EMA):  # type: ignore[misc]
         place = "into the model" if ma_model is self.model else "into the average"
         notes = notes_of(self)
         chosen = _Chosen(
-            frozenset(self.parameter_names) | frozenset(self.buffer_names),
-            frozenset(self.ignore_names),
-            tuple(self.ignore_startswith_names),
-            frozenset(self.param_or_buffer_names_no_ema),
+            self.parameter_names,
+            self.buffer_names,
+            self.ignore_names,
+            self.ignore_startswith_names,
+            self.param_or_buffer_names_no_ema,
         )
         kept = notes.get(place)
         if kept is not None and kept.holds(ma_model, current_model, chosen):
@@ -111,7 +114,8 @@ class EMA(original.EMA):  # type: ignore[misc]
                 return
             except ValueError:  # a module was converted in place
                 pass
-        kept = _Kept(ma_model, current_model, chosen)
+        # Copies, as the names may be changed in place.
+        kept = _Kept(ma_model, current_model, _Chosen(*map(copy.copy, chosen)))
         kept.plan.lerp_(weight)
         notes[place] = kept
 
@@ -119,13 +123,14 @@ class EMA(original.EMA):  # type: ignore[misc]
 class _Chosen(NamedTuple):
     """Which tensors are averaged and which are copied, by their names in the averaged copy."""
 
-    names: frozenset[str]
-    ignored: frozenset[str]
-    ignored_prefixes: tuple[str, ...]
-    copied: frozenset[str]
+    parameters: Collection[str]
+    buffers: Collection[str]
+    ignored: Collection[str]
+    ignored_prefixes: Collection[str]
+    copied: Collection[str]
 
     def ignores(self, name: str) -> bool:
-        return name in self.ignored or name.startswith(self.ignored_prefixes)
+        return name in self.ignored or name.startswith(tuple(self.ignored_prefixes))
 
     def plan(self, averaged: nn.Module, model: nn.Module) -> Plan:
         ours, theirs = _numbers_in(averaged), _numbers_in(model)
@@ -133,16 +138,17 @@ class _Chosen(NamedTuple):
             {name: not self.ignores(name) for name in ours},
             {name: not self.ignores(name) for name in theirs},
         )
+        names, copied = {*self.parameters, *self.buffers}, {*self.copied}
         # Either module may be the averaged copy, and the other one may be wrapped.
         pairs = [
             (name, source)
             for name, source in matched.items()
-            if self.names & {name, source} and not self.ignores(name) and not self.ignores(source)
+            if names & {name, source} and not self.ignores(name) and not self.ignores(source)
         ]
         return Plan(
             [ours[name] for name, _ in pairs],
             [theirs[source] for _, source in pairs],
-            only_copy=[bool(self.copied & {name, source}) for name, source in pairs],
+            only_copy=[bool(copied & {name, source}) for name, source in pairs],
             names=[name for name, _ in pairs],
         )
 

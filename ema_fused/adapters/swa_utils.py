@@ -13,7 +13,6 @@ from ema_fused.adapters.following import Options, is_scripted, known_integer, pa
 from ema_fused.engine.checks import check_fraction
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.ops import update_
-from ema_fused.engine.pairs import without_average
 
 __all__ = ["AveragedModel", "get_ema_multi_avg_fn", "get_swa_multi_avg_fn"]
 
@@ -61,7 +60,7 @@ def get_swa_multi_avg_fn() -> MultiAverage:
 
 
 def _update(averaged: Sequence[Tensor], current: Sequence[Tensor], weight: Tensor | float) -> None:
-    update_(averaged, current, weight, only_copy=without_average(averaged, current))
+    update_(averaged, current, weight, copy_others=True)
 
 
 class AveragedModel(swa_utils.AveragedModel):

@@ -8,7 +8,6 @@ from torch import nn
 
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.ops import update_
-from ema_fused.engine.pairs import without_average
 from ema_fused.frameworks import missing
 
 try:
@@ -46,12 +45,11 @@ class ExponentialMovingAverage(original.ExponentialMovingAverage):  # type: igno
         if counted is not None:
             counted += 1
             decay = min(decay, (1 + counted) / (10 + counted))
-        copied = without_average(self.shadow_params, source)
         update_(
             self.shadow_params,
             source,
             1.0 - decay,
             arithmetic="delta",
-            only_copy=copied,
+            copy_others=True,
         )
         self.num_updates = counted

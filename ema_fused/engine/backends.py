@@ -32,7 +32,7 @@ def _connect() -> tuple[ModuleType | None, str | None]:
     make_handles = getattr(aoti, "unsafe_alloc_void_ptrs_from_tensors", None)
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     try:
-        extension.connect(torch.Tensor, str(library), make_handles)
+        extension.connect(torch.Tensor, torch.nn.Parameter, str(library), make_handles)
     except ImportError as error:
         return None, f"the compiled extension can't reach torch {torch.__version__} ({error})"
     return extension, None

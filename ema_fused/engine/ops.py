@@ -16,7 +16,7 @@ from ema_fused.engine import backends, operators
 from ema_fused.engine.arguments import as_weights
 from ema_fused.engine.dtensors import shards_of
 from ema_fused.engine.native import NativePart
-from ema_fused.engine.pairs import check_lists, check_pair, label
+from ema_fused.engine.pairs import check_lists, check_pair, label, without_average
 from ema_fused.engine.parts import Update
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.plan_cache import Kind, PlanCache
@@ -63,18 +63,26 @@ def update_(
     *,
     arithmetic: str = "lerp",
     only_copy: Sequence[bool] | None = None,
+    copy_others: bool = False,
 ) -> None:
     """:func:`lerp_` with more options of a :class:`~ema_fused.Plan`; the plan is cached too.
+
+    Args:
+        copy_others: copy the pairs that have no average (integers), instead of ``only_copy``.
 
     Raises:
         TypeError, ValueError: as :class:`~ema_fused.Plan`; nothing has been updated then.
     """
-    kind = _kind(averaged, arithmetic, only_copy)
+    kind = _kind(averaged, arithmetic, only_copy, copy_others)
     parts = _known_parts(kind, averaged, source)
     shards = None if parts is not None else _shards(averaged, source)
     if shards is not None:
-        return update_(*shards, weight, arithmetic=arithmetic, only_copy=only_copy)
+        return update_(
+            *shards, weight, arithmetic=arithmetic, only_copy=only_copy, copy_others=copy_others
+        )
     if parts is None or any(part.no_average is not None for part in parts):
+        if copy_others:
+            only_copy = without_average(averaged, source)
         plan = Plan(averaged, source, arithmetic=arithmetic, only_copy=only_copy)
         plan.lerp_(weight)
         _plans.keep(kind, plan.give_up())
@@ -164,11 +172,14 @@ def swap_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
 
 
 def _kind(
-    averaged: object, arithmetic: str = "lerp", only_copy: Sequence[bool] | None = None
+    averaged: object,
+    arithmetic: str = "lerp",
+    only_copy: Sequence[bool] | None = None,
+    copy_others: bool = False,
 ) -> Kind:
     pairs = len(averaged) if isinstance(averaged, (list, tuple)) else -1
     copied = None if only_copy is None else tuple(only_copy)
-    return Kind(pairs, arithmetic, copied, backends.pinned(None))
+    return Kind(pairs, arithmetic, copied, copy_others, backends.pinned(None))
 
 
 def _shards(averaged: object, source: object) -> tuple[list[Tensor], list[Tensor]] | None:

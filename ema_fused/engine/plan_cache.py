@@ -24,6 +24,7 @@ class Kind(NamedTuple):
     pairs: int
     arithmetic: str
     only_copy: tuple[bool, ...] | None
+    copy_others: bool
     backend: str | None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,20 +19,29 @@ def drop_gathered(model: nn.Module) -> None:
     Otherwise the module would hold plain tensors instead of shards (FSDP2), and a later forward
     pass would use the gathered, outdated values after the shards have been written.
     """
-    fsdp2 = class_if_imported("torch.distributed.fsdp", "FSDPModule")
-    fsdp1 = class_if_imported("torch.distributed.fsdp", "FullyShardedDataParallel")
-    if fsdp2 is None:
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp2):
-            module.reshard()
-        elif fsdp1 is not None and isinstance(module, fsdp1):
-            handle = getattr(module, "_handle", None)
-            # Before the first forward pass nothing has been allocated to gather into.
-            if handle is not None and hasattr(handle.flat_param, "_full_param_padded"):
-                # FSDP1 has no public function for this: summon_full_params() would gather
-                # everything.
-                handle._free_unsharded_flat_param()
+    drop_gathered_in(parts_of_fsdp(model))
+
+
+def parts_of_fsdp(model: nn.Module) -> list[nn.Module]:
+    """The modules of ``model`` whose parameters FSDP gathers."""
+    names = ("FSDPModule", "FullyShardedDataParallel")
+    found = [class_if_imported("torch.distributed.fsdp", name) for name in names]
+    classes = tuple(cls for cls in found if cls is not None)
+    return [part for part in model.modules() if isinstance(part, classes)] if classes else []
+
+
+def drop_gathered_in(parts: list[nn.Module]) -> None:
+    """:func:`drop_gathered` of modules that :func:`parts_of_fsdp` found."""
+    for module in parts:
+        reshard = getattr(module, "reshard", None)
+        if reshard is not None:  # FSDP2
+            reshard()
+            continue
+        handle: Any = getattr(module, "_handle", None)
+        # Before the first forward pass nothing has been allocated to gather into.
+        if handle is not None and hasattr(handle.flat_param, "_full_param_padded"):
+            # FSDP1 has no public function for this: summon_full_params() would gather everything.
+            handle._free_unsharded_flat_param()
 
 
 def is_flattened(model: nn.Module) -> bool:

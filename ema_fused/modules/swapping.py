@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ema_fused.engine.plan import Plan
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.module_pairs import Pair, pair_up, plan_of
-from ema_fused.modules.sharding import drop_gathered
+from ema_fused.modules.sharding import drop_gathered, drop_gathered_in, parts_of_fsdp
 from ema_fused.modules.waiting import wait_until_all_have_read
 from ema_fused.modules.watch import ModuleWatch
 
@@ -97,7 +97,6 @@ class Exchange:
         self._find_pairs = find_pairs
         self._backend = backend
         self._kept: dict[str, Tensor] = {}
-        drop_gathered(model)
         self._prepare()
 
     @property
@@ -106,6 +105,8 @@ class Exchange:
         return [pair.name for pair in self._overwrites]
 
     def _prepare(self) -> None:
+        self._parts_of_fsdp = parts_of_fsdp(self._model)
+        drop_gathered_in(self._parts_of_fsdp)
         slots_changed = ModuleWatch(*self._modules).changed
         pairs = self._find_pairs()
         self._swaps = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
@@ -126,22 +127,31 @@ class Exchange:
             KeyError, TypeError, ValueError: as ``pair_up``; nothing has been exchanged then.
         """
         wait_until_all_have_read()
-        drop_gathered(self._model)
-        if self._slots_changed() or not self._is_as_planned():
+        # If FSDP has come to the model since, its parameters are other objects.
+        drop_gathered_in(self._parts_of_fsdp)
+        if self._slots_changed() or not self._overwrites_are_as_planned():
             self._prepare()
+        try:
+            self._put_in()
+        except (
+            ValueError
+        ):  # a dtype was changed in place, as by module.double(); nothing is swapped
+            self._prepare()
+            self._put_in()
+
+    def _put_in(self) -> None:
         kept = {
             pair.name: pair.source.detach().to(pair.averaged.device, copy=True)
             for pair in self._overwrites
         }
         self._swap.swap_()
-        self._overwrite.copy_()
+        if self._overwrites:
+            self._overwrite.copy_()
         self._kept = kept
 
-    def _is_as_planned(self) -> bool:
-        """Whether the same pairs still have equal dtypes; ``module.double()`` may change that."""
-        return all(pair.averaged.dtype == pair.source.dtype for pair in self._swaps) and all(
-            pair.averaged.dtype != pair.source.dtype for pair in self._overwrites
-        )
+    def _overwrites_are_as_planned(self) -> bool:
+        """Whether their dtypes still differ; of the other pairs the plan itself tells."""
+        return all(pair.averaged.dtype != pair.source.dtype for pair in self._overwrites)
 
     def take_out(self) -> None:
         """Swaps the averages out of the model again.
@@ -156,12 +166,14 @@ class Exchange:
             self._put_back()
 
     def _put_back(self) -> None:
-        drop_gathered(self._model)
+        drop_gathered_in(self._parts_of_fsdp)
         try:
             if self._slots_changed():
+                drop_gathered(self._model)
                 self._find_again()
             self._swap.swap_()
-            self._plan_overwriting([self._kept[pair.name] for pair in self._overwrites]).copy_()
+            if self._overwrites:
+                self._plan_overwriting([self._kept[pair.name] for pair in self._overwrites]).copy_()
         except (KeyError, TypeError, ValueError) as error:
             raise RuntimeError(
                 f"the model's own weights can't be put back, because the model was changed while "

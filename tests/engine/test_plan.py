@@ -190,7 +190,7 @@ def test_two_threads_update_two_plans_at_once() -> None:
 WATCHED_THROUGH_DLPACK = """
 import torch
 from ema_fused import _C
-_C.connect(torch.Tensor, "libnowhere.so", None)
+_C.connect(torch.Tensor, torch.nn.Parameter, "libnowhere.so", None)
 assert "DLPack" in _C.missing_doors() and "one thread" in _C.missing_doors()
 a, s = [torch.zeros(3), torch.zeros(2, 2)], [torch.ones(3), torch.ones(2, 2)]
 plan = _C.Plan(a, s, [(False, 0, 0), (False, 0, 1)], _C.Arithmetic.LERP)
@@ -201,6 +201,11 @@ assert average(0.5) and torch.equal(a[0], torch.full((3,), 1.25))
 s[1].data = torch.ones(4)
 assert not average(0.5) and torch.equal(a[0], torch.full((3,), 1.25))
 assert plan.changed() == (1, True, "float32 of shape (2, 2)")
+import ema_fused
+one, other = [torch.zeros(4)], [torch.ones(4)]
+for _ in range(2):  # the second finds the plan of the first
+    ema_fused.lerp_(one, other, 0.5)
+assert torch.equal(one[0], torch.full((4,), 0.75))
 """
 
 
