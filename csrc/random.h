@@ -20,23 +20,38 @@ struct RandomWords {
   std::uint32_t words[4];
 };
 
+constexpr int kPhiloxRounds = 10;
+constexpr std::uint32_t kPhiloxFactor0 = 0xd2511f53u;
+constexpr std::uint32_t kPhiloxFactor1 = 0xcd9e8d57u;
+
+// The two keys of a round.
+struct PhiloxKeys {
+  std::uint32_t key0;
+  std::uint32_t key1;
+
+  EMA_FUSED_HD explicit PhiloxKeys(std::uint64_t seed)
+      : key0(static_cast<std::uint32_t>(seed)), key1(static_cast<std::uint32_t>(seed >> 32)) {}
+  EMA_FUSED_HD void advance() {
+    key0 += 0x9e3779b9u;
+    key1 += 0xbb67ae85u;
+  }
+};
+
 EMA_FUSED_HD RandomWords philox(RandomWords counter, std::uint64_t seed) {
-  auto key0 = static_cast<std::uint32_t>(seed);
-  auto key1 = static_cast<std::uint32_t>(seed >> 32);
+  PhiloxKeys keys(seed);
   std::uint32_t c0 = counter.words[0];
   std::uint32_t c1 = counter.words[1];
   std::uint32_t c2 = counter.words[2];
   std::uint32_t c3 = counter.words[3];
   EMA_FUSED_UNROLL
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t product0 = static_cast<std::uint64_t>(0xd2511f53u) * c0;
-    const std::uint64_t product1 = static_cast<std::uint64_t>(0xcd9e8d57u) * c2;
-    c0 = static_cast<std::uint32_t>(product1 >> 32) ^ c1 ^ key0;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const std::uint64_t product0 = static_cast<std::uint64_t>(kPhiloxFactor0) * c0;
+    const std::uint64_t product1 = static_cast<std::uint64_t>(kPhiloxFactor1) * c2;
+    c0 = static_cast<std::uint32_t>(product1 >> 32) ^ c1 ^ keys.key0;
     c1 = static_cast<std::uint32_t>(product1);
-    c2 = static_cast<std::uint32_t>(product0 >> 32) ^ c3 ^ key1;
+    c2 = static_cast<std::uint32_t>(product0 >> 32) ^ c3 ^ keys.key1;
     c3 = static_cast<std::uint32_t>(product0);
-    key0 += 0x9e3779b9u;
-    key1 += 0xbb67ae85u;
+    keys.advance();
   }
   return {{c0, c1, c2, c3}};
 }

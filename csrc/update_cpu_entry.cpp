@@ -36,19 +36,6 @@ __attribute__((noinline)) void update_elements(double weight, A* averaged, S* so
   loop(functor, averaged, source, count, random...);
 }
 
-// The random bits of `blocks` blocks, four words each.
-[[maybe_unused]] __attribute__((noinline)) void fill(std::uint32_t* words, const RandomKey key,
-                                                     std::uint64_t first, std::int64_t blocks) {
-  EMA_FUSED_INDEPENDENT
-  for (std::int64_t b = 0; b < blocks; ++b) {
-    const RandomWords made = random_block(key, first + static_cast<std::uint64_t>(b));
-    words[4 * b] = made.words[0];
-    words[4 * b + 1] = made.words[1];
-    words[4 * b + 2] = made.words[2];
-    words[4 * b + 3] = made.words[3];
-  }
-}
-
 struct Loop {
   const Chunk& chunk;
   const Launch& launch;
@@ -88,9 +75,9 @@ struct Loop {
       static_assert(kChunkElementsCpu % kElementsARandomBlock == 0);
       static_assert(kElementsATile % kElementsARandomBlock == 0);
       std::uint32_t words[kElementsATile / 2];
-      fill(words, random_key_of(launch, chunk.number),
-           static_cast<std::uint64_t>(chunk.first + begin) / kElementsARandomBlock,
-           (count + kElementsARandomBlock - 1) / kElementsARandomBlock);
+      random_blocks(words, random_key_of(launch, chunk.number),
+                    static_cast<std::uint64_t>(chunk.first + begin) / kElementsARandomBlock,
+                    (count + kElementsARandomBlock - 1) / kElementsARandomBlock);
       // The low half of a word is the first on every machine that this is built for.
       update_elements<Functor>(weight, averaged, source, count,
                                reinterpret_cast<const std::uint16_t*>(words));

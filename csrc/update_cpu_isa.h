@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "chunk_table.h"
+#include "random.h"
 
 #ifndef EMA_FUSED_ISA
 #error "EMA_FUSED_ISA must name the instruction set this file is compiled for"
@@ -33,6 +34,10 @@ void update_entry(const Chunk& chunk, const Launch& launch);
 
 // The squared distance of one entry as it is; 0 where it is only copied.
 double distance_of(const Chunk& chunk);
+
+// The random bits of `blocks` blocks from block `first` on, four words each.
+void random_blocks(std::uint32_t* words, const RandomKey& key, std::uint64_t first,
+                   std::int64_t blocks);
 
 // `count` elements from place `begin` on, in a type that holds them exactly: where they lie, if
 // they have that type, else in `tile`.
