@@ -4,10 +4,10 @@
         [--dtypes float32 ...] [--json FILE] [--pictures FOLDER]
 
 Prints tables of ratios: a contender's median time over ours, both from this one run, in which they
-took turns, with times beside them for orientation only. Before anything is timed, each contender's
-result is compared with torch's or the original's. Exit status 77: there is no GPU; 1: a case failed
-(the others are written all the same). What isn't installed or doesn't fit the memory is left out,
-and said.
+took turns, with times beside them for orientation only. Caches are cold first, then warm. Before
+anything is timed, each contender's result is compared with torch's or the original's. Exit status
+77: there is no GPU; 1: a case failed (the others are written all the same). What isn't installed or
+doesn't fit the memory is left out, and said.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import NO_GPU, peers, records, targets
-from ema_fused.bench.cases import host_cases, torch_cases
+from benchmarks import NO_GPU, compiled, peers, records, sharded, step, targets
+from ema_fused.bench.cases import BUSY_LISTS, busy_cases, host_cases, torch_cases
 from ema_fused.bench.contenders import DTYPES
 from ema_fused.bench.environment import Environment, environment, output_of, why_no_gpu
 from ema_fused.bench.measuring import Case, Report, Run
@@ -52,7 +52,11 @@ _GPU_MODELS = (
 )
 _HOST_LISTS = ("161x16", "1000x16", "5000x16")
 _TORCH, _GROWTH = "torch", "growth"
-_PEERS = (_TORCH, _GROWTH, *peers.NAMES)
+_COMPILED, _SHARDED, _STEP, _BUSY = "compiled", "sharded", "step", "busy"
+_PEERS = (_TORCH, _GROWTH, _COMPILED, _SHARDED, _STEP, _BUSY, *peers.NAMES)
+# What these measure where no models are named.
+_LISTS_OF = {_COMPILED: compiled.MODELS, _SHARDED: sharded.MODELS, _BUSY: BUSY_LISTS}
+_SMOKE_LISTS = ("20x16",)
 
 
 def run_of(chosen: argparse.Namespace, clock: Clock) -> Run:
@@ -82,11 +86,12 @@ def _cases(chosen: argparse.Namespace, clock: Clock, run: Run) -> Iterator[Case]
     if others and "float32" not in chosen.dtypes:
         run.leave_out(", ".join(others), "measured in float32 only, which was not chosen")
         others = []
-    for peer in (peer for peer in others if peer != _GROWTH):
+    for peer in (peer for peer in others if peer in peers.NAMES):
         try:
             yield from peers.peer_cases(peer, models, clock)
         except (ImportError, OSError) as error:
             run.leave_out(peer, f"it isn't installed: {error}")
+    yield from _cpu_cases(others, chosen, clock, run)
     if _GROWTH not in others:
         return
     if growth is None:
@@ -94,6 +99,41 @@ def _cases(chosen: argparse.Namespace, clock: Clock, run: Run) -> Iterator[Case]
     else:
         grid = (_FEW_TENSORS, _FEW_ELEMENTS) if chosen.smoke else ()
         yield from growth.growth_cases(clock, *grid)
+
+
+def _cpu_cases(
+    others: Sequence[str], chosen: argparse.Namespace, clock: Clock, run: Run
+) -> Iterator[Case]:
+    """What is measured on the CPU only."""
+    found = [peer for peer in (_COMPILED, _SHARDED, _STEP, _BUSY) if peer in others]
+    if found and clock.device.type != "cpu":
+        run.leave_out(", ".join(found), "measured on the CPU only")
+        return
+    lists = {
+        peer: [_shapes(key, chosen.smoke) for key in _keys(peer, chosen)] for peer in _LISTS_OF
+    }
+    if _COMPILED in found:
+        if chosen.smoke:
+            run.leave_out(_COMPILED, "compiling takes too long for a smoke run")
+        else:
+            pairs = [DTYPES[name] for name in ("float32", "mixed") if name in chosen.dtypes]
+            yield from compiled.compiled_cases(lists[_COMPILED], pairs, clock)
+    if _SHARDED in found:
+        yield from sharded.sharded_cases(lists[_SHARDED], clock)
+    if _STEP in found:
+        if chosen.smoke:
+            left = f"a training step, {step.COMPILED}"
+            run.leave_out(left, "compiling takes too long for a smoke run")
+        yield from step.step_cases((step.EAGER,) if chosen.smoke else (step.EAGER, step.COMPILED))
+    if _BUSY in found:
+        yield from busy_cases(lists[_BUSY], clock)
+
+
+def _keys(peer: str, chosen: argparse.Namespace) -> Sequence[str]:
+    if chosen.named_models:
+        keys: list[str] = chosen.models
+        return keys
+    return _SMOKE_LISTS if chosen.smoke else _LISTS_OF[peer]
 
 
 def _shapes(key: str, smoke: bool) -> Shapes:
@@ -155,6 +195,7 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     chosen = parser.parse_args(arguments)
     on_gpu = chosen.device == "cuda"
     usual = _GPU_MODELS if on_gpu else (*networks(), *_LISTS)
+    chosen.named_models = bool(chosen.models)
     chosen.models = chosen.models or list(_SMOKE_MODELS if chosen.smoke else usual)
     chosen.peers = chosen.peers or list((_TORCH,) if on_gpu else _PEERS)
     for key in chosen.models:
@@ -191,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _tables(report: Report) -> list[Table]:
     judged = targets.table(report) if "capability" in report["environment"] else []
     grown = [] if growth is None else growth.table(report)
-    return [*judged, *grown, *tables(report)]
+    return [*judged, *grown, *tables(report), *step.table(report)]
 
 
 def _write(report: Report, chosen: argparse.Namespace) -> None:

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import growth, marked, pictures, records
+from benchmarks import growth, marked, pictures, records, step
 from ema_fused.bench.contenders import FLOAT32, FOREACH, MIXED
-from ema_fused.bench.tables import about, markdown, tables
+from ema_fused.bench.tables import about, is_cold, markdown, tables
 
 ROOT = Path(__file__).parent.parent
 MEASURED, GROWN = records.RESULTS / "cpu.json", records.RESULTS / "growth_cpu.json"
@@ -48,6 +48,8 @@ _ROWS = (
     ("ema-pytorch `EMA`", "peer", "ema-pytorch EMA", "original"),
     ("torch-ema", "peer", "torch-ema ExponentialMovingAverage", "original"),
 )
+# Not measured of each model; a row is left out where it would be empty.
+_SOME_ROWS = (("`torch.compile` of foreach, float32 lists", "compiled", FLOAT32.name, "compile"),)
 
 
 def readme_part(report: dict[str, Any]) -> str:
@@ -57,11 +59,16 @@ def readme_part(report: dict[str, Any]) -> str:
     for name, kind, what, part in _ROWS:
         ratios = [_ratio(report, kind, what, model, part) for model in _MODELS]
         rows.append(f"| {name} | {' | '.join(ratios)} |")
+    for name, kind, what, part in _SOME_ROWS:
+        some = [pictures.find(report, kind, what, model, part) for model in _MODELS]
+        if any(some):
+            rows.append(f"| {name} | {' | '.join(map(_short, some))} |")
     found = report["environment"]
+    caches = ", with cold caches," if is_cold(report["cases"]) else ""
     return "\n".join(
         [
-            f"How many times as long as ours others take for one update: medians of one run on "
-            f"{found['device']}, {found['threads']} threads, torch {found['torch']}, "
+            f"How many times as long as ours others take for one update{caches}: medians of "
+            f"one run on {found['device']}, {found['threads']} threads, torch {found['torch']}, "
             f"{found['date']} ([all results](benchmarks/results/{MEASURED.name}), "
             f"`{found['command']}`).",
             "",
@@ -76,6 +83,12 @@ def _ratio(report: dict[str, Any], kind: str, what: str, model: str, part: str) 
     contender = pictures.find(report, kind, what, model, part)
     if contender is None:
         raise ValueError(f"{MEASURED} has no {kind} {what!r} of {model} with {part!r}")
+    return _short(contender)
+
+
+def _short(contender: Entry | None) -> str:
+    if contender is None:
+        return ""
     ratio = float(contender["ratio"])
     return f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.1f}"
 
@@ -84,7 +97,7 @@ def docs_part(report: dict[str, Any], grown: dict[str, Any]) -> str:
     """All tables of both runs, for docs/benchmarks.md."""
     parts = [_titled(markdown(table)) + "\n" + about(grown) for table in growth.table(grown)]
     parts += [f"### The other tables\n\n{about(report)}"]
-    parts += [_titled(markdown(table)) for table in tables(report)]
+    parts += [_titled(markdown(table)) for table in [*tables(report), *step.table(report)]]
     return "\n".join(parts).rstrip()
 
 

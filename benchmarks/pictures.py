@@ -21,6 +21,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLo
 from benchmarks.drawing import WIDTH, Theme, save
 from benchmarks.growth import CONTENDERS, FEWEST_POINTS, Point, fitted, growth_points
 from ema_fused.bench.contenders import FLOAT32, FOREACH, MIXED, OUR_LISTS
+from ema_fused.bench.tables import is_cold
 
 Entry = dict[str, Any]
 
@@ -97,7 +98,9 @@ def _ratios(report: dict[str, Any], theme: Theme) -> Figure:
         textcoords="offset points", color=theme.ours, fontweight="bold",
     )  # fmt: skip
     _name_rows(axes, [title for _, title in models])
-    axes.set_xlabel(f"times as long as ema_fused takes (log scale) · {_machine(report)}")
+    axes.set_xlabel(
+        f"times as long as ema_fused takes (log scale) · {_caches(report)}{_machine(report)}"
+    )
     axes.xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100, 200]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -120,7 +123,7 @@ def _limits(report: dict[str, Any], theme: Theme) -> Figure:
     _name_rows(axes, [title for _, title in models])
     on_gpu = "capability" in report["environment"]
     limit = "a copy within the device" if on_gpu else "the same bytes in one flat buffer"
-    axes.set_xlabel(f"fraction of the speed of {limit} · {_machine(report)}")
+    axes.set_xlabel(f"fraction of the speed of {limit} · {_caches(report)}{_machine(report)}")
     figure.legend(loc="outside upper left", ncols=2)
     return figure
 
@@ -151,6 +154,12 @@ def _machine(report: dict[str, Any]) -> str:
     about = report["environment"]
     threads = "" if "capability" in about else f", {about['threads']} threads"
     return f"{about['device']}{threads}, {about['date']}"
+
+
+def _caches(report: dict[str, Any]) -> str:
+    """How the bars' caches were; a GPU's and older reports say nothing of it."""
+    lists = [case for case in report["cases"] if case["kind"] == "lists"]
+    return "cold caches · " if is_cold(lists) else ""
 
 
 # ---- Growth --------------------------------------------------------------------------------------

@@ -78,9 +78,11 @@ def _launch_target(cases: list[Entry]) -> Target:
 
 def _host_target(entry: Entry) -> Target:
     limit = _HOST_FIXED + _HOST_A_TENSOR * entry["tensors"]
-    median = entry["contenders"][0]["timing"]["median"]
-    what = f"host time of one update of {entry['tensors']:,} tensors"
-    return Target(what, f"<= {limit * 1e6:.1f} us", f"{median * 1e6:.1f} us", median <= limit)
+    ours = entry["contenders"][0]
+    cold, hot = ours["timing"]["median"], ours["hot_timing"]["median"]
+    what = f"host time of one update of {entry['tensors']:,} tensors, cold caches"
+    measured = f"{cold * 1e6:.1f} us ({hot * 1e6:.1f} us with warm ones)"
+    return Target(what, f"<= {limit * 1e6:.1f} us", measured, cold <= limit)
 
 
 def _ratio_target(

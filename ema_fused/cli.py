@@ -157,6 +157,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="MODULE:NAME",
         help="your own model, as my.package:build: a model, or a function that makes one",
     )
+    measuring.add_argument(
+        "--busy",
+        action="store_true",
+        help="ours beside foreach while other processes take all cores, and nothing else",
+    )
     measuring.add_argument("--json", type=Path, metavar="FILE", help="write all results here too")
     given = parser.parse_args(arguments)
     try:
@@ -170,7 +175,7 @@ def _run(given: argparse.Namespace) -> int:
     if given.command == "bench":
         from ema_fused.bench.short import bench  # imported here: only this command needs it
 
-        return bench(given.device, given.model, given.json)
+        return bench(given.device, given.model, given.json, busy=given.busy)
     if given.command == "reconstruct":
         done = reconstruct(given.run_dir, given.sigma_rel, given.output, given.step, given.picture)
     else:

@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ema_fused.bench.busy import measure_busy
 from ema_fused.bench.contenders import (
     AVERAGED_DTYPES,
     DTYPES,
@@ -31,6 +32,8 @@ from ema_fused.bench.shapes import Shapes
 from ema_fused.bench.timing import Clock
 
 _SEVERAL = 4
+# What is measured on a busy machine: most calls are short, as they are in a training.
+BUSY_LISTS = ("100x1024", "600x96", "1000x1024", "161x160000")
 
 
 def torch_cases(shapes: Shapes, dtypes: Sequence[str], clock: Clock) -> Iterator[Case]:
@@ -52,11 +55,20 @@ def torch_cases(shapes: Shapes, dtypes: Sequence[str], clock: Clock) -> Iterator
 def host_cases(lists: Sequence[Shapes], clock: Clock) -> Iterator[Case]:
     """Compares ours with foreach on tensors so small that only the host's time matters."""
     for shapes in lists:
-        make = partial(_ours_and_foreach, shapes, clock.device)
+        make = partial(ours_and_foreach, shapes, clock.device)
         yield Case("host", "torch", "host time", shapes, FLOAT32, 0, make)
 
 
-def _ours_and_foreach(shapes: Shapes, device: torch.device) -> Group:
+def busy_cases(lists: Sequence[Shapes], clock: Clock) -> Iterator[Case]:
+    """Compares ours with foreach while another process spins on each core; on the CPU."""
+    for shapes in lists:
+        make = partial(ours_and_foreach, shapes, clock.device)
+        needed = shapes.elements * FLOAT32.bytes_held()
+        yield Case("busy", "torch", "all cores taken", shapes, FLOAT32, needed, make, measure_busy)
+
+
+def ours_and_foreach(shapes: Shapes, device: torch.device) -> Group:
+    """Only these two contenders, on prepared float32 lists."""
     group = list_group([random_tensors(shapes.shapes, FLOAT32.source, device, seed=0)], FLOAT32)
     return replace(
         group, contenders=[c for c in group.contenders if c.name in (OUR_LISTS, FOREACH)]

@@ -91,6 +91,7 @@ class Group:
         check: raises AssertionError unless the result of every contender is right.
         launches: kernel launches of one call of ours, for each buffer set.
         limit: on the CPU, the same traffic over one flat buffer, if it has been made already.
+        close: called when the group isn't used any more.
     """
 
     contenders: list[Contender]
@@ -98,6 +99,7 @@ class Group:
     check: Callable[[], None]
     launches: list[int] = field(default_factory=list)
     limit: Call | None = None
+    close: Call = lambda: None
 
 
 def sets_needed(bytes_a_set: int, cache_bytes: int) -> int:

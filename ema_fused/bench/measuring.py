@@ -3,6 +3,10 @@
 The limit of an update is the time that its memory traffic takes. On the CPU that is measured by the
 same traffic over one flat buffer on the same threads, in turns with the contenders; on a GPU, by a
 large copy within the device, before and after all cases of the run.
+
+On the CPU each case is measured with warm caches and with cold ones, which is what counts: in an
+entry of the report ``timing``, ``ratio`` and ``limit_fraction`` are the cold ones, ``hot_timing``
+and ``hot_ratio`` stand beside. ``condition`` says of an entry what the first three are.
 """
 
 from __future__ import annotations
@@ -22,14 +26,17 @@ from ema_fused.bench.contenders import FLOAT32, WEIGHT, Dtypes, Group, rotating
 from ema_fused.bench.environment import Environment
 from ema_fused.bench.shapes import Shapes
 from ema_fused.bench.timing import (
+    FEWEST_COLD_ROUNDS,
     FEWEST_ROUNDS,
     Call,
     Clock,
     Effort,
     Timing,
+    time_cold,
     time_host,
     time_in_turns,
 )
+from ema_fused.bench.touching import Touching
 from ema_fused.engine import backends
 
 LIMIT = "limit"
@@ -42,19 +49,28 @@ _COPY_BYTES, _LEAST_COPY_BYTES = 4 << 30, 1 << 20
 Report = dict[str, Any]
 
 
+class CannotMeasureError(Exception):
+    """A case can't be measured on this machine; the message says why."""
+
+
 @dataclass(frozen=True)
 class Case:
     """A group of contenders on one model's shapes, made when its turn comes.
 
     Attributes:
-        kind: ``lists``, ``several``, ``models``, ``peer``, ``growth`` or ``host`` (time of the host
-            alone).
+        kind: ``lists``, ``several``, ``models``, ``peer``, ``compiled``, ``sharded``, ``busy``,
+            ``step``, ``growth`` (warm caches alone: its fit needs many repeats) or ``host`` (time
+            of the host alone).
         peer: the package of the other contenders.
         title: the name of the operation, for tables.
         shapes: of the parameters.
         dtypes: of averages and sources.
         bytes_needed: the most memory that the case needs.
         make: makes the contenders on new tensors.
+        measure: returns what the report says of them, where a case has a way of its own.
+
+    Raises:
+        CannotMeasureError: by ``make``.
     """
 
     kind: str
@@ -64,6 +80,7 @@ class Case:
     dtypes: Dtypes
     bytes_needed: int
     make: Callable[[], Group]
+    measure: Callable[[Clock, Group, Effort], dict[str, Any]] | None = None
 
     @property
     def name(self) -> str:
@@ -93,8 +110,10 @@ class Run:
             )
         self._end = time.monotonic() + seconds
         self._copies: list[tuple[int, Timing]] = []
+        self._touch = Touching(effort)
         self.report: Report = {
             "environment": environment,
+            "touched": {"bytes": self._touch.bytes, "objects": self._touch.objects},
             "copy": None,
             "cases": [],
             "failed": [],
@@ -130,6 +149,8 @@ class Run:
         else:
             try:
                 self._measure(case)
+            except CannotMeasureError as reason:
+                self.leave_out(case.name, str(reason))
             except Exception as error:
                 self._fail(case, f"{type(error).__name__}: {error}".splitlines()[0])
 
@@ -138,31 +159,42 @@ class Run:
 
     def _measure(self, case: Case) -> None:
         group = case.make()
-        with torch.no_grad(), warnings.catch_warnings():
-            # True, but irrelevant here: the time of a 16-bit average is measured, not its
-            # precision.
-            warnings.filterwarnings("ignore", message="averages are kept in 16 bits")
-            group.check()
-            entry = self._described(case, group)
-            if case.kind == "host":
-                timings, entry["batches_thrown_away"] = time_host(
-                    self.clock, rotating(group.contenders), self.effort.host_batches, _HOST_CALLS
-                )
-            else:
-                timings = time_in_turns(self.clock, self._calls(group), self.effort)
-        limit = timings.pop(LIMIT, None)
-        entry["limit"] = None if limit is None else asdict(limit)
-        ours = next(iter(timings.values())).median
-        entry["contenders"] = [
-            {
-                "name": name,
-                "ratio": found.median / ours,
-                "limit_fraction": None if limit is None else limit.median / found.median,
-                "timing": asdict(found),
-            }
-            for name, found in timings.items()
-        ]
-        self.report["cases"].append(entry)
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                # True, but irrelevant here: the time of a 16-bit average is measured, not its
+                # precision.
+                warnings.filterwarnings("ignore", message="averages are kept in 16 bits")
+                group.check()
+                measure = case.measure or partial(self._timed, case.kind)
+                found = measure(self.clock, group, self.effort)
+        finally:
+            group.close()
+        self.report["cases"].append(self._described(case, group) | found)
+
+    def _timed(self, kind: str, clock: Clock, group: Group, effort: Effort) -> dict[str, Any]:
+        calls = rotating(group.contenders)
+        if kind == "host":
+            return self._host(calls)
+        if clock.device.type != "cpu":
+            return {"condition": "device"} | _told(time_in_turns(clock, calls, effort))
+        limit = {LIMIT: group.limit or flat_traffic(group.bytes_moved)}
+        if kind == "growth":
+            return {"condition": "hot"} | _told(time_in_turns(clock, calls | limit, effort))
+        hot = time_in_turns(clock, calls, effort)
+        return {"condition": "cold"} | _told(time_cold(calls | limit, effort, self._touch), hot)
+
+    def _host(self, calls: dict[str, Call]) -> dict[str, Any]:
+        batches = self.effort.host_batches
+        hot, hot_thrown_away = time_host(self.clock, calls, batches, _HOST_CALLS)
+        # A batch of one call: the second one would find the caches warm. Touching takes long, so
+        # there are fewer batches.
+        batches = max(batches // 2, FEWEST_COLD_ROUNDS)
+        cold, thrown_away = time_host(self.clock, calls, batches, 1, self._touch)
+        return {
+            "condition": "cold",
+            "batches_thrown_away": thrown_away,
+            "hot_batches_thrown_away": hot_thrown_away,
+        } | _told(cold, hot)
 
     def _described(self, case: Case, group: Group) -> dict[str, Any]:
         return {
@@ -178,12 +210,6 @@ class Run:
             "buffer_sets": len(group.contenders[0].calls),
             "launches": group.launches,
         }
-
-    def _calls(self, group: Group) -> dict[str, Call]:
-        calls = rotating(group.contenders)
-        if self.clock.device.type == "cpu":
-            calls[LIMIT] = group.limit or flat_traffic(group.bytes_moved)
-        return calls
 
     def _copy(self) -> tuple[int, Timing]:
         """The size in bytes of a copy within the device, and its time."""
@@ -214,6 +240,26 @@ class Run:
             seconds = case["bytes_moved"] / max(rates)
             for contender in case["contenders"]:
                 contender["limit_fraction"] = seconds / contender["timing"]["median"]
+
+
+def _told(timings: dict[str, Timing], hot: dict[str, Timing] | None = None) -> dict[str, Any]:
+    """What a report says of these timings, the first of which is ours, and of those beside them."""
+    limit = timings.get(LIMIT)
+    found = {name: timing for name, timing in timings.items() if name != LIMIT}
+    first = next(iter(found))
+    contenders = []
+    for name, timing in found.items():
+        contender = {
+            "name": name,
+            "ratio": timing.median / found[first].median,
+            "limit_fraction": None if limit is None else limit.median / timing.median,
+            "timing": asdict(timing),
+        }
+        if hot is not None:
+            contender["hot_ratio"] = hot[name].median / hot[first].median
+            contender["hot_timing"] = asdict(hot[name])
+        contenders.append(contender)
+    return {"limit": None if limit is None else asdict(limit), "contenders": contenders}
 
 
 def _why_not_ours(device: torch.device) -> str | None:

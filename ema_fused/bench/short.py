@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ema_fused.bench.cases import own_model_cases, torch_cases
+from ema_fused.bench.cases import BUSY_LISTS, busy_cases, own_model_cases, torch_cases
 from ema_fused.bench.environment import environment, why_no_gpu
 from ema_fused.bench.measuring import Case, Run
 from ema_fused.bench.progress import tracked
@@ -29,6 +29,8 @@ def bench(
     model: str | None = None,
     json_file: Path | None = None,
     effort: Effort = _EFFORT,
+    *,
+    busy: bool = False,
 ) -> int:
     """Measures and prints tables of ratios; returns 1 if a case failed, else 0.
 
@@ -38,17 +40,22 @@ def bench(
             None: standard shapes are measured.
         json_file: a file to write all results to as well.
         effort: how long to measure.
+        busy: measure, on the CPU, ours beside foreach while other processes take all cores; no
+            other case is measured.
 
     Raises:
         ImportError: the module of ``model`` can't be imported.
         ValueError: ``model`` isn't of that form, doesn't exist, or is no model; or ``device`` is
-            ``"cuda"`` and torch sees no GPU, or no native kernel serves it.
+            ``"cuda"`` and torch sees no GPU, or no native kernel serves it; or ``busy`` with
+            ``"cuda"`` or a model.
     """
+    if busy and (device == "cuda" or model is not None):
+        raise ValueError("a busy machine is measured on the CPU, on lists of its own")
     reason = why_no_gpu()
     if device == "cuda" and reason is not None:
         raise ValueError(f"nothing can be measured on CUDA: {reason}")
-    clock = clock_of(device or ("cpu" if reason else "cuda"))
-    cases = _cases(model, clock)
+    clock = clock_of(device or ("cpu" if reason or busy else "cuda"))
+    cases = _busy_cases(clock) if busy else _cases(model, clock)
     run = Run(clock, effort, environment(clock.device))
     for _ in run.measure(tracked(cases)):
         pass
@@ -63,6 +70,10 @@ def _cases(model: str | None, clock: Clock) -> list[Case]:
     if model is not None:
         return list(own_model_cases(own_model(model, clock.device), model, clock))
     return [case for key in _SHAPES for case in torch_cases(find(key), _DTYPES, clock)]
+
+
+def _busy_cases(clock: Clock) -> list[Case]:
+    return list(busy_cases([find(key) for key in BUSY_LISTS], clock))
 
 
 def own_model(name: str, device: torch.device) -> nn.Module:

@@ -13,7 +13,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,8 @@ import torch
 
 Call = Callable[[], object]
 
-# The smallest number of samples for a median, even of a slow contender.
-FEWEST_ROUNDS = 5
+# The smallest number of samples for a median, even of a slow contender; single calls vary more.
+FEWEST_ROUNDS, FEWEST_COLD_ROUNDS = 5, 9
 _MOST_CALLS = 10_000
 
 
@@ -48,16 +48,30 @@ class Effort:
         sample_seconds: a sample repeats its call for about this long.
         case_seconds: a case ends after this time, but not before :data:`FEWEST_ROUNDS` rounds.
         host_batches: number of batches for measuring the host's time.
+        cold_bytes: how much memory is touched before a sample with cold caches.
+        cold_objects: how many Python objects are touched then.
+        busy_rounds: samples on a busy machine, at least, of calls that aren't large.
     """
 
     rounds: int = 40
     sample_seconds: float = 0.002  # far above the resolution of clocks and events
     case_seconds: float = 4.0
     host_batches: int = 30
+    cold_bytes: int = 256 << 20
+    cold_objects: int = 100_000
+    busy_rounds: int = 300
 
 
 # The shortest possible run, for tests and trial runs.
-NO_EFFORT = Effort(rounds=FEWEST_ROUNDS, sample_seconds=0.0, case_seconds=0.0, host_batches=2)
+NO_EFFORT = Effort(
+    rounds=FEWEST_ROUNDS,
+    sample_seconds=0.0,
+    case_seconds=0.0,
+    host_batches=2,
+    cold_bytes=1 << 16,
+    cold_objects=100,
+    busy_rounds=FEWEST_COLD_ROUNDS,
+)
 
 
 class Clock(Protocol):
@@ -81,9 +95,9 @@ class Clock(Protocol):
 
 
 class CpuClock:
-    """Times calls on the CPU, where the work is done within the call.
+    """Times calls on the CPU, where the work is done within the call, with warm caches.
 
-    Caches stay warm; in a training step they would be cold for all contenders alike.
+    :func:`time_cold` has them as a training step leaves them.
     """
 
     def __init__(self, cache_bytes: int = 0) -> None:
@@ -180,15 +194,34 @@ def time_in_turns(
     names = list(contenders)
     calls = {name: _calls_per_sample(clock, contenders[name], effort) for name in names}
     samples: dict[str, list[float]] = {name: [] for name in names}
-    start = time.perf_counter()
-    with _no_collections():
-        for turn in range(max(effort.rounds, FEWEST_ROUNDS)):
-            if turn >= FEWEST_ROUNDS and time.perf_counter() - start > effort.case_seconds:
-                break
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
+    with no_collections():
+        for order in turns(names, effort, FEWEST_ROUNDS):
+            for name in order:
                 samples[name].append(clock.seconds(contenders[name], calls[name]))
     return {name: summary(samples[name], calls[name]) for name in names}
+
+
+def time_cold(contenders: Mapping[str, Call], effort: Effort, touch: Call) -> dict[str, Timing]:
+    """As :func:`time_in_turns` on the CPU, but a sample is one call right after ``touch``."""
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for call in contenders.values():
+        call()  # the first call may prepare things that later ones reuse
+    with no_collections():
+        for order in turns(list(contenders), effort, FEWEST_COLD_ROUNDS):
+            for name in order:
+                touch()
+                samples[name].append(one_call(contenders[name]))
+    return {name: summary(found, 1) for name, found in samples.items()}
+
+
+def turns(names: Sequence[str], effort: Effort, fewest: int) -> Iterator[list[str]]:
+    """The order of each round, until time or rounds run out, but for ``fewest`` rounds at least."""
+    start = time.perf_counter()
+    for turn in range(max(effort.rounds, fewest)):
+        if turn >= fewest and time.perf_counter() - start > effort.case_seconds:
+            return
+        first = turn % len(names)
+        yield [*names[first:], *names[:first]]
 
 
 def _calls_per_sample(clock: Clock, call: Call, effort: Effort) -> int:
@@ -200,23 +233,30 @@ def _calls_per_sample(clock: Clock, call: Call, effort: Effort) -> int:
 
 
 def time_host(
-    clock: Clock, contenders: Mapping[str, Call], batches: int, calls: int
+    clock: Clock,
+    contenders: Mapping[str, Call],
+    batches: int,
+    calls: int,
+    touch: Call = lambda: None,
 ) -> tuple[dict[str, Timing], int]:
     """Times calls on the host alone; also returns how many batches were discarded.
 
     The device is kept busy meanwhile, so that launches are only enqueued, and a batch has few
     calls, so that the launch queue is never full. A batch that took longer than the device's work
-    is discarded.
+    is discarded. With cold caches a batch is one call, and ``touch`` comes before it.
     """
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     thrown_away = 0
-    with _no_collections():
-        busy_seconds = {name: _busy_seconds(call, calls) for name, call in contenders.items()}
+    with no_collections():
+        busy_seconds = {
+            name: _busy_seconds(call, calls, touch) for name, call in contenders.items()
+        }
         for _ in range(batches):
             for name, call in contenders.items():
                 clock.synchronize()
                 is_busy = clock.occupy(busy_seconds[name])
-                batch = [_host_seconds(call) for _ in range(calls)]
+                touch()
+                batch = [one_call(call) for _ in range(calls)]
                 if is_busy():
                     samples[name] += batch
                 else:
@@ -226,16 +266,18 @@ def time_host(
     return {name: summary(found, 1) for name, found in samples.items()}, thrown_away
 
 
-def _busy_seconds(call: Call, calls: int) -> float:
+def _busy_seconds(call: Call, calls: int, touch: Call) -> float:
     """Seconds to keep the device busy: well more than the host needs for a batch."""
     call()
     start = time.perf_counter()
+    touch()
     for _ in range(calls):
         call()
     return 3 * (time.perf_counter() - start) + 1e-3
 
 
-def _host_seconds(call: Call) -> float:
+def one_call(call: Call) -> float:
+    """Seconds that the host is in the call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -252,7 +294,8 @@ def summary(samples: list[float], calls: int) -> Timing:
 
 
 @contextmanager
-def _no_collections() -> Iterator[None]:
+def no_collections() -> Iterator[None]:
+    """Garbage collection is off within the block."""
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()

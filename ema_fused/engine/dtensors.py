@@ -112,9 +112,20 @@ def shards_of(
     Raises:
         ValueError, TypeError: as :func:`check_placed_alike`.
     """
-    pairs = list(zip(averaged, source, strict=True))
-    sharded = [i for i, pair in enumerate(pairs) if all(map(is_sharded, pair))]
-    for i in sharded:
-        check_placed_alike(f"pair {i}", *pairs[i])
-        pairs[i] = local(pairs[i][0]), local(pairs[i][1])
-    return ([a for a, _ in pairs], [s for _, s in pairs]) if sharded else None
+    dtensor = class_if_imported("torch.distributed.tensor", "DTensor")
+    if dtensor is None:
+        return None
+    shards, shards_of_source = list(averaged), list(source)
+    found = False
+    checked = set()  # most tensors of a model are placed alike
+    for i, (one, other) in enumerate(zip(averaged, source, strict=True)):
+        if not (isinstance(one, dtensor) and isinstance(other, dtensor)):
+            continue
+        found = True
+        placed, its_placed = one._spec, other._spec
+        seen = (placed.mesh, placed.placements, its_placed.mesh, its_placed.placements)
+        if seen not in checked:
+            check_placed_alike(f"pair {i}", one, other)
+            checked.add(seen)
+        shards[i], shards_of_source[i] = shard_of(one), shard_of(other)
+    return (shards, shards_of_source) if found else None

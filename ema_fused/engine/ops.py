@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ema_fused.engine import backends, operators
 from ema_fused.engine.arguments import as_weights
-from ema_fused.engine.dtensors import shards_of
+from ema_fused.engine.dtensors import is_sharded, shards_of
 from ema_fused.engine.native import NativePart
 from ema_fused.engine.pairs import check_lists, check_pair, label, without_average
 from ema_fused.engine.parts import Update
@@ -194,7 +194,7 @@ def _shards(averaged: object, source: object) -> tuple[list[Tensor], list[Tensor
 def _known_parts(kind: Kind, averaged: object, source: object) -> list[NativePart] | None:
     if not isinstance(averaged, (list, tuple)) or not isinstance(source, (list, tuple)):
         return None
-    if len(averaged) != len(source):
+    if len(averaged) != len(source) or (averaged and is_sharded(averaged[0])):
         return None
     return _plans.find(kind, list(averaged), list(source))
 

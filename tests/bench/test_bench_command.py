@@ -197,3 +197,15 @@ def test_a_terminal_gets_the_same_cells_from_rich(
     tables.show([table], written.append)
     printed = capsys.readouterr().out
     assert written == [] and "1.25 (3 ms)" in printed and "A title" in printed
+
+
+def test_busy_measures_ours_and_foreach_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def bench(*arguments: object, **options: object) -> int:
+        asked.update(options, arguments=arguments)
+        return 0
+
+    monkeypatch.setattr(short, "bench", bench)
+    assert cli.main(["bench", "--busy"]) == 0
+    assert asked == {"busy": True, "arguments": (None, None, None)}

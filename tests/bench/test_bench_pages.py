@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import filecmp
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import growth, marked, pages, records
+from benchmarks import growth, marked, pages, pictures, records
 
 AGAIN = "python -m benchmarks.pages writes it anew"
 
@@ -45,6 +46,37 @@ def test_the_runs_are_whole_ones() -> None:
     assert grown["left_out"] == []
     counts = [(case["tensors"], case["elements"]) for case in grown["cases"]]
     assert counts == [(n, e) for e in growth.ELEMENTS for n in growth.TENSORS if n <= e]
+
+
+def _of_cold_caches() -> dict[str, Any]:
+    """The written run, as if all but the growth had taken twice as long with cold caches."""
+    report = records.read(pages.MEASURED)
+    report["touched"] = {"bytes": 256 * 2**20, "objects": 100_000}
+    for case in report["cases"]:
+        if case["kind"] in ("growth", "busy", "step"):
+            continue
+        case["condition"] = "cold"
+        for found in case["contenders"]:
+            found["hot_ratio"], found["ratio"] = found["ratio"], 2 * found["ratio"]
+            found["hot_timing"] = found["timing"]
+    return report
+
+
+def test_pages_show_cold_caches_first(tmp_path: Path) -> None:
+    report, grown = _of_cold_caches(), records.read(pages.GROWN)
+    found = pages.readme_part(report)
+    assert found.startswith("How many times as long as ours others take for one update, with cold")
+    foreach = pictures.find(report, "lists", "float32", "resnet50", "torch._foreach_lerp_")
+    assert foreach is not None
+    assert f"| `torch._foreach_lerp_`, float32 lists | {foreach['ratio']:.1f} |" in found
+    page = pages.docs_part(report, grown)
+    title = "### Times as long as `Plan.lerp_` takes: prepared lists, float32, {} caches\n"
+    assert 0 < page.index(title.format("cold")) < page.index(title.format("warm"))
+    assert "256 MiB of memory and 100,000 small Python objects are touched" in page
+    drawn = pages.draw(report, grown, tmp_path)
+    assert len(drawn) == 6
+    for path in drawn:
+        assert ("cold caches" in path.read_text(encoding="utf-8")) == ("growth" not in path.name)
 
 
 def test_what_a_page_wants_and_the_run_lacks_is_an_error() -> None:

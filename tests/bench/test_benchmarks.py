@@ -31,6 +31,8 @@ PEERS = {
     "ema_pytorch": 1,
     "torch_ema": 1,
 }
+REASON = "compiling takes too long for a smoke run"
+CONDITIONS = {"growth": "hot", "busy": "busy", "step": "step"}  # of all others: cold
 
 
 def measured(*arguments: str) -> dict[str, Any]:
@@ -66,13 +68,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 def test_every_case_is_there(whole: SimpleNamespace) -> None:
     report = whole.report
-    assert report["failed"] == report["left_out"] == []
+    assert report["failed"] == []
+    left_out = [("compiled", REASON), ("a training step, under torch.compile", REASON)]
+    assert [(left["case"], left["reason"]) for left in report["left_out"]] == left_out
     keys = [(c["kind"], c["model"], c["dtypes"]) for c in report["cases"] if c["peer"] == "torch"]
     lists = [("lists", dtypes) for dtypes in ("float32", "bfloat16 into float32", "bfloat16")]
     others = [("several", "float32"), ("models", "float32"), ("models", "bfloat16")]
     assert keys == [
         *(("host", model, "float32") for model in ("161x16", "1000x16", "5000x16")),
         *((k, model, d) for model in ("resnet50", "20x16") for k, d in (*lists, *others)),
+        ("step", "step", "float32"),
+        ("busy", "20x16", "float32"),
         *(
             ("growth", f"{count}x{total // count}", "float32")
             for total in (1_000, 10_000, 100_000)
@@ -81,21 +87,29 @@ def test_every_case_is_there(whole: SimpleNamespace) -> None:
     ]
     found = [c["peer"] for c in report["cases"] if c["kind"] == "peer"]
     assert found == [peer for peer, count in PEERS.items() for _ in range(2 * count)]
+    assert [c["model"] for c in report["cases"] if c["kind"] == "sharded"] == ["20x16"]
 
 
 def test_ratios_and_fractions_are_those_of_the_timings(whole: SimpleNamespace) -> None:
     close = {"rel": 3.1e-5}  # each of three numbers is written to 1e-5 of itself
     for case in whole.report["cases"]:
         ours = case["contenders"][0]
-        assert "ema_fused" in ours["name"] and ours["ratio"] == 1.0
+        first = "no average" if case["kind"] == "step" else "ema_fused"
+        assert first in ours["name"] and ours["ratio"] == 1.0
         assert set(case["launches"]) <= {1}
+        assert case["condition"] == CONDITIONS.get(case["kind"], "cold")
         for contender in case["contenders"]:
             timing = contender["timing"]
             assert 0 < timing["lower_quartile"] <= timing["median"] <= timing["upper_quartile"]
-            assert timing["rounds"] >= 5
+            assert timing["rounds"] >= (5 if case["condition"] == "hot" else 9)
+            assert ("hot_timing" in contender) == (case["condition"] == "cold")
+            if case["condition"] == "cold":
+                assert timing["calls_per_round"] == 1
+                ratio = contender["hot_timing"]["median"] / ours["hot_timing"]["median"]
+                assert contender["hot_ratio"] == pytest.approx(ratio, **close)
             ratio = timing["median"] / ours["timing"]["median"]
             assert contender["ratio"] == pytest.approx(ratio, **close)
-            if case["kind"] == "host":
+            if case["kind"] in ("host", "busy", "step"):
                 assert case["limit"] is contender["limit_fraction"] is None
             else:
                 fraction = case["limit"]["median"] / timing["median"]
@@ -127,6 +141,11 @@ def test_tables_pictures_and_progress_are_of_that_run(whole: SimpleNamespace) ->
         if contender["name"] == "torch._foreach_lerp_"
     )
     assert f"| torch._foreach_lerp_ | {foreach:.2f} (" in whole.markdown
+    title = "prepared lists, float32, {} caches**"
+    cold, hot = (whole.markdown.index(title.format(how)) for how in ("cold", "warm"))
+    assert cold < hot
+    for title in ("All cores taken", "What an average adds to a training step"):
+        assert f"**{title}" in whole.markdown
     for case in whole.report["cases"]:
         if case["kind"] == "peer":
             assert f"| {case['title']} | " in whole.markdown
