@@ -64,7 +64,7 @@ def readme_part(report: dict[str, Any]) -> str:
         if any(some):
             rows.append(f"| {name} | {' | '.join(map(_short, some))} |")
     found = report["environment"]
-    caches = ", with cold caches," if is_cold(report["cases"]) else ""
+    caches = ", with cold caches" if is_cold(report["cases"]) else ""
     return "\n".join(
         [
             f"How many times as long as ours others take for one update{caches}: medians of "

@@ -27,6 +27,8 @@ try:
 except (ImportError, AttributeError):  # another torch
     _mark = None
 
+_WHY = "averages are updated between graphs; lerp_, copy_ and swap_ on lists stay inside"
+
 
 def outside_graphs(function: _Function) -> _Function:
     """Keeps ``torch.compile`` from tracing ``function`` and whatever it calls.
@@ -40,6 +42,6 @@ def outside_graphs(function: _Function) -> _Function:
         wrapped: _Function = torch.compiler.disable(function)
         return wrapped
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    function._torchdynamo_disable_msg = "ema_fused updates averages outside graphs"  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = _WHY  # type: ignore[attr-defined]
     _mark(function.__code__, _SKIPPED)
     return function

@@ -36,9 +36,9 @@ class Plan:
     """Pairs of tensors, prepared once and updated in one launch per device.
 
     Before each launch every data pointer is compared with the planned one (some 10 nanoseconds per
-    tensor on one thread; torch's threads share the work). So a tensor whose storage was replaced
-    (``param.data = other``) is updated in its new storage. Autograd records nothing, and native
-    kernels don't increment the tensors' version counters.
+    tensor, several times that if its header isn't in the caches). So a tensor whose storage was
+    replaced (``param.data = other``) is updated in its new storage. Autograd records nothing, and
+    native kernels don't increment the tensors' version counters.
 
     Args:
         averaged: tensors to update in place, of any shapes and devices, in float64, float32,
