@@ -41,8 +41,10 @@ def test_the_runs_are_whole_ones() -> None:
         assert not report["smoke"]
         assert report["failed"] == []
         assert "-dirty" not in report["environment"]["commit"]
-    # What a small machine has no room for, after so much else, is in the other file.
-    assert all("elements in" in entry["case"] for entry in measured["left_out"])
+    # What a small machine has no room for, after so much else, is in the other file; and long lists
+    # aren't compiled.
+    for entry in measured["left_out"]:
+        assert "elements in" in entry["case"] or "too long to compile" in entry["reason"]
     assert grown["left_out"] == []
     counts = [(case["tensors"], case["elements"]) for case in grown["cases"]]
     assert counts == [(n, e) for e in growth.ELEMENTS for n in growth.TENSORS if n <= e]
