@@ -193,7 +193,7 @@ PYBIND11_MODULE(_C, module) {
            py::arg("weights_by_average"), py::arg("weights_by_pair"), py::arg("found_inf"),
            py::arg("seed"), py::arg("step"), py::arg("step_at"), py::arg("partials"))
       .def("update_model", &update_model, py::arg("weight"), py::arg("averaged"), py::arg("model"),
-           py::arg("counter"), py::arg("steps"))
+           py::arg("counter").none(true), py::arg("steps"))
       .def("changed", &Plan::changed)
       .def_property_readonly("no_average", &Plan::no_average)
       .def_property_readonly("no_swap", &Plan::no_swap)

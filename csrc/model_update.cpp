@@ -21,18 +21,20 @@ std::int64_t* Counter::find() {
 }
 
 bool update_model(Plan& plan, double weight, SlotWatch& averaged, SlotWatch& model,
-                  Counter& counter, std::int64_t steps) {
+                  Counter* counter, std::int64_t steps) {
   if (averaged.changed() || model.changed()) {
     return false;
   }
-  std::int64_t* const counted = counter.find();
-  if (counted == nullptr || *counted != steps) {
+  std::int64_t* const counted = counter == nullptr ? nullptr : counter->find();
+  if (counter != nullptr && (counted == nullptr || *counted != steps)) {
     return false;
   }
   if (!plan.run(Operation::kAverage, weight, LaunchOptions{})) {
     return false;
   }
-  *counted = steps + 1;
+  if (counted != nullptr) {
+    *counted = steps + 1;
+  }
   return true;
 }
 

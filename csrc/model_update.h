@@ -27,8 +27,8 @@ class Counter {
 
 // One average of `plan` at step `steps`: true, with the step counted. False, with nothing done,
 // where a tensor or a module was replaced, a tensor has changed in kind, or the counter is at
-// another step.
+// another step. Without a counter the caller counts.
 bool update_model(Plan& plan, double weight, SlotWatch& averaged, SlotWatch& model,
-                  Counter& counter, std::int64_t steps);
+                  Counter* counter, std::int64_t steps);
 
 }  // namespace ema_fused

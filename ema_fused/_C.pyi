@@ -61,10 +61,15 @@ class Plan:
         and averages before the update, as :attr:`partials` sums per average. All are written. (0,
         0, 0): not measured."""
     def update_model(
-        self, weight: float, averaged: SlotWatch, model: SlotWatch, counter: Counter, steps: int
+        self,
+        weight: float,
+        averaged: SlotWatch,
+        model: SlotWatch,
+        counter: Counter | None,
+        steps: int,
     ) -> bool:
-        """run() of an average, counted. False, with nothing done: also where a watch tells of a
-        change, or the counter isn't at ``steps``."""
+        """run() of an average, counted if there is a counter. False, with nothing done: also where
+        a watch tells of a change, or the counter isn't at ``steps``."""
     def changed(self) -> tuple[int, bool, str]:
         """(first pair with a changed dtype or shape or -1, is it the source, what was planned)."""
     @property

@@ -246,7 +246,9 @@ class BaseAveragedModel(PairedModule):
         weight = None
         known = self._pairing
         if known is not None and found_inf is None and self._is_plain:
-            steps = self._step_count.presumed(self._buffers["steps"])  # type: ignore[arg-type]
+            buffer = self._buffers["steps"]
+            assert buffer is not None
+            steps = self._step_count.presumed(buffer)
             try:
                 weight = self._weight_at(steps)
             except Exception:
@@ -259,10 +261,10 @@ class BaseAveragedModel(PairedModule):
                 self._step_count.counter,
                 steps,
             ):
-                self._step_count.counted()
+                self._step_count.count_after(buffer)
                 self._advice.in_vain = 0
                 return
-            if self._step_count.read(self._buffers["steps"]) != steps:  # type: ignore[arg-type]
+            if self._step_count.read(buffer) != steps:
                 weight = None
         pairing = self._paired_with(model)
         if self.capturable:

@@ -80,13 +80,16 @@ class KnownInteger:
         Reading the version counter, as :meth:`read` does, takes longer than a small update does in
         all: a training step leaves nothing of what it touches in the caches.
         """
-        if buffer is self._buffer and self._unsettled is None:
+        if buffer is self._buffer and self.counter is not None and self._unsettled is None:
             return self._value
         return self.read(buffer)
 
-    def counted(self) -> None:
-        """Takes note that :attr:`counter` has counted one more."""
-        self._value += 1
+    def count_after(self, buffer: Tensor) -> None:
+        """Adds 1 to a buffer that has just been read, unless :attr:`counter` has done so."""
+        if self.counter is None:
+            self.write(buffer, self._value + 1)
+        else:
+            self._value += 1
 
     def read_once(self, buffer: Tensor) -> int:
         """The value that this object last read or counted; replays of a CUDA graph aren't included.

@@ -170,12 +170,12 @@ class Pairing:
         counter: Any,
         steps: int,
     ) -> bool:
-        """:meth:`holds` and :meth:`average_` in one call of the extension, which also counts.
+        """:meth:`holds` and :meth:`average_` in one call of the extension; it counts if it can.
 
         Args:
             averaged, model, update_buffers: as :meth:`holds`.
             weight: of the model's values.
-            counter: the extension's Counter, which is at ``steps``.
+            counter: the extension's Counter, which is at ``steps``; None: the caller counts.
 
         Returns:
             False, with nothing done, where the update takes another way: :meth:`holds` says no, or
@@ -185,7 +185,6 @@ class Pairing:
         slots = self._model.slots
         if (
             compiled is None
-            or counter is None
             or slots is None
             or averaged is not self._averaged()
             or model is not self._model.last()

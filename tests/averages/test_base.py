@@ -22,6 +22,7 @@ from ema_fused.averages.kinds import (
     MomentumAnnealingEMA,
     StochasticWeightAverage,
 )
+from ema_fused.engine import backends
 from ema_fused.engine.backends import native
 from ema_fused.modules.pairing import Pairing
 from tests.networks import (
@@ -208,6 +209,18 @@ def test_a_step_count_that_other_code_writes_is_the_next_step(
     # Asked once too often at most: the count is presumed before it is looked at.
     assert seen[:3] == [1, 2, 3] and seen[-2:] == [7, 8] and len(seen) <= 6
     assert int(averaged.steps) == 9
+
+
+def test_a_count_that_the_extension_cannot_reach_is_counted_by_torch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where the count lies on a device."""
+    monkeypatch.setattr(backends, "counter_of", lambda _: None)
+    averaged = ExponentialMovingAverage(Weight(), 0.5)
+    assert values_of(averaged, [1.0, 2.0, 4.0, 8.0]) == [1.0, 1.5, 2.75, 5.375]
+    assert int(averaged.steps) == 4
+    averaged.steps.fill_(0)
+    assert values_of(averaged, [3.0, 5.0]) == [3.0, 4.0]
 
 
 def test_a_schedule_that_ends_does_not_fail_where_the_count_was_set_back() -> None:
