@@ -31,12 +31,12 @@ Step = Callable[[], None]
 
 @pytest.fixture(autouse=True)
 def _compile_anew() -> Iterator[None]:
+    # An offloaded average takes its hook on all optimizers with it: not while Dynamo reads them.
+    gc.collect()
     torch._dynamo.reset()
     counters.clear()
     yield
     torch._dynamo.reset()
-    # An offloaded average takes its hook on all optimizers with it: not while Dynamo reads them.
-    gc.collect()
 
 
 def momentum(step: int) -> float:
