@@ -170,7 +170,7 @@ bool TensorWatch::match_from(PyObject* tensors, std::size_t first) const {
       continue;
     }
     const Expected& expected = expected_[first + i];
-    if (compare(torch, handle, expected) != Change::kNone) {
+    if (compare(torch, handle, expected) != Change::kNone || !same_sizes(torch, handle, expected)) {
       return false;
     }
     if (torch_doors::header_of(handle) != expected.header) {
@@ -278,6 +278,17 @@ bool TensorWatch::same_layout(const torch_doors::Shim& torch, torch_doors::Handl
     }
   }
   return true;
+}
+
+// All sizes, which same_layout() leaves out where they can't mislead a kernel. A pair of two shapes
+// has to be refused all the same.
+bool TensorWatch::same_sizes(const torch_doors::Shim& torch, torch_doors::Handle handle,
+                             const Expected& expected) const {
+  std::int64_t dim = -1;
+  std::int64_t* sizes = nullptr;
+  torch.dim(handle, &dim);
+  torch.sizes(handle, &sizes);
+  return dim == expected.dim && std::equal(sizes, sizes + dim, layouts_.data() + expected.layout);
 }
 
 // Takes over another pointer. False where the memory is of another kind (device, pending negation).

@@ -79,6 +79,8 @@ class TensorWatch {
                  const Expected& expected) const;
   bool same_layout(const torch_doors::Shim& torch, torch_doors::Handle handle,
                    const Expected& expected) const;
+  bool same_sizes(const torch_doors::Shim& torch, torch_doors::Handle handle,
+                  const Expected& expected) const;
   bool adopt(std::size_t i);
   bool match_from(PyObject* tensors, std::size_t first) const;
   bool match(PyObject* tensor, std::size_t i) const;

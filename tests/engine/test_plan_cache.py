@@ -122,6 +122,30 @@ def test_what_no_longer_pairs_up_is_refused(change: Any) -> None:
     assert all(torch.equal(a, b) for a, b in zip(averaged, before, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("shape", "other"),
+    [((4,), (4, 1)), ((4,), (1, 4)), ((4,), (2, 2)), ((1,), ()), ((), (1,)), ((1, 1), (1,))],
+)
+@pytest.mark.parametrize("function", [ema_fused.copy_, ema_fused.swap_])
+def test_another_shape_over_the_same_memory_is_refused(
+    shape: tuple[int, ...], other: tuple[int, ...], function: Any
+) -> None:
+    averaged, source = [torch.zeros(shape)], [torch.ones(shape)]
+    function(averaged, source)
+    for reshaped in (source[0].view(other), _reshaped_in_place(source[0], other)):
+        before = averaged[0].clone()
+        with pytest.raises(ValueError, match="pair 0"):
+            function(averaged, [reshaped])
+        with pytest.raises(ValueError, match="pair 0"):
+            ema_fused.lerp_(averaged, [reshaped], 0.5)
+        assert torch.equal(averaged[0], before)
+
+
+def _reshaped_in_place(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    tensor.data = tensor.view(shape)
+    return tensor
+
+
 def test_another_dtype_over_the_same_memory_is_seen() -> None:
     averaged, source = [torch.zeros(8)], [torch.arange(8.0).half()]
     check(averaged, source)
