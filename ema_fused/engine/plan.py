@@ -183,13 +183,22 @@ class Plan:
                 )
         self._build()
 
+    def is_as_planned(self) -> bool:
+        """Whether every tensor's dtype, shape, strides and device are those planned; moved memory
+        makes no difference.
+
+        Raises:
+            ValueError: tensors that have moved overlap now.
+        """
+        return all(part.ready() for part in self._parts)
+
     def _run(self, operation: Callable[[Part], bool]) -> None:
         """Runs all parts; if a tensor is no longer as planned, plans again before any part runs."""
         if len(self._parts) == 1:
             if operation(self._parts[0]):
                 return
             self._rebuild()
-        elif not all(part.ready() for part in self._parts):
+        elif not self.is_as_planned():
             self._rebuild()
         for part in self._parts:
             if not operation(part):

@@ -129,17 +129,8 @@ class Exchange:
         wait_until_all_have_read()
         # If FSDP has come to the model since, its parameters are other objects.
         drop_gathered_in(self._parts_of_fsdp)
-        if self._slots_changed() or not self._overwrites_are_as_planned():
+        if self._slots_changed() or not self._is_as_planned():
             self._prepare()
-        try:
-            self._put_in()
-        except (
-            ValueError
-        ):  # a dtype was changed in place, as by module.double(); nothing is swapped
-            self._prepare()
-            self._put_in()
-
-    def _put_in(self) -> None:
         kept = {
             pair.name: pair.source.detach().to(pair.averaged.device, copy=True)
             for pair in self._overwrites
@@ -149,9 +140,9 @@ class Exchange:
             self._overwrite.copy_()
         self._kept = kept
 
-    def _overwrites_are_as_planned(self) -> bool:
-        """Whether their dtypes still differ; of the other pairs the plan itself tells."""
-        return all(pair.averaged.dtype != pair.source.dtype for pair in self._overwrites)
+    def _is_as_planned(self) -> bool:
+        """Whether dtypes and shapes are still those planned; ``module.double()`` changes them."""
+        return self._swap.is_as_planned() and self._overwrite.is_as_planned()
 
     def take_out(self) -> None:
         """Swaps the averages out of the model again.

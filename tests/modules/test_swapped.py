@@ -397,3 +397,25 @@ def test_copy_to_writes_everything_in_the_models_dtype(
     assert differences(snapshot(target), expected) == []
     assert all(parameter.requires_grad for parameter in target.parameters())
     assert differences(snapshot(averaged.module), average) == []
+
+
+@pytest.mark.parametrize("part", ["overwritten", "swapped"])
+def test_an_exchange_follows_a_dtype_that_was_changed_in_place(part: str) -> None:
+    """And swaps what it swaps once: twice would be not at all."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16())
+    averaged = ExponentialMovingAverage(model, 0.5, averaged_dtype=torch.float32)
+    averaged.update_parameters(model)
+    with torch.no_grad():
+        for parameter in averaged.module.parameters():
+            parameter.fill_(7.0)
+    exchange = averaged.exchange_with(model)
+    exchange.put_in()
+    exchange.take_out()
+    for parameter in model[1 if part == "overwritten" else 0].parameters():
+        parameter.data = parameter.data.half()
+    own = snapshot(model)
+    exchange.put_in()
+    assert all(bool((parameter == 7.0).all()) for parameter in model.parameters())
+    exchange.take_out()
+    assert differences(snapshot(model), own) == []
+    assert all(bool((p == 7.0).all()) for p in averaged.module.parameters())
