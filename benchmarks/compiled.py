@@ -24,7 +24,7 @@ from ema_fused.bench.contenders import (
     list_group,
     random_tensors,
 )
-from ema_fused.bench.measuring import CannotMeasureError, Case, limit_bytes
+from ema_fused.bench.measuring import CannotMeasureError, Case, first_line, limit_bytes
 from ema_fused.bench.shapes import Shapes
 from ema_fused.bench.timing import Clock
 
@@ -81,16 +81,12 @@ def _made(shapes: Shapes, dtypes: Dtypes, device: torch.device) -> Group:
         with torch.no_grad(), compiling():
             call()
     except Exception as error:
-        raise CannotMeasureError(f"torch.compile failed: {_first_line(error)}") from error
+        raise CannotMeasureError(f"torch.compile failed: {first_line(error)}") from error
     contenders = [
         *(c for c in group.contenders if c.name in (OUR_LISTS, FOREACH)),
         Contender(f"torch.compile of {name}", [call], [buffers], exact=False),
     ]
     return replace(group, contenders=contenders, check=partial(check, contenders))
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _foreach(averaged: list[Tensor], source: list[Tensor]) -> None:

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import ema_fused
 from benchmarks.compiled import compiled, compiling
 from ema_fused.bench.contenders import FLOAT32, WEIGHT, Contender, Group
-from ema_fused.bench.measuring import CannotMeasureError, Case
+from ema_fused.bench.measuring import CannotMeasureError, Case, first_line
 from ema_fused.bench.shapes import Shapes
 from ema_fused.bench.tables import Table, seconds, short
 from ema_fused.bench.timing import (
@@ -23,10 +23,8 @@ from ema_fused.bench.timing import (
     Call,
     Clock,
     Effort,
-    no_collections,
-    one_call,
+    single_calls,
     summary,
-    turns,
 )
 
 EAGER, COMPILED = "eager", "under torch.compile"
@@ -189,8 +187,7 @@ def _made(mode: str) -> Group:
                     for one in networks:
                         one.step()
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise CannotMeasureError(f"torch.compile failed: {reason}") from error
+            raise CannotMeasureError(f"torch.compile failed: {first_line(error)}") from error
     without = {one.name: one.without for one in networks}
     return StepGroup(
         [Contender(one.name, [one.step]) for one in networks],
@@ -211,16 +208,12 @@ def measure(clock: Clock, group: Group, effort: Effort) -> dict[str, Any]:
     """What a report says: single steps in turns, and the differences within a round."""
     assert isinstance(group, StepGroup)
     calls = {contender.name: contender.calls[0] for contender in group.contenders}
-    samples: dict[str, list[float]] = {name: [] for name in calls}
     longer = replace(
         effort,
         rounds=_TIMES_AS_LONG * effort.rounds,
         case_seconds=_TIMES_AS_LONG * effort.case_seconds,
     )
-    with no_collections():
-        for names in turns(list(calls), longer, FEWEST_COLD_ROUNDS):
-            for name in names:
-                samples[name].append(one_call(calls[name]))
+    samples = single_calls(calls, longer, FEWEST_COLD_ROUNDS)
     first = statistics.median(samples[WITHOUT])
     contenders: list[Entry] = []
     for name, found in samples.items():

@@ -366,23 +366,19 @@ void Plan::run_on_cpu(const Launch& launch, const Partials& partials) const {
                   partials.sums == nullptr ? nullptr : distances.data()};
 
   const WithoutGil others_run;
-  if (table->work <= kPicosecondsToShare) {
-    context.update_chunks(table->chunks, 0, table->chunks.heads, launch, context.distances);
-  } else {
-    torch_doors::parallel_for(
-        table->work, kPicosecondsToShare,
-        [](std::int64_t begin, std::int64_t end, void* opaque) {
-          // A part of the work takes the chunks that begin in it.
-          const auto& [table, launch, update_chunks, distances] =
-              *static_cast<const Context*>(opaque);
-          const auto& before = table->work_before;
-          const auto first = std::lower_bound(before.begin(), before.end(), begin);
-          const auto last = std::lower_bound(first, before.end(), end);
-          update_chunks(table->chunks, first - before.begin(), last - before.begin(), *launch,
-                        distances);
-        },
-        &context);
-  }
+  torch_doors::parallel_for(
+      table->work, kPicosecondsToShare,
+      [](std::int64_t begin, std::int64_t end, void* opaque) {
+        // A part of the work takes the chunks that begin in it.
+        const auto& [table, launch, update_chunks, distances] =
+            *static_cast<const Context*>(opaque);
+        const auto& before = table->work_before;
+        const auto first = std::lower_bound(before.begin(), before.end(), begin);
+        const auto last = std::lower_bound(first, before.end(), end);
+        update_chunks(table->chunks, first - before.begin(), last - before.begin(), *launch,
+                      distances);
+      },
+      &context);
   // In the order of the table: the same bits for any number of threads.
   std::fill_n(partials.sums, partials.averages * partials.count, 0.0);
   for (std::size_t i = 0; i < distances.size(); ++i) {

@@ -32,9 +32,8 @@ struct DictionaryWatcher {
     if (found != get().places.end()) {
       for (const auto& [watch, place] : found->second) {
         // A loop that writes the same buffer at every step, and never asks, must not fill memory.
-        std::vector<std::size_t>& told = watch->written_;
-        if (std::find(told.begin(), told.end(), place) == told.end()) {
-          told.push_back(place);
+        if (std::exchange(watch->dictionaries_[place].mark, 1) == 0) {
+          watch->written_.push_back(place);
         }
       }
     }
@@ -102,7 +101,7 @@ SlotWatch::SlotWatch(PyObject* dictionaries, PyObject* sharded) {
     }
     dictionaries_.push_back({dictionary, 0});
 #if PY_VERSION_HEX < 0x030C0000
-    dictionaries_.back().version = version_of(dictionary);
+    dictionaries_.back().mark = version_of(dictionary);
 #endif
   }
   first_slot_.push_back(slots_.size());
@@ -169,11 +168,11 @@ bool SlotWatch::written_ones_differ() {
     }
     Dictionary& entry = dictionaries_[i];
     const std::uint64_t version = version_of(entry.dictionary);
-    if (version != entry.version) {
+    if (version != entry.mark) {
       if (!same_slots(i)) {
         return true;
       }
-      entry.version = version;
+      entry.mark = version;
     }
   }
   return false;
@@ -194,6 +193,9 @@ bool SlotWatch::written_ones_differ() {
     if (!same_slots(place)) {
       return true;
     }
+  }
+  for (const std::size_t place : written_) {
+    dictionaries_[place].mark = 0;
   }
   written_.clear();
   return false;

@@ -30,8 +30,9 @@ class SlotWatch {
 
  private:
   struct Dictionary {
-    PyObject* dictionary;   // owned by owners_
-    std::uint64_t version;  // when it was last looked into
+    PyObject* dictionary;  // owned by owners_
+    // Up to 3.11 its version when it was last looked into; from 3.12 on whether written_ has it.
+    std::uint64_t mark;
   };
   struct Slot {
     Ref key;

@@ -134,7 +134,9 @@ bool describe(PyObject* tensor, dlpack::Tensor& description, std::string& why_no
   PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
   PyErr_Fetch(&type, &value, &traceback);
   const Ref words = Ref::take(PyObject_Str(value == nullptr ? Py_None : value));
-  why_not = PyUnicode_AsUTF8(words.get());
+  const char* utf8 = PyUnicode_AsUTF8(words.get());
+  why_not = utf8 == nullptr ? "" : utf8;
+  PyErr_Clear();
   Py_XDECREF(type);
   Py_XDECREF(value);
   Py_XDECREF(traceback);

@@ -12,15 +12,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ema_fused.bench.contenders import Group, rotating
-from ema_fused.bench.timing import (
-    FEWEST_COLD_ROUNDS,
-    Clock,
-    Effort,
-    no_collections,
-    one_call,
-    summary,
-    turns,
-)
+from ema_fused.bench.timing import FEWEST_COLD_ROUNDS, Clock, Effort, single_calls, summary
 
 # A call that moves more is sampled as often as the time of a case allows.
 _SMALL_BYTES = 64 << 20
@@ -71,16 +63,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def measure_busy(clock: Clock, group: Group, effort: Effort) -> dict[str, Any]:
     """What a report says of the two contenders, ours and foreach, while all cores are taken."""
     calls = rotating(group.contenders)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()  # the first call may prepare things that later ones reuse
     small = group.bytes_moved <= _SMALL_BYTES
     fewest = effort.busy_rounds if small else FEWEST_COLD_ROUNDS
     many = replace(effort, rounds=_TIMES_AS_MANY * effort.busy_rounds)
-    with spinning(cores()) as processes, no_collections():
-        for names in turns(list(calls), many, fewest):
-            for name in names:
-                samples[name].append(one_call(calls[name]))
+    with spinning(cores()) as processes:
+        samples = single_calls(calls, many, fewest)
     ours, foreach = (_figures(found) for found in samples.values())
     return {
         "condition": "busy",

@@ -152,7 +152,7 @@ class Run:
             except CannotMeasureError as reason:
                 self.leave_out(case.name, str(reason))
             except Exception as error:
-                self._fail(case, f"{type(error).__name__}: {error}".splitlines()[0])
+                self._fail(case, first_line(error))
 
     def _fail(self, case: Case, reason: str) -> None:
         self.report["failed"].append({"case": case.name, "reason": reason})
@@ -240,6 +240,11 @@ class Run:
             seconds = case["bytes_moved"] / max(rates)
             for contender in case["contenders"]:
                 contender["limit_fraction"] = seconds / contender["timing"]["median"]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says of itself, as one reason among others."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _told(timings: dict[str, Timing], hot: dict[str, Timing] | None = None) -> dict[str, Any]:

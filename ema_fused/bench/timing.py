@@ -203,15 +203,23 @@ def time_in_turns(
 
 def time_cold(contenders: Mapping[str, Call], effort: Effort, touch: Call) -> dict[str, Timing]:
     """As :func:`time_in_turns` on the CPU, but a sample is one call right after ``touch``."""
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
     for call in contenders.values():
         call()  # the first call may prepare things that later ones reuse
+    samples = single_calls(contenders, effort, FEWEST_COLD_ROUNDS, touch)
+    return {name: summary(found, 1) for name, found in samples.items()}
+
+
+def single_calls(
+    contenders: Mapping[str, Call], effort: Effort, fewest: int, touch: Call = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of single calls in rounds as those of :func:`turns`, each right after ``touch``."""
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
     with no_collections():
-        for order in turns(list(contenders), effort, FEWEST_COLD_ROUNDS):
+        for order in turns(list(contenders), effort, fewest):
             for name in order:
                 touch()
                 samples[name].append(one_call(contenders[name]))
-    return {name: summary(found, 1) for name, found in samples.items()}
+    return samples
 
 
 def turns(names: Sequence[str], effort: Effort, fewest: int) -> Iterator[list[str]]:

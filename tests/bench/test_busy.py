@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ema_fused.bench import busy, short
+from ema_fused.bench import busy, short, timing
 from ema_fused.bench.busy import spinning
 from ema_fused.bench.cases import BUSY_LISTS, busy_cases
 from ema_fused.bench.measuring import Run
@@ -66,7 +66,7 @@ def test_processes_are_gone_when_a_call_raises(
         assert all(process.poll() is None for process in started)
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(busy, "one_call", broken)
+    monkeypatch.setattr(timing, "one_call", broken)
     run = Run(CpuClock(), NO_EFFORT, {})
     list(run.measure(busy_cases([find("3x2")], run.clock)))
     assert [failed["reason"] for failed in run.report["failed"]] == ["RuntimeError: broken"]

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from benchmarks import __main__ as program
 from benchmarks import compiled, pages, sharded, step
-from ema_fused.bench.contenders import FLOAT32, MIXED
+from ema_fused.bench import timing
+from ema_fused.bench.contenders import FLOAT32, MIXED, Group
 from ema_fused.bench.measuring import Case, Run
 from ema_fused.bench.shapes import Shapes, find
 from ema_fused.bench.tables import tables
@@ -49,6 +50,16 @@ def off(call: Callable[[], object], tensor: torch.Tensor) -> Callable[[], object
     return wrong
 
 
+def each_is_noticed(group: Group) -> None:
+    """The group's check fails whichever contender is wrong."""
+    for contender in group.contenders:
+        right = contender.calls[0]
+        contender.calls[0] = off(right, contender.buffers[0].averaged[0])
+        with pytest.raises(AssertionError, match="differs from torch at tensor 0"):
+            group.check()
+        contender.calls[0] = right
+
+
 # ---- Compiled ------------------------------------------------------------------------------------
 
 
@@ -67,12 +78,7 @@ def test_compiled_updates_are_measured_and_each_is_checked() -> None:
     for case in cases:
         with torch.no_grad():
             group = case.make()
-            for contender in group.contenders:
-                right = contender.calls[0]
-                contender.calls[0] = off(right, contender.buffers[0].averaged[0])
-                with pytest.raises(AssertionError, match="differs from torch at tensor 0"):
-                    group.check()
-                contender.calls[0] = right
+            each_is_noticed(group)
             group.check()
 
 
@@ -140,12 +146,7 @@ def test_every_way_of_sharded_trainers_is_checked(monkeypatch: pytest.MonkeyPatc
         group = case.make()
         try:
             group.check()
-            for contender in group.contenders:
-                right = contender.calls[0]
-                contender.calls[0] = off(right, contender.buffers[0].averaged[0])
-                with pytest.raises(AssertionError, match="differs from torch at tensor 0"):
-                    group.check()
-                contender.calls[0] = right
+            each_is_noticed(group)
         finally:
             group.close()
     monkeypatch.setattr(sharded, "_loop", lambda averaged, source: None)
@@ -218,7 +219,7 @@ def test_every_step_is_checked(mode: str) -> None:
 
 def test_differences_are_taken_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"no average": [1.0, 2.0, 3.0] * 3, "with": [1.5, 2.5, 3.5] * 3}
-    monkeypatch.setattr(step, "one_call", lambda name: seconds[name].pop())
+    monkeypatch.setattr(timing, "one_call", lambda name: seconds[name].pop())
     group: Any = step.StepGroup(
         [SimpleNamespace(name=name, calls=[name]) for name in seconds],  # type: ignore[misc]
         *(0, lambda: None),
