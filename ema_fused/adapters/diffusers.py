@@ -9,7 +9,9 @@ from torch import nn
 
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.ops import update_
+from ema_fused.engine.versions import VersionCounters
 from ema_fused.frameworks import missing
+from ema_fused.modules.swapping import tell_of_writes
 
 try:
     from diffusers import training_utils as original
@@ -28,13 +30,14 @@ class EMAModel(original.EMAModel):  # type: ignore[misc]
     With ``foreach=True`` the results on equal dtypes are bitwise the original's. Without it, each
     step is within 2 units in the last place of the original, which rounds once more (see
     ``"delta"`` of :class:`~ema_fused.Plan`). ``foreach`` still selects how ``copy_to`` and
-    ``restore`` copy. Parameters that need no gradient are copied, as in the original. Dtypes and
-    devices may differ within a pair, and pinned memory is allowed.
+    ``restore`` copy; after them autograd and autocast know that the parameters were written, which
+    the original hides from them. Parameters that need no gradient are copied, as in the original.
+    Dtypes and devices may differ within a pair, and pinned memory is allowed.
 
     The original's step runs under DeepSpeed's ZeRO-3, where parameters must be gathered first, and
     if a module is passed instead of parameters, which is deprecated.
 
-    Arguments, methods, attributes and ``state_dict`` as diffusers'. Only ``step`` is replaced.
+    Arguments, methods, attributes and ``state_dict`` as diffusers'.
 
     Raises from ``step``:
         ValueError: the number of parameters isn't that of the averages, or shapes differ.
@@ -60,6 +63,18 @@ class EMAModel(original.EMAModel):  # type: ignore[misc]
         )
         self.optimization_step += 1
         self.cur_decay_value = decay
+
+    def copy_to(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Copies the averages into ``parameters``."""
+        written = list(parameters)
+        super().copy_to(written)
+        tell_of_writes(VersionCounters(written))
+
+    def restore(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Copies what ``store`` has kept into ``parameters``."""
+        written = list(parameters)
+        super().restore(written)
+        tell_of_writes(VersionCounters(written))
 
 
 def _is_partitioned() -> bool:

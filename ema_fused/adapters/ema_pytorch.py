@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import NamedTuple
 
@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from ema_fused.adapters.following import known_integer, notes_of
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.plan import Plan
+from ema_fused.engine.versions import VersionCounters
 from ema_fused.frameworks import missing
 from ema_fused.modules.naming import match_names
+from ema_fused.modules.swapping import tell_of_writes
 from ema_fused.modules.watch import ModuleWatch
 
 try:
@@ -86,6 +88,21 @@ class EMA(original.EMA):  # type: ignore[misc]
         if every is not None and step % every == 0:
             self.update_model_with_ema()
 
+    def copy_params_from_model_to_ema(self) -> None:
+        """Copies the model's tensors into the average."""
+        super().copy_params_from_model_to_ema()
+        tell_of_writes(VersionCounters(_tensors_of(self.ema_model)))
+
+    def copy_params_from_ema_to_model(self) -> None:
+        """Copies the averages into the model."""
+        super().copy_params_from_ema_to_model()
+        tell_of_writes(VersionCounters(_tensors_of(self.model)))
+
+    def update_model_with_ema(self, decay: float | None = None) -> None:
+        """Copies the averages into the model, or moves the model towards them by ``decay``."""
+        super().update_model_with_ema(decay)
+        torch.clear_autocast_cache()  # the plan has counted the versions
+
     @outside_graphs
     def update_moving_average(
         self, ma_model: nn.Module, current_model: nn.Module, current_decay: float | None = None
@@ -150,7 +167,12 @@ class _Chosen(NamedTuple):
             [theirs[source] for _, source in pairs],
             only_copy=[bool(copied & {name, source}) for name, source in pairs],
             names=[name for name, _ in pairs],
+            version_counters=True,  # of a module, which can be called
         )
+
+
+def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
 
 
 def _numbers_in(module: nn.Module) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from types import FunctionType
 
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim import swa_utils
 
 from ema_fused.adapters.following import Options, is_scripted, known_integer, pairing_of
@@ -61,6 +62,7 @@ def get_swa_multi_avg_fn() -> MultiAverage:
 
 def _update(averaged: Sequence[Tensor], current: Sequence[Tensor], weight: Tensor | float) -> None:
     update_(averaged, current, weight, copy_others=True)
+    increment_version(averaged)  # tensors of a module, which can be called
 
 
 class AveragedModel(swa_utils.AveragedModel):

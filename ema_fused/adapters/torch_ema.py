@@ -8,7 +8,9 @@ from torch import nn
 
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.ops import update_
+from ema_fused.engine.versions import VersionCounters
 from ema_fused.frameworks import missing
+from ema_fused.modules.swapping import tell_of_writes
 
 try:
     from torch_ema import ema as original
@@ -26,7 +28,10 @@ class ExponentialMovingAverage(original.ExponentialMovingAverage):  # type: igno
     computed in the wider of the two dtypes. Integer tensors, on which the original raises, are
     copied.
 
-    Arguments, methods, attributes and ``state_dict`` as torch-ema's. Only ``update`` is replaced.
+    After ``copy_to`` and ``restore`` autograd and autocast know that the parameters were written,
+    which the original hides from them.
+
+    Arguments, methods, attributes and ``state_dict`` as torch-ema's.
 
     Raises from ``update``:
         ValueError: the number of parameters isn't that of the averages, or the parameters have been
@@ -53,3 +58,15 @@ class ExponentialMovingAverage(original.ExponentialMovingAverage):  # type: igno
             copy_others=True,
         )
         self.num_updates = counted
+
+    def copy_to(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Copies the averages into ``parameters``; None: into those they were made from."""
+        written = list(self._get_parameters(parameters))
+        super().copy_to(written)
+        tell_of_writes(VersionCounters(written))
+
+    def restore(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
+        """Copies what ``store`` has kept into ``parameters``; None: as :meth:`copy_to`."""
+        written = list(self._get_parameters(parameters))
+        super().restore(written)
+        tell_of_writes(VersionCounters(written))

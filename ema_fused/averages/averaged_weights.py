@@ -42,13 +42,16 @@ class AveragedWeights(ExponentialMovingAverage):
         arithmetic: how an average is written (see :class:`~ema_fused.Plan`); ``"delta"`` with
             ``momentum=schedules.mean`` is stochastic weight averaging.
 
-    The others as :class:`BaseAveragedModel`.
+    The others as :class:`BaseAveragedModel`, except ``version_counters``: None is False here, as
+    there is no module to call. Set it if the averages are in a graph all the same (by
+    ``torch.func.functional_call``, say).
 
     Raises:
         TypeError: also if ZeRO-3 has partitioned a parameter.
     """
 
     _copied = staticmethod(averaged_skeleton)
+    _is_callable = False
 
     def __init__(
         self,

@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     overlap: bool
     capturable: bool
     distance_every: int | None
+    version_counters: bool | None
 
 
 # Options that a class with its own avg_func can't have, and their defaults.
@@ -76,6 +77,10 @@ def check_options(options: Options) -> None:
         raise ValueError(f"offload is {options['offload']!r}; None or 'cpu' is expected")
     if options["distance_every"] is not None:
         check_integer("distance_every", options["distance_every"], least=1)
+    if options["version_counters"] not in (None, True, False):
+        raise TypeError(
+            f"version_counters is {options['version_counters']!r}; True, False or None is expected"
+        )
     _check_together(options)
 
 

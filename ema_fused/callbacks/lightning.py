@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ema_fused.adapters.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ema_fused.engine.checks import as_integer, check_integer
+from ema_fused.engine.versions import VersionCounters
 from ema_fused.frameworks import missing
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.module_pairs import Pair, pair_up, plan_of
@@ -184,6 +185,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             # Pairs of two dtypes weren't swapped: the average still holds them, in its own dtype.
             alike = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
             plan_of(alike, backend=None).copy_()
+            VersionCounters(pair.held[0] for pair in alike).increment()
             self._is_swapped = False
             self._exchange = None
             self._is_final = True

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from ema_fused.engine import backends, operators
 from ema_fused.engine.arguments import as_weights
@@ -34,7 +35,8 @@ def lerp_(
     Takes what ``torch._foreach_lerp_`` takes; on equal dtypes the results are bitwise the same. In
     addition, dtypes may differ within a pair (computed in the wider of the two, at least float32)
     and from pair to pair, devices may differ too (one launch per device), and a pair listed twice
-    is updated once. With DTensors each process updates its own shards. Never recorded by autograd.
+    is updated once. With DTensors each process updates its own shards. Never recorded by autograd,
+    but counted by the tensors' version counters, as every operation in place.
 
     Args:
         averaged: floating-point tensors, updated in place.
@@ -54,6 +56,7 @@ def lerp_(
         _lerp_by_tensors(averaged, source, weight)
         return
     update_(averaged, source, weight)
+    increment_version(averaged)
 
 
 def update_(
@@ -132,11 +135,16 @@ def copy_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     """
     if torch.compiler.is_dynamo_compiling():
         return operators.copy_(averaged, source)
+    _copy(averaged, source)
+    increment_version(averaged)
+
+
+def _copy(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     kind = _kind(averaged)
     parts = _known_parts(kind, averaged, source)
     shards = None if parts is not None else _shards(averaged, source)
     if shards is not None:
-        return copy_(*shards)
+        return _copy(*shards)
     if parts is None:
         plan = Plan(averaged, source)
         plan.copy_()
@@ -157,11 +165,17 @@ def swap_(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     """
     if torch.compiler.is_dynamo_compiling():
         return operators.swap_(averaged, source)
+    _swap(averaged, source)
+    increment_version(averaged)
+    increment_version(source)
+
+
+def _swap(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
     kind = _kind(averaged)
     parts = _known_parts(kind, averaged, source)
     shards = None if parts is not None else _shards(averaged, source)
     if shards is not None:
-        return swap_(*shards)
+        return _swap(*shards)
     if parts is None or any(part.no_swap is not None for part in parts):
         plan = Plan(averaged, source)
         plan.swap_()

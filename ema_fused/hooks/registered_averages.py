@@ -9,6 +9,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ema_fused.engine.plan import Plan
+from ema_fused.engine.versions import VersionCounters
+from ema_fused.modules.swapping import tell_of_writes
 from ema_fused.modules.watch import ModuleWatch
 
 # The buffers that a hook has registered in a model; a second run removes them.
@@ -84,6 +86,7 @@ class RegisteredAverages:
                 averaged.data = averaged.data.to(source.dtype)
             pairs.setdefault(id(source), _Pair(name, averaged, source))
         self._plan = _plan(list(pairs.values()))
+        self._written = VersionCounters(pair.source for pair in pairs.values())
         copied = [pair for pair in pairs.values() if not _has_mean(pair.source)]
         self._copied = _plan(copied)
         self._changed = ModuleWatch(self._model).changed
@@ -130,6 +133,7 @@ class RegisteredAverages:
     def put_in(self) -> None:
         """Swaps model and averages in place; integers in the model don't change."""
         self._run(self._put_in)
+        tell_of_writes(self._written)
 
     def _put_in(self) -> None:
         self._copied.copy_()
@@ -138,6 +142,7 @@ class RegisteredAverages:
     def take_out(self) -> None:
         """Swaps model and averages back."""
         self._run(lambda: self._plan.swap_())
+        tell_of_writes(self._written)
 
     def _run(self, operation: Callable[[], None]) -> None:
         if not self._changed():

@@ -25,7 +25,10 @@ class Kind(enum.Enum):
 
 
 class Pair(NamedTuple):
-    """An averaged tensor and its source; for DTensors, their shards in this process."""
+    """An averaged tensor and its source; for DTensors, their shards in this process.
+
+    ``held`` are the two as the modules hold them, DTensors themselves.
+    """
 
     name: str
     averaged: Tensor
@@ -34,6 +37,7 @@ class Pair(NamedTuple):
     number: int  # index among all names, shared ones included
     trains: bool  # whether the source requires a gradient
     kind: Kind
+    held: tuple[Tensor, Tensor]
 
 
 class Pairs(NamedTuple):
@@ -127,7 +131,8 @@ def pair_up(
         has_average = _numbers(slot.tensor) in ("floating-point", "complex")
         averages = wanted and has_average
         trains = source.requires_grad
-        pairs.append(Pair(name, slot.tensor, source, averages, number, trains, slot.kind))
+        held = slot.tensor, source
+        pairs.append(Pair(name, *held, averages, number, trains, slot.kind, held))
 
     updated: dict[tuple[int, int], Pair] = {}
     shared: list[Pair] = []
@@ -135,8 +140,8 @@ def pair_up(
         if shares.settle(pair.name, pair.averaged, pair.source):
             shared.append(pair)
         else:
-            held = pair._replace(averaged=local(pair.averaged), source=local(pair.source))
-            updated.setdefault((id(pair.averaged), id(pair.source)), held)
+            in_shards = pair._replace(averaged=local(pair.averaged), source=local(pair.source))
+            updated.setdefault((id(pair.averaged), id(pair.source)), in_shards)
     return Pairs(list(updated.values()), shared)
 
 

@@ -31,6 +31,8 @@ class PairedModule(WaitingModule):
         backend: as in :class:`~ema_fused.Plan`; likewise ``rounding``.
         offload: ``"cpu"``: the averages are in host memory and updated there, in a thread.
         overlap: averages on a CUDA device are updated on a separate stream.
+        version_counters: whether updates count up the version counters of the averages; None: once
+            their tensors have been handed out.
 
     Attributes:
         module: the averages.
@@ -40,6 +42,8 @@ class PairedModule(WaitingModule):
     """
 
     arithmetic: str = "lerp"
+    # Whether the averages are a module that can be called, so that they can get into a graph.
+    _is_callable = True
 
     def __init__(
         self,
@@ -51,6 +55,7 @@ class PairedModule(WaitingModule):
         rounding: str,
         offload: str | None,
         overlap: bool,
+        version_counters: bool | None,
     ) -> None:
         super().__init__()
         self._modules["module"] = module
@@ -59,6 +64,7 @@ class PairedModule(WaitingModule):
         self.rounding = rounding
         self.offload = offload
         self.overlap = overlap
+        self.version_counters = version_counters
         self.runs_beside = overlap or offload is not None
         self._shares = shares
         self._pairing: Pairing | None = None
@@ -74,6 +80,23 @@ class PairedModule(WaitingModule):
         """Calls the averaged copy."""
         refuse_while_swapped("the averaged model was called", self)
         return self.module(*args, **kwargs)
+
+    def _counts_versions(self) -> bool:
+        if self.version_counters is not None:
+            return self.version_counters
+        return self._is_callable and self._given_away
+
+    def _give_away(self) -> None:
+        super()._give_away()
+        if self._pairing is not None:
+            self._pairing.counts_versions = self._counts_versions()
+
+    def _averages(self) -> nn.Module:
+        """:attr:`module`, for uses that end before the next update."""
+        self.flush()
+        averaged = self._modules["module"]
+        assert averaged is not None
+        return averaged
 
     @outside_graphs
     def flush(self) -> None:
@@ -126,7 +149,7 @@ class PairedModule(WaitingModule):
                 written then.
         """
         refuse_while_swapped("copy_to() was called", self, model)
-        swapping.copy_to(self.module, model, shares=self._shares, backend=self.backend)
+        swapping.copy_to(self._averages(), model, shares=self._shares, backend=self.backend)
 
     def swapped(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """``with averaged.swapped(model):`` runs ``model`` with the averaged weights and buffers.
@@ -149,7 +172,9 @@ class PairedModule(WaitingModule):
             RuntimeError: a refused action; or, at the end of the block, the model's weights can't
                 be put back because their dtypes, shapes or names were changed inside it.
         """
-        return swapping.swapped(self, self.module, model, shares=self._shares, backend=self.backend)
+        return swapping.swapped(
+            self, self._averages(), model, shares=self._shares, backend=self.backend
+        )
 
     def exchange_with(self, model: nn.Module, *, averages_alone: bool = False) -> Exchange:
         """An object that swaps the averages into ``model`` and out again, any number of times.
@@ -167,14 +192,14 @@ class PairedModule(WaitingModule):
         """
         if averages_alone:
             return swapping.exchange_of_averages(
-                self.module,
+                self._averages(),
                 model,
                 update_buffers=self.update_buffers,
                 shares=self._shares,
                 backend=self.backend,
             )
         return swapping.exchange_of_everything(
-            self.module, model, shares=self._shares, backend=self.backend
+            self._averages(), model, shares=self._shares, backend=self.backend
         )
 
     @property
@@ -207,6 +232,7 @@ class PairedModule(WaitingModule):
             shares=self._shares,
             offload=self.offload is not None,
             overlap=self.overlap,
+            counts_versions=self._counts_versions(),
             when_one_is_gone=functools.partial(_forget_pairing, weakref.ref(self)),
         )
         self._pairing = pairing

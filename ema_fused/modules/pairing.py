@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ema_fused.engine.dtensors import local
 from ema_fused.engine.plan import Plan
+from ema_fused.engine.versions import VersionCounters
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.known_model import KnownModel
 from ema_fused.modules.materialising import materialise
@@ -42,8 +43,11 @@ class Pairing:
         shares: the parameters that share memory with ``model``.
         offload: the averages are updated on the host, in a thread.
         overlap: averages on a CUDA device are updated on a separate stream.
+        counts_versions: count up the version counters of the averages (see :class:`VersionCounters`
+            of :mod:`ema_fused.engine.versions`) at each call that writes them.
 
     Attributes:
+        counts_versions: as given; may be set.
         device: of the averages (of the first, if they are on several); ``devices`` names all.
         stream: the separate stream that updates run on; None if they run on the current stream.
 
@@ -67,8 +71,10 @@ class Pairing:
         caches_are_buffers: bool = False,
         offload: bool = False,
         overlap: bool = False,
+        counts_versions: bool = True,
     ) -> None:
         self.update_buffers = update_buffers
+        self.counts_versions = counts_versions
         self._offload = offload
         self._overlap = overlap
         self.stream: torch.cuda.Stream | None = None
@@ -133,6 +139,7 @@ class Pairing:
         self._snapshot = snapshot
         self._is_plain = not runs_beside and self._rounding == "nearest"
         self._followers: Plan | None = None
+        self._versions = VersionCounters(pair.held[0] for pair in pairs)
         rounded = pairs if self._rounding == "nearest" else []
         halves = {pair.averaged.dtype for pair in rounded if _is_half(pair)}
         # With a smaller weight even a change as large as the average is rounded away: it is below
@@ -197,6 +204,8 @@ class Pairing:
             done: bool = compiled.update_model(weight, self._slots, slots, counter, steps)
         except ValueError:
             return False  # raised again on the other way, with the names of the pairs
+        if done and self.counts_versions:
+            self._versions.increment()
         return done
 
     @property
@@ -233,6 +242,11 @@ class Pairing:
         self._everything.copy_()
         # Wait for errors now: without this first copy the average would have no valid values.
         self._flush()
+        self._count()
+
+    def _count(self) -> None:
+        if self.counts_versions:
+            self._versions.increment()
 
     def average_(
         self,
@@ -249,11 +263,13 @@ class Pairing:
         done; ``squared_distance`` is as in :meth:`~ema_fused.Plan.lerp_`.
         """
         try:
-            return self._average(weight, seed, step, found_inf, squared_distance)
+            self._average(weight, seed, step, found_inf, squared_distance)
+            return self._count()
         except ValueError:
             pass
         self._prepare_again()
         self._average(weight, seed, step, found_inf, squared_distance)
+        self._count()
 
     def _average(
         self,
@@ -314,12 +330,14 @@ class Pairing:
         """Copies the tensors that aren't averaged; if ``found_inf`` is set, does nothing."""
         if self._followers is not None:
             try:
-                return _copy_unless(found_inf, self._followers)
+                _copy_unless(found_inf, self._followers)
+                return self._count()
             except ValueError:
                 self._prepare_again()
         followers = [pair for pair in self._pairs if not pair.averages]
         self._followers = plan_of(followers, backend=self._backend)
         _copy_unless(found_inf, self._followers)
+        self._count()
 
     def averaging_pairs(self) -> list[Pair]:
         """The pairs to average, after a check that their shapes are equal."""
@@ -370,7 +388,7 @@ def _is_half(pair: Pair) -> bool:
 
 def _check_own_memory(pair: Pair) -> None:
     """Refuses an average that shares the model's memory: it would always equal the model."""
-    name, averaged, source, averages, _, trains, _ = pair
+    name, averaged, source, averages, _, trains, *_ = pair
     if not averages or not trains or averaged.device != source.device:
         return
     if averaged.numel() and averaged.data_ptr() == source.data_ptr():

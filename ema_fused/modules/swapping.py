@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ema_fused.engine.plan import Plan
+from ema_fused.engine.versions import VersionCounters
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.module_pairs import Pair, pair_up, plan_of
 from ema_fused.modules.sharding import drop_gathered, drop_gathered_in, parts_of_fsdp
@@ -22,13 +24,18 @@ _swapped: set[nn.Module] = set()
 
 def refuse_while_swapped(action: str, *modules: nn.Module) -> None:
     """Raises RuntimeError if any of ``modules``, or a part of it, is in a ``swapped()`` block."""
-    if _swapped and any(part in _swapped for module in modules for part in module.modules()):
+    if _swapped and any(part in _swapped for module in modules for part in _parts_of(module)):
         raise RuntimeError(
             f"{action} while averaged weights are swapped in: the model holds the averages now, "
             f"and the average the model's own weights. Do it outside the block; to keep averaged "
             f"weights, save averaged.module.state_dict() outside it, or "
             f"averaged.copy_to(another_model)"
         )
+
+
+def _parts_of(module: nn.Module) -> Iterator[nn.Module]:
+    """``module.modules()``; an average isn't told that it is looked into."""
+    return (part for _, part in nn.Module.named_modules(module))
 
 
 # Module-level functions, not closures: a deep copy or pickle of a swapped model contains these
@@ -68,6 +75,17 @@ def copy_to(
         backend=backend,
         names=[pair.name for pair in pairs],
     ).copy_()
+    tell_of_writes(VersionCounters(pair.held[1] for pair in pairs))
+
+
+def tell_of_writes(written: VersionCounters) -> None:
+    """Tells torch that weights of a model were written: autograd, and autocast.
+
+    Autocast keeps the weights that it has cast until its region ends, and would go on with those of
+    the values before.
+    """
+    written.increment()
+    torch.clear_autocast_cache()
 
 
 class Exchange:
@@ -113,6 +131,7 @@ class Exchange:
         self._overwrites = [pair for pair in pairs if pair.averaged.dtype != pair.source.dtype]
         self._swap = plan_of(self._swaps, backend=self._backend)
         self._overwrite = self._plan_overwriting([pair.averaged for pair in self._overwrites])
+        self._written = _written(self._swaps, self._overwrites)
         self._slots_changed = slots_changed
 
     def _plan_overwriting(self, values: list[Tensor]) -> Plan:
@@ -139,6 +158,7 @@ class Exchange:
         if self._overwrites:
             self._overwrite.copy_()
         self._kept = kept
+        tell_of_writes(self._written)
 
     def _is_as_planned(self) -> bool:
         """Whether dtypes and shapes are still those planned; ``module.double()`` changes them."""
@@ -172,6 +192,7 @@ class Exchange:
                 f"names, dtypes and shapes as they are in between"
             ) from error
         self._kept = {}
+        tell_of_writes(self._written)
 
     def _find_again(self) -> None:
         """Finds the same pairs again, by name, after tensors in the modules were replaced."""
@@ -180,7 +201,14 @@ class Exchange:
         self._overwrites = [found[pair.name] for pair in self._overwrites]
         self._swap = plan_of(self._swaps, backend=self._backend)
         self._overwrite = self._plan_overwriting([pair.averaged for pair in self._overwrites])
+        self._written = _written(self._swaps, self._overwrites)
         self._slots_changed = ModuleWatch(*self._modules).changed
+
+
+def _written(swaps: list[Pair], overwrites: list[Pair]) -> VersionCounters:
+    """The counters of the tensors that an exchange writes."""
+    both_sides = [tensor for pair in swaps for tensor in pair.held]
+    return VersionCounters(both_sides + [pair.held[1] for pair in overwrites])
 
 
 def exchange_of_everything(
@@ -225,7 +253,7 @@ def swapped(
     """
     refuse_while_swapped("swapped() was called", owner, model)
     exchange = exchange_of_everything(averaged, model, shares=shares, backend=backend)
-    modules = {*owner.modules(), *model.modules()}
+    modules = {*_parts_of(owner), *model.modules()}
     hooks = []
     for module in modules:
         hooks += [

@@ -34,7 +34,18 @@ def wait_until_all_have_read() -> None:
 
 
 class WaitingModule(nn.Module):
-    """Calls :meth:`flush` before it gives access to its ``module``, its tensors or its state."""
+    """Calls :meth:`flush` before it gives access to its ``module``, its tensors or its state.
+
+    It also remembers having done so: from then on its tensors may be part of a graph of autograd.
+    """
+
+    _given_away = False
+
+    def _give_away(self) -> None:
+        """Called before tensors are handed out."""
+        self.flush()
+        if not self._given_away:
+            self._given_away = True
 
     def flush(self) -> None:
         """Waits until all updates are in the tensors."""
@@ -47,7 +58,7 @@ class WaitingModule(nn.Module):
     @property
     def module(self) -> nn.Module:
         """The averaged copy; waits for unfinished updates first."""
-        self.flush()
+        self._give_away()
         averaged = self._modules["module"]
         assert averaged is not None
         return averaged
@@ -56,13 +67,24 @@ class WaitingModule(nn.Module):
         self, *arguments: Any, **options: Any
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """As of any module; waits for unfinished updates first."""
-        self.flush()
+        self._give_away()
         return super().named_parameters(*arguments, **options)
 
     def named_buffers(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, Tensor]]:
         """As of any module; waits for unfinished updates first."""
-        self.flush()
+        self._give_away()
         return super().named_buffers(*arguments, **options)
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module; waits for unfinished updates first."""
+        self._give_away()
+        return super().named_children()
+
+    def named_modules(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        """As of any module; waits for unfinished updates first."""
+        self._give_away()
+        found: Iterator[tuple[str, nn.Module]] = super().named_modules(*arguments, **options)
+        return found
 
     def _apply(self, *arguments: Any, **options: Any) -> WaitingModule:
         self.flush()
@@ -70,7 +92,7 @@ class WaitingModule(nn.Module):
         return self
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
-        self.flush()
+        self._give_away()
         super()._save_to_state_dict(*arguments)
 
     def _load_from_state_dict(self, *arguments: Any) -> None:

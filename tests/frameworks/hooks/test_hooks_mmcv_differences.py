@@ -189,6 +189,24 @@ def test_a_part_of_the_model_that_is_converted_keeps_its_average() -> None:
     assert torch.equal(model.head.weight, raw["weight"] + 1e-12)
 
 
+@pytest.mark.parametrize("write", ["put_in", "take_out"])
+def test_torch_knows_that_the_model_was_written_where_theirs_hides_it(write: str) -> None:
+    model = net().eval()
+    averages = RegisteredAverages(model, skip_buffers=True)
+    with torch.no_grad():
+        model.head.weight.add_(1.0)
+    images = torch.rand(3, *model.conv.weight.shape[1:2], 6, 6)
+    if write == "take_out":
+        averages.put_in()
+    with torch.autocast("cpu", torch.bfloat16):
+        before = model(images)
+        getattr(averages, write)()
+        after = model(images)
+    assert not torch.equal(before, after)  # no cast of the weights before
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        before.sum().backward()
+
+
 def test_a_parameter_in_another_dtype_is_swapped_all_the_same() -> None:
     """Nothing has been averaged since: the swap is what comes upon it first."""
     model = net()

@@ -222,6 +222,17 @@ def test_the_momentum_may_be_changed_while_it_trains() -> None:
     assert differences(*map(snapshot, models)) == []
 
 
+def test_going_back_through_a_teacher_that_was_updated_is_refused() -> None:
+    model, hook = two_networks(conv_net), MeanTeacherHook(0.1)
+    images = torch.rand(2, 1, 6, 6, requires_grad=True)
+    iterate(hook, model, 1)
+    for step in range(1, 3):
+        loss = model.teacher.eval()(images).square().sum()
+        iterate(hook, model, 1, start=step)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def replace_parameter(layer: Any) -> None:
     layer.bias = nn.Parameter(torch.ones_like(layer.bias))
 
