@@ -217,6 +217,30 @@ def written_into(way: str) -> list[str]:
     return model_is
 
 
+def going_back_through_written(write: str) -> str:
+    spread_over = Beside("tensor_parallel")
+    spread_over.step(0)
+    loss = spread_over.model(torch.ones(4, 7)).square().sum()
+    if write == "copy_to":
+        spread_over.averaged.copy_to(spread_over.model)
+    else:
+        with spread_over.averaged.swapped(spread_over.model):
+            pass
+    try:
+        loss.backward()
+    except RuntimeError as error:
+        return str(error)
+    return "went back"
+
+
+@pytest.mark.parametrize("write", ["copy_to", "swapped"])
+def test_going_back_through_dtensors_that_were_written_is_refused(
+    two_ranks: Ranks, write: str
+) -> None:
+    for said in two_ranks.run(going_back_through_written, write):
+        assert "modified by an inplace operation" in said
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_averages_written_into_a_spread_model(two_ranks: Ranks, way: str) -> None:
     assert two_ranks.run(written_into, way) == [[], []]
