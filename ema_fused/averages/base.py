@@ -16,6 +16,7 @@ from ema_fused.averages.momentum import (
 from ema_fused.averages.options import Options, check_options, refuse_one_by_one
 from ema_fused.averages.telemetry import Distance, DistanceSamples
 from ema_fused.engine.graphs import outside_graphs
+from ema_fused.engine.keywords import arguments_of, unexpected_keyword
 from ema_fused.engine.plan import Plan
 from ema_fused.modules.copying import FrozenShares, averaged_copy
 from ema_fused.modules.paired_module import PairedModule
@@ -101,13 +102,14 @@ class BaseAveragedModel(PairedModule):
             returns. If so, the caller must use :meth:`wait_until_read`.
 
     Raises:
-        TypeError: neither ``momentum_at`` nor ``avg_func`` is defined, or an argument is of a wrong
-            type.
+        TypeError: neither ``momentum_at`` nor ``avg_func`` is defined, an argument is of a wrong
+            type, or there is none of this name; ``decay=`` and the like are told as a momentum.
         ValueError: an argument is out of its range.
         RuntimeError: the backend asked for can't be used here.
     """
 
     _copied = staticmethod(averaged_copy)  # makes :attr:`module`
+    _momentum_is_decay = False  # True: its argument ``momentum`` is the weight of the average
 
     def __init__(
         self,
@@ -128,7 +130,11 @@ class BaseAveragedModel(PairedModule):
         capturable: bool = False,
         distance_every: int | None = None,
         version_counters: bool | None = None,
+        **unknown: Any,
     ) -> None:
+        if unknown:
+            accepted = arguments_of(type(self), BaseAveragedModel)
+            raise unexpected_keyword(type(self), unknown, accepted, decays=self._momentum_is_decay)
         options: Options = {
             "interval": interval,
             "device": device,

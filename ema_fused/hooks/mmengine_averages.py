@@ -52,6 +52,8 @@ class InvertedCosineEMA(CosineEMA):
         ValueError: ``momentum`` or ``end_momentum`` is out of its range.
     """
 
+    _momentum_is_decay = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ema_fused.engine.checks import check_integer
 from ema_fused.engine.graphs import outside_graphs
+from ema_fused.engine.keywords import arguments_of, unexpected_keyword
 from ema_fused.engine.pairs import MAX_AVERAGES
 from ema_fused.engine.plan import Plan
 from ema_fused.modules import swapping
@@ -70,6 +71,7 @@ class PowerFunctionEMA(nn.Module):
 
     Raises:
         ValueError: a width is out of range or given twice, or there are none or too many.
+        TypeError: there is no argument of this name.
     """
 
     def __init__(
@@ -78,8 +80,12 @@ class PowerFunctionEMA(nn.Module):
         sigma_rel: float | Sequence[float] = (0.05, 0.10),
         *,
         backend: str | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
+        if unknown:
+            accepted = arguments_of(type(self), PowerFunctionEMA)
+            raise unexpected_keyword(type(self), unknown, accepted)
         given = [sigma_rel] if isinstance(sigma_rel, (int, float)) else sigma_rel
         self.sigma_rel = tuple(float(one) for one in given)
         if not 1 <= len(self.sigma_rel) <= MAX_AVERAGES:
