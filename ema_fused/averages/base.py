@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from ema_fused.averages.telemetry import Distance, DistanceSamples
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.keywords import arguments_of, unexpected_keyword
 from ema_fused.engine.plan import Plan
+from ema_fused.modules.choosing import Buffers, checked_buffers
 from ema_fused.modules.copying import FrozenShares, averaged_copy
+from ema_fused.modules.module_pairs import names_of_buffers
 from ema_fused.modules.paired_module import PairedModule
 from ema_fused.modules.pairing import Pairing
 from ema_fused.modules.sharding import Device
@@ -53,8 +56,10 @@ class BaseAveragedModel(PairedModule):
             removed later.
         interval: calls from one average to the next.
         device: of the averaged copy; None keeps the model's.
-        update_buffers: average persistent floating-point buffers as well. Otherwise they are
-            copied.
+        update_buffers: average persistent floating-point buffers as well: True all of them; a
+            regular expression or a list of them those in whose names (without wrappers' components)
+            one is found; a function those for which ``function(name, buffer)`` is true. The others
+            are copied.
         averaged_dtype: dtype of the floating-point tensors of the copy, say ``torch.float32`` for a
             bfloat16 model; None keeps the model's.
         share_frozen: parameters that need no gradient take no memory in the copy: they are views of
@@ -116,7 +121,7 @@ class BaseAveragedModel(PairedModule):
         model: nn.Module,
         interval: int = 1,
         device: Device = None,
-        update_buffers: bool = False,
+        update_buffers: Buffers = False,
         *,
         averaged_dtype: torch.dtype | None = None,
         share_frozen: bool = False,
@@ -153,6 +158,7 @@ class BaseAveragedModel(PairedModule):
             "version_counters": version_counters,
         }
         check_options(options)
+        update_buffers = checked_buffers(update_buffers, partial(names_of_buffers, model))
         one_by_one = _averages_one_by_one(type(self))
         if one_by_one:
             refuse_one_by_one(type(self).__name__, options)

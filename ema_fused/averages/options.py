@@ -9,6 +9,7 @@ import torch
 from ema_fused.engine import backends
 from ema_fused.engine.checks import check_integer
 from ema_fused.engine.rounding import check_rounding, check_seed
+from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.sharding import Device
 
 
@@ -17,7 +18,7 @@ class Options(TypedDict, total=False):
 
     interval: int
     device: Device
-    update_buffers: bool
+    update_buffers: Buffers
     averaged_dtype: torch.dtype | None
     share_frozen: bool
     begin_step: int

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ema_fused.engine.dtensors import check_placed_alike, local
 from ema_fused.engine.plan import Plan
+from ema_fused.modules.choosing import Buffers, is_chosen
 from ema_fused.modules.copying import FrozenShares
-from ema_fused.modules.naming import match_names
+from ema_fused.modules.naming import match_names, without_wrappers
 from ema_fused.modules.sharding import refuse_partitioned
 
 
@@ -97,19 +98,35 @@ def partners(averaged: dict[str, Slot], model: dict[str, Slot]) -> dict[str, str
     return match_names(ours, theirs)
 
 
+def is_averaged(name: str, slot: Slot, update_buffers: Buffers) -> bool:
+    """Whether a tensor is averaged, if its dtype has an average; otherwise it is copied."""
+    if slot.kind is Kind.BUFFER:
+        return is_chosen(update_buffers, name, slot.tensor)
+    return slot.kind is Kind.PARAMETER
+
+
+def names_of_buffers(model: nn.Module) -> list[str]:
+    """The plain names of the buffers that can be averaged."""
+    return [
+        without_wrappers(name)
+        for name, slot in slots_of(model).items()
+        if slot.kind is Kind.BUFFER and _numbers(slot.tensor) in ("floating-point", "complex")
+    ]
+
+
 def pair_up(
     averaged: nn.Module,
     model: nn.Module,
     *,
-    update_buffers: bool,
+    update_buffers: Buffers,
     shares: FrozenShares,
     leave: Collection[Kind] = (),
     caches_are_buffers: bool = False,
 ) -> Pairs:
     """The pairs of both modules, tied ones once; kinds in ``leave`` are ignored.
 
-    Parameters are averaged, and with ``update_buffers`` persistent buffers too. Tensors that can't
-    be averaged (integers, bool) and all other buffers are copied. A non-persistent buffer is left
+    Parameters are averaged, and the persistent buffers of ``update_buffers``. Tensors that can't be
+    averaged (integers, bool) and all other buffers are copied. A non-persistent buffer is left
     alone unless the model has one of its shape and kind.
 
     Raises:
@@ -127,7 +144,7 @@ def pair_up(
         if slot.kind is Kind.CACHE and not _is_like(slot.tensor, source):
             continue
         _check(name, slot.tensor, source)
-        wanted = slot.kind is Kind.PARAMETER or (update_buffers and slot.kind is Kind.BUFFER)
+        wanted = is_averaged(name, slot, update_buffers)
         has_average = _numbers(slot.tensor) in ("floating-point", "complex")
         averages = wanted and has_average
         trains = source.requires_grad

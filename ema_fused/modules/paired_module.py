@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.modules import swapping
 from ema_fused.modules.advice import Advice
+from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.module_pairs import is_averaged, slots_of
 from ema_fused.modules.pairing import Pairing
 from ema_fused.modules.sharding import drop_gathered
 from ema_fused.modules.swapping import Exchange, refuse_while_swapped
@@ -27,7 +29,7 @@ class PairedModule(WaitingModule):
     Args:
         module: the averages.
         shares: the parameters of ``module`` that share memory with the model's.
-        update_buffers: whether persistent floating-point buffers are averaged too.
+        update_buffers: which persistent floating-point buffers are averaged too.
         backend: as in :class:`~ema_fused.Plan`; likewise ``rounding``.
         offload: ``"cpu"``: the averages are in host memory and updated there, in a thread.
         overlap: averages on a CUDA device are updated on a separate stream.
@@ -50,7 +52,7 @@ class PairedModule(WaitingModule):
         module: nn.Module,
         shares: FrozenShares,
         *,
-        update_buffers: bool,
+        update_buffers: Buffers,
         backend: str | None,
         rounding: str,
         offload: str | None,
@@ -204,10 +206,16 @@ class PairedModule(WaitingModule):
 
     @property
     def avg_parameters(self) -> dict[str, Tensor]:
-        """The averaged tensors by name, as in mmengine; with buffers if ``update_buffers``."""
-        if self.update_buffers:
-            return dict(self.module.state_dict())
-        return dict(self.module.named_parameters())
+        """The averaged tensors by name, as in mmengine; with the buffers of ``update_buffers``."""
+        choice = self.update_buffers
+        if not choice:
+            return dict(self.module.named_parameters())
+        tensors = dict(self.module.state_dict())
+        if isinstance(choice, int):
+            return tensors
+        slots = slots_of(self.module)
+        averaged = {name for name, slot in slots.items() if is_averaged(name, slot, choice)}
+        return {name: tensor for name, tensor in tensors.items() if name in averaged}
 
     def _paired_with(self, model: nn.Module) -> Pairing:
         averaged = self._modules["module"]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ema_fused.engine.dtensors import local
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.versions import VersionCounters
+from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.known_model import KnownModel
 from ema_fused.modules.materialising import materialise
@@ -37,7 +38,7 @@ class Pairing:
         when_one_is_gone: called when ``averaged`` or ``model`` is garbage-collected.
         leave: kinds of tensors that are neither averaged nor copied.
         caches_are_buffers: treat non-persistent buffers like persistent ones.
-        update_buffers: whether persistent floating-point buffers are averaged too.
+        update_buffers: which persistent floating-point buffers are averaged too.
         arithmetic: of the averages, as in :class:`~ema_fused.Plan`; likewise ``rounding``.
         backend: as in :class:`~ema_fused.Plan`.
         shares: the parameters that share memory with ``model``.
@@ -61,7 +62,7 @@ class Pairing:
         averaged: nn.Module,
         model: nn.Module,
         *,
-        update_buffers: bool,
+        update_buffers: Buffers,
         arithmetic: str,
         rounding: str = "nearest",
         backend: str | None = None,
@@ -151,7 +152,7 @@ class Pairing:
         self.wait_until_read()
         snapshot.copy_()
 
-    def holds(self, averaged: nn.Module, model: nn.Module, update_buffers: bool) -> bool:
+    def holds(self, averaged: nn.Module, model: nn.Module, update_buffers: Buffers) -> bool:
         """Whether the pairs are still those of these modules; takes some nanoseconds per tensor."""
         if averaged is not self._averaged() or not self._model.is_now(model):
             return False
@@ -172,7 +173,7 @@ class Pairing:
         self,
         averaged: nn.Module,
         model: nn.Module,
-        update_buffers: bool,
+        update_buffers: Buffers,
         weight: float,
         counter: Any,
         steps: int,

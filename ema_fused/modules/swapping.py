@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.versions import VersionCounters
+from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.module_pairs import Pair, pair_up, plan_of
 from ema_fused.modules.sharding import drop_gathered, drop_gathered_in, parts_of_fsdp
@@ -223,11 +224,11 @@ def exchange_of_averages(
     averaged: nn.Module,
     model: nn.Module,
     *,
-    update_buffers: bool,
+    update_buffers: Buffers,
     shares: FrozenShares,
     backend: str | None,
 ) -> Exchange:
-    """An :class:`Exchange` of averaged tensors only; buffers too with ``update_buffers``."""
+    """An :class:`Exchange` of averaged tensors only, buffers as ``update_buffers`` says."""
 
     def find_pairs() -> list[Pair]:
         pairs = pair_up(averaged, model, update_buffers=update_buffers, shares=shares).updated
