@@ -48,6 +48,7 @@ class AveragedWeights(ExponentialMovingAverage):
 
     Raises:
         TypeError: also if ZeRO-3 has partitioned a parameter.
+        ValueError: also with ``skip_nonfinite`` of an FSDP1 model.
     """
 
     _copied = staticmethod(averaged_skeleton)
@@ -63,9 +64,16 @@ class AveragedWeights(ExponentialMovingAverage):
     ) -> None:
         if arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic {arithmetic!r} is none of {', '.join(ARITHMETICS)}")
+        flattened = is_flattened(model)
+        if flattened and options.get("skip_nonfinite"):
+            raise ValueError(
+                "skip_nonfinite=True with FSDP1: each process would decide by its own pieces, and "
+                "one could leave out a step that another averages; shard the model by fully_shard "
+                "(FSDP2), where the processes decide together"
+            )
         super().__init__(model, momentum, *shared, **options)
         self.arithmetic = arithmetic
-        self._is_flattened = is_flattened(model)
+        self._is_flattened = flattened
         self.register_state_dict_post_hook(_leave_out_what_is_shared)  # type: ignore[no-untyped-call]
 
     @property

@@ -21,6 +21,7 @@ from ema_fused.engine.keywords import arguments_of, unexpected_keyword
 from ema_fused.engine.plan import Plan
 from ema_fused.modules.choosing import Buffers, checked_buffers
 from ema_fused.modules.copying import FrozenShares, averaged_copy
+from ema_fused.modules.finite import nonfinite_flag
 from ema_fused.modules.module_pairs import names_of_buffers
 from ema_fused.modules.paired_module import PairedModule
 from ema_fused.modules.pairing import Pairing
@@ -93,6 +94,12 @@ class BaseAveragedModel(PairedModule):
             autograd refuses a backward pass through averages that were updated after the forward
             pass. It takes some 40 nanoseconds per tensor. None: as soon as the average has been
             called or its tensors have been read; before, they can be in no graph.
+        skip_nonfinite: leave out a call where a parameter of the model is infinite or NaN, as a
+            ``found_inf`` that is set does: nothing changes and the call isn't counted. It is found
+            out on the device, in another read of the parameters, which takes about as long as an
+            update and some microseconds a tensor; the host waits for it where it would wait for
+            ``found_inf``. Buffers aren't looked at, nor frozen parameters with ``share_frozen``.
+            Each process decides by its own parameters; those that share DTensors decide together.
 
     With ``offload`` and ``overlap`` the next optimizer step must wait until the model has been
     read: :func:`ema_fused.attach` updates and waits. Swapping and :meth:`copy_to` wait by
@@ -135,6 +142,7 @@ class BaseAveragedModel(PairedModule):
         capturable: bool = False,
         distance_every: int | None = None,
         version_counters: bool | None = None,
+        skip_nonfinite: bool = False,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -156,6 +164,7 @@ class BaseAveragedModel(PairedModule):
             "capturable": capturable,
             "distance_every": distance_every,
             "version_counters": version_counters,
+            "skip_nonfinite": skip_nonfinite,
         }
         check_options(options)
         update_buffers = checked_buffers(update_buffers, partial(names_of_buffers, model))
@@ -192,9 +201,12 @@ class BaseAveragedModel(PairedModule):
         self._step_count = KnownInteger()
         self._seed = KnownInteger()
         self._distances = DistanceSamples(distance_every)
+        self._skips_nonfinite = skip_nonfinite
         self._is_ordinary = rounding == "nearest" and distance_every is None
         self._is_plain = (
-            self._is_ordinary and not one_by_one and not capturable and not self.runs_beside
+            self._is_ordinary
+            and not (one_by_one or capturable or skip_nonfinite)
+            and not self.runs_beside
         )
 
     @property
@@ -286,6 +298,8 @@ class BaseAveragedModel(PairedModule):
             if self._step_count.read(buffer) != steps:
                 weight = None
         pairing = self._paired_with(model)
+        if self._skips_nonfinite:
+            found_inf = nonfinite_flag(pairing.parameters(), found_inf)
         if self.capturable:
             self._update_on_device(pairing, found_inf)
         else:

@@ -31,6 +31,7 @@ class Options(TypedDict, total=False):
     capturable: bool
     distance_every: int | None
     version_counters: bool | None
+    skip_nonfinite: bool
 
 
 # Options that a class with its own avg_func can't have, and their defaults.

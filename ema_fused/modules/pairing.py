@@ -141,6 +141,7 @@ class Pairing:
         self._is_plain = not runs_beside and self._rounding == "nearest"
         self._followers: Plan | None = None
         self._versions = VersionCounters(pair.held[0] for pair in pairs)
+        self._parameters: list[nn.Parameter] | None = None
         rounded = pairs if self._rounding == "nearest" else []
         halves = {pair.averaged.dtype for pair in rounded if _is_half(pair)}
         # With a smaller weight even a change as large as the average is rounded away: it is below
@@ -339,6 +340,14 @@ class Pairing:
         self._followers = plan_of(followers, backend=self._backend)
         _copy_unless(found_inf, self._followers)
         self._count()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The model's parameters, without those that share memory with the average."""
+        if self._parameters is None:
+            shared = {id(source) for _, source in self._shared}
+            every = self._model.present().parameters()
+            self._parameters = [each for each in every if id(each) not in shared]
+        return self._parameters
 
     def averaging_pairs(self) -> list[Pair]:
         """The pairs to average, after a check that their shapes are equal."""
