@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, NoReturn, Unpack
 
 from torch import Tensor, nn
 
 from ema_fused.averages.kinds import ExponentialMovingAverage
+from ema_fused.averages.momenta import Momentum
 from ema_fused.averages.options import Options
 from ema_fused.engine.dtensors import local
 from ema_fused.engine.plan import ARITHMETICS
+from ema_fused.modules.choosing import Pattern
 from ema_fused.modules.copying import averaged_skeleton
 from ema_fused.modules.sharding import is_flattened
 
@@ -37,8 +39,8 @@ class AveragedWeights(ExponentialMovingAverage):
 
     Args:
         model: the model to average, wrapped or not; tensors have the names of the plain model.
-        momentum: the weight of the model's values, in (0, 1); or a function of the step that gives
-            one in [0, 1] (:mod:`ema_fused.averages.schedules`).
+        momentum: the weight of the model's values, in (0, 1), a function of the step, or a dict of
+            regular expressions and momenta, as of :class:`ExponentialMovingAverage`.
         arithmetic: how an average is written (see :class:`~ema_fused.Plan`); ``"delta"`` with
             ``momentum=schedules.mean`` is stochastic weight averaging.
 
@@ -57,7 +59,7 @@ class AveragedWeights(ExponentialMovingAverage):
     def __init__(
         self,
         model: nn.Module,
-        momentum: float | Callable[[int], float] = 0.0002,
+        momentum: Momentum | Mapping[Pattern, Momentum] = 0.0002,
         *shared: Any,
         arithmetic: str = "lerp",
         **options: Unpack[Options],

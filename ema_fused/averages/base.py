@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.averages.known_integer import KnownInteger
+from ema_fused.averages.momenta import NamedWeights
 from ema_fused.averages.momentum import (
     checked_momentum,
     momentum_of_calls,
@@ -168,7 +169,7 @@ class BaseAveragedModel(PairedModule):
         }
         check_options(options)
         update_buffers = checked_buffers(update_buffers, partial(names_of_buffers, model))
-        one_by_one = _averages_one_by_one(type(self))
+        one_by_one = averages_one_by_one(type(self))
         if one_by_one:
             refuse_one_by_one(type(self).__name__, options)
         if offload is not None:
@@ -318,6 +319,12 @@ class BaseAveragedModel(PairedModule):
             return checked_momentum(self, steps)
         return momentum_of_calls(self, steps, self.every)
 
+    def _weights_at(self, steps: int) -> float | NamedWeights:
+        """The weight of the average of a call that makes one, or that of each tensor."""
+        weight = self._weight_at(steps)
+        assert weight is not None
+        return weight
+
     def _update(
         self, pairing: Pairing, found_inf: Tensor | None, weight: float | None = None
     ) -> None:
@@ -341,18 +348,22 @@ class BaseAveragedModel(PairedModule):
                 self.avg_func(pair.averaged.data, source, buffer)
             pairing.follow_()
         else:
-            weight = self._weight_at(steps) if weight is None else weight
-            assert weight is not None
-            if weight < pairing.lossy_below:
-                self._advice.of_losses(weight)
+            weights = self._weights_at(steps) if weight is None else weight
+            least = weights.least if isinstance(weights, NamedWeights) else weights
+            if least < pairing.lossy_below:
+                self._advice.of_losses(least)
             if self._is_ordinary:
-                pairing.average_(weight, found_inf=found_inf)
+                pairing.average_(weights, found_inf=found_inf)
             else:
-                self._average(pairing, weight, steps, found_inf)
+                self._average(pairing, weights, steps, found_inf)
         self._step_count.count(buffer, unless=found_inf)
 
     def _average(
-        self, pairing: Pairing, weight: float, steps: int, found_inf: Tensor | None
+        self,
+        pairing: Pairing,
+        weight: float | NamedWeights,
+        steps: int,
+        found_inf: Tensor | None,
     ) -> None:
         """Averages with stochastic rounding, or with a measured distance."""
         seed = self._buffers.get("rounding_seed")
@@ -431,7 +442,7 @@ def _device_for_counts(module: nn.Module | None, device: Device) -> torch.device
     return torch.device("cpu") if where.type == "meta" else where
 
 
-def _averages_one_by_one(cls: type) -> bool:
+def averages_one_by_one(cls: type) -> bool:
     """Whether ``cls`` averages by ``avg_func`` rather than by ``momentum_at``."""
     for base in cls.__mro__[: cls.__mro__.index(BaseAveragedModel)]:
         if "momentum_at" in vars(base):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ema_fused.averages import schedules
-from ema_fused.averages.base import BaseAveragedModel
-from ema_fused.averages.options import Options
+from ema_fused.averages.base import BaseAveragedModel, averages_one_by_one
+from ema_fused.averages.momenta import Momentum, MomentumByName, NamedWeights
+from ema_fused.averages.options import Options, refuse_momenta
 from ema_fused.engine.checks import check_fraction, check_integer, check_momentum, check_positive
+from ema_fused.modules.choosing import Pattern
 
 
 class StochasticWeightAverage(BaseAveragedModel):
@@ -29,36 +31,65 @@ class StochasticWeightAverage(BaseAveragedModel):
 
 
 class ExponentialMovingAverage(BaseAveragedModel):
-    """``averaged = (1 - momentum) * averaged + momentum * source``.
+    r"""``averaged = (1 - momentum) * averaged + momentum * source``.
 
     Args:
         momentum: the weight of the model's values, in (0, 1), usually small; or a function of the
-            step that gives one in [0, 1] (:mod:`ema_fused.averages.schedules`).
+            step that gives one in [0, 1] (:mod:`ema_fused.averages.schedules`); or a dict of
+            regular expressions and their momenta, numbers in [0, 1] or such functions:
+            ``{r"^head\.": 0.01, "": 0.001}``. A tensor has that of the first expression that is
+            found in its name, without wrappers' components. Not with ``offload`` or ``capturable``.
 
     The others as :class:`BaseAveragedModel`.
 
     Raises:
-        TypeError: ``momentum`` is neither a number nor callable.
-        ValueError: ``momentum`` is outside (0, 1).
+        TypeError: ``momentum`` is neither a number nor callable, nor a dict of such.
+        ValueError: ``momentum`` is outside (0, 1); a name has no expression, or an expression no
+            name; tied tensors have two.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        momentum: float | Callable[[int], float] = 0.0002,
+        momentum: Momentum | Mapping[Pattern, Momentum] = 0.0002,
         *shared: Any,
         **options: Unpack[Options],
     ) -> None:
         # Subclasses with their own schedule take a number only.
         own_schedule = type(self).momentum_at is not ExponentialMovingAverage.momentum_at
-        if own_schedule or not callable(momentum):
+        momenta = None
+        if isinstance(momentum, Mapping) and not own_schedule:
+            cls = type(self)
+            refuse_momenta(cls.__name__, options, one_by_one=averages_one_by_one(cls))
+            momentum = momentum if isinstance(momentum, dict) else dict(momentum)
+            momenta = MomentumByName(momentum)
+        elif own_schedule or not callable(momentum):
             check_momentum(momentum)
         super().__init__(model, *shared, **options)
         self.momentum = momentum
+        self._momenta = momenta
+        if momenta is not None:
+            self._is_plain = False
+            momenta.check(self.module, self.update_buffers, self.shared_names)
 
     def momentum_at(self, steps: Any) -> Any:
         momentum = self.momentum
-        return momentum(steps) if callable(momentum) else momentum
+        if callable(momentum):
+            return momentum(steps)
+        if isinstance(momentum, dict):
+            return {name: one(steps) if callable(one) else one for name, one in momentum.items()}
+        return momentum
+
+    def _weights_at(self, steps: int) -> float | NamedWeights:
+        momentum = self.momentum
+        if not isinstance(momentum, dict):
+            return super()._weights_at(steps)
+        momenta = self._momenta
+        if momenta is None or not momenta.is_of(momentum):
+            momenta = MomentumByName(momentum)
+            momenta.check(self.module, self.update_buffers, self.shared_names)
+            self._momenta = momenta
+        return momenta.at(self, steps, self.every)
 
 
 class MomentumAnnealingEMA(ExponentialMovingAverage):

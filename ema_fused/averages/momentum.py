@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
+
+# By then every warm-up falls.
+_SETTLED = 10
 
 
 class _HasMomentum(Protocol):
@@ -12,47 +17,94 @@ class _HasMomentum(Protocol):
 
 
 def checked_momentum(averaged: _HasMomentum, steps: int) -> float:
-    """``averaged.momentum_at(steps)`` as a float.
+    """``averaged.momentum_at(steps)`` as a float; warns once if it looks like a decay.
 
     Raises:
+        TypeError: it is no number.
         ValueError: it is outside [0, 1].
     """
-    weight = float(averaged.momentum_at(steps))
-    if not 0.0 <= weight <= 1.0:
-        raise _out_of_range(averaged, weight, f"at step {steps}")
+    value = averaged.momentum_at(steps)
+    if type(value) is float and 0.0 <= value <= 0.5:  # nearly always
+        return value
+    weight = checked_number(averaged, value, f"at step {steps}")
+    if weight > 0.5 and steps >= _SETTLED:
+        _question(averaged, weight, steps)
     return weight
 
 
+def checked_number(averaged: object, value: Any, when: str) -> float:
+    """``value`` as a float.
+
+    Args:
+        averaged: whose momentum it is, for messages.
+        when: at which step, for messages.
+
+    Raises:
+        TypeError: it is no number.
+        ValueError: it is outside [0, 1].
+    """
+    error: type[Exception] = ValueError
+    try:
+        weight = float(value)
+        if 0.0 <= weight <= 1.0:
+            return weight
+    except (TypeError, ValueError, RuntimeError):
+        error = TypeError
+    raise error(
+        f"{type(averaged).__name__} has momentum {value!r} {when}; a number in [0, 1] is expected: "
+        f"the weight of the model's values in the average"
+    )
+
+
+def combined(momenta: Iterable[float]) -> float:
+    """The momentum of several averages in one: ``1 - (1 - m_1) * ... * (1 - m_n)``."""
+    first, *others = momenta
+    if not others:
+        return first
+    kept = 1.0 - first
+    for momentum in others:
+        kept *= 1.0 - momentum
+    return 1.0 - kept
+
+
 def momentum_of_calls(averaged: _HasMomentum, steps: int, calls: int) -> float:
-    """The combined momentum of the last ``calls`` calls: ``1 - (1 - m_1) * ... * (1 - m_n)``.
+    """The :func:`combined` momentum of the last ``calls`` calls.
 
     Args:
         steps: the step of the last of them.
 
     Raises:
+        TypeError: one of them is no number.
         ValueError: one of them is outside [0, 1].
     """
-    kept = 1.0
-    for earlier in range(steps - calls + 1, steps + 1):
-        kept *= 1.0 - checked_momentum(averaged, earlier)
-    return 1.0 - kept
+    return combined(
+        checked_momentum(averaged, earlier) for earlier in range(steps - calls + 1, steps + 1)
+    )
 
 
 def momentum_on_device(averaged: _HasMomentum, steps: Tensor) -> Any:
     """``averaged.momentum_at(steps)`` for a step on the device; a tensor's range isn't checked.
 
     Raises:
+        TypeError: it is neither a number nor a tensor.
         ValueError: it is a number outside [0, 1].
     """
     weight = averaged.momentum_at(steps.double())
-    if not isinstance(weight, Tensor) and not 0.0 <= weight <= 1.0:
-        raise _out_of_range(averaged, weight, "now")
-    return weight
+    return weight if isinstance(weight, Tensor) else checked_number(averaged, weight, "now")
 
 
-def _out_of_range(averaged: object, weight: float, when: str) -> ValueError:
-    """The error of a momentum outside [0, 1]."""
-    return ValueError(
-        f"{type(averaged).__name__} has momentum {weight!r} {when}; a number in [0, 1] is "
-        f"expected: the weight of the model's values in the average"
-    )
+def _question(averaged: Any, weight: float, steps: int) -> None:
+    """Warns of a schedule that gives a large momentum and doesn't fall, as decays do."""
+    if weight == 1.0 or getattr(averaged, "_is_questioned", False):
+        return
+    # A number is warned of where it is given.
+    is_number = getattr(averaged, "momentum", None) == weight
+    if not is_number and float(averaged.momentum_at(steps - 1)) <= weight:
+        warnings.warn(
+            f"{type(averaged).__name__} has momentum {weight:.6g} at step {steps}, and it doesn't "
+            f"fall: nearly all of the average is the model's present values. Momentum is their "
+            f"weight; a schedule of the average's weight, a decay, is "
+            f"momentum=lambda step: 1 - decay(step)",
+            stacklevel=5,
+        )
+    averaged._is_questioned = True

@@ -63,6 +63,26 @@ def refuse_one_by_one(name: str, options: Options) -> None:
         )
 
 
+def refuse_momenta(name: str, options: Options, *, one_by_one: bool) -> None:
+    """Raises ValueError where a momentum by name can't be.
+
+    Args:
+        name: the name of the class, for the message.
+        one_by_one: whether it averages by its own ``avg_func``.
+    """
+    if one_by_one:
+        raise ValueError(
+            f"{name} averages by its own avg_func, which does as it likes; a momentum by name "
+            f"needs a class that leaves averaging to ExponentialMovingAverage"
+        )
+    for option in ("offload", "capturable"):
+        if options.get(option):
+            raise ValueError(
+                f"a momentum by name with {option}={options[option]!r}: that takes one momentum "
+                f"for all tensors; pass a number or a function of the step, or leave {option} out"
+            )
+
+
 def check_options(options: Options) -> None:
     """Raises TypeError, ValueError or RuntimeError for invalid values and combinations."""
     check_integer("interval", options["interval"], least=1)

@@ -105,12 +105,16 @@ def is_averaged(name: str, slot: Slot, update_buffers: Buffers) -> bool:
     return slot.kind is Kind.PARAMETER
 
 
+def has_average(tensor: Tensor) -> bool:
+    return _numbers(tensor) in ("floating-point", "complex")
+
+
 def names_of_buffers(model: nn.Module) -> list[str]:
     """The plain names of the buffers that can be averaged."""
     return [
         without_wrappers(name)
         for name, slot in slots_of(model).items()
-        if slot.kind is Kind.BUFFER and _numbers(slot.tensor) in ("floating-point", "complex")
+        if slot.kind is Kind.BUFFER and has_average(slot.tensor)
     ]
 
 
@@ -144,9 +148,7 @@ def pair_up(
         if slot.kind is Kind.CACHE and not _is_like(slot.tensor, source):
             continue
         _check(name, slot.tensor, source)
-        wanted = is_averaged(name, slot, update_buffers)
-        has_average = _numbers(slot.tensor) in ("floating-point", "complex")
-        averages = wanted and has_average
+        averages = is_averaged(name, slot, update_buffers) and has_average(slot.tensor)
         trains = source.requires_grad
         held = slot.tensor, source
         pairs.append(Pair(name, *held, averages, number, trains, slot.kind, held))

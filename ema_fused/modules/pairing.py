@@ -142,6 +142,7 @@ class Pairing:
         self._followers: Plan | None = None
         self._versions = VersionCounters(pair.held[0] for pair in pairs)
         self._parameters: list[nn.Parameter] | None = None
+        self._listed: tuple[Callable[[str], float], list[float]] | None = None
         rounded = pairs if self._rounding == "nearest" else []
         halves = {pair.averaged.dtype for pair in rounded if _is_half(pair)}
         # With a smaller weight even a change as large as the average is rounded away: it is below
@@ -252,7 +253,7 @@ class Pairing:
 
     def average_(
         self,
-        weight: float | Tensor,
+        weight: float | Tensor | Callable[[str], float],
         *,
         seed: int = 0,
         step: int | Tensor = 0,
@@ -261,6 +262,7 @@ class Pairing:
     ) -> None:
         """Averages the tensors that can be averaged and copies the rest, in one launch per device.
 
+        ``weight`` may be a function that returns the weight for each name of the average.
         ``seed`` and ``step`` are those of stochastic rounding; if ``found_inf`` is set, nothing is
         done; ``squared_distance`` is as in :meth:`~ema_fused.Plan.lerp_`.
         """
@@ -275,20 +277,22 @@ class Pairing:
 
     def _average(
         self,
-        weight: float | Tensor,
+        weight: float | Tensor | list[float] | Callable[[str], float],
         seed: int,
         step: int | Tensor,
         found_inf: Tensor | None,
         squared_distance: Tensor | None,
     ) -> None:
         plan = self._everything
+        if callable(weight):
+            weight = self._one_a_pair(weight)
         if self._is_plain and found_inf is None and squared_distance is None:
             plan.lerp_(weight)  # type: ignore[arg-type]  # the fast path
             return
         if self._snapshot is not None:
             self._take_snapshot(self._snapshot)
         if isinstance(plan, OffloadedPlan):
-            assert not isinstance(weight, Tensor) and not isinstance(step, Tensor)
+            assert isinstance(weight, float) and not isinstance(step, Tensor)
             plan.lerp_(
                 weight,
                 found_inf=found_inf,
@@ -307,6 +311,14 @@ class Pairing:
             stream=self.stream,
             squared_distance=squared_distance,
         )
+
+    def _one_a_pair(self, weight_of: Callable[[str], float]) -> list[float]:
+        """The weights of all pairs; kept for the next call with the same function."""
+        if self._listed is None or self._listed[0] is not weight_of:
+            # Pairs that are copied have none.
+            each = [weight_of(pair.name) if pair.averages else 1.0 for pair in self._pairs]
+            self._listed = weight_of, each
+        return self._listed[1]
 
     def _prepare_again(self) -> None:
         self.flush()

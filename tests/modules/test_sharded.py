@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "interval": {"interval": 2},
     "every": {"every": 2},
     "schedule": {"momentum": partial(schedules.annealing, momentum=0.05, gamma=3)},
+    "by name": {"momentum": {"^first": 0.5, r"\.bias$": 0.25, "": 0.05}},
     "mean": {"momentum": schedules.mean, "arithmetic": "delta"},
 }
 
