@@ -12,6 +12,7 @@ from ema_fused.averages.momenta import Momentum
 from ema_fused.averages.options import Options
 from ema_fused.engine.dtensors import local
 from ema_fused.engine.plan import ARITHMETICS
+from ema_fused.modules.adopting import Adopted, Resize
 from ema_fused.modules.choosing import Pattern
 from ema_fused.modules.copying import averaged_skeleton
 from ema_fused.modules.sharding import is_flattened
@@ -85,6 +86,12 @@ class AveragedWeights(ExponentialMovingAverage):
         DTensors if the model is sharded. Parameters shared with the model are included.
         """
         return dict(self.module.state_dict())
+
+    def adopt(self, model: nn.Module, *, resize: Resize | None = None) -> Adopted:
+        """As :meth:`BaseAveragedModel.adopt`; no module is copied."""
+        adopted = super().adopt(model, resize=resize)
+        self._is_flattened = is_flattened(model)
+        return adopted
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Always raises: there is no module to call.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.averages.known_integer import KnownInteger
+from ema_fused.averages.loading import fit_state
 from ema_fused.averages.momenta import NamedWeights
 from ema_fused.averages.momentum import (
     checked_momentum,
@@ -177,12 +179,18 @@ class BaseAveragedModel(PairedModule):
         pinned = offload is not None
         # Inference tensors could never be updated outside inference mode.
         with torch.inference_mode(False):
-            module, shared = self._copied(
-                model, device, averaged_dtype, share_frozen=share_frozen, pinned=pinned
+            copied = functools.partial(
+                self._copied,
+                device=device,
+                dtype=averaged_dtype,
+                share_frozen=share_frozen,
+                pinned=pinned,
             )
+            module, shared = copied(model)
             super().__init__(
                 module,
                 FrozenShares(shared, device, averaged_dtype, pinned=pinned),
+                copied,
                 update_buffers=update_buffers,
                 backend=backend,
                 rounding=rounding,
@@ -195,6 +203,9 @@ class BaseAveragedModel(PairedModule):
             self.register_buffer("steps", torch.tensor(-waiting, dtype=torch.long, device=where))
             if rounding == "stochastic":
                 self.register_buffer("rounding_seed", torch.tensor(seed, device=where))
+        self.first_values.note(module, shared)
+        self.register_load_state_dict_post_hook(_accept_loaded)  # type: ignore[no-untyped-call]
+        self._has_loaded_steps = False
         self.interval = interval
         self.every = every
         self.capturable = capturable
@@ -330,7 +341,7 @@ class BaseAveragedModel(PairedModule):
     ) -> None:
         buffer = self._buffers["steps"]
         assert buffer is not None
-        steps = self._step_count.read(buffer)
+        steps = self._started(buffer, self._step_count.read(buffer))
         if steps > 0 and steps % self.every:
             return self._step_count.count(buffer, unless=found_inf)
         averages = steps > 0 and steps % self.interval == 0
@@ -357,6 +368,32 @@ class BaseAveragedModel(PairedModule):
             else:
                 self._average(pairing, weights, steps, found_inf)
         self._step_count.count(buffer, unless=found_inf)
+        if steps <= 0:
+            self._watch_on(steps)
+
+    def _started(self, buffer: Tensor, steps: int) -> int:
+        """``steps``; 1 if the average hasn't begun and was loaded: it isn't to be copied over."""
+        if steps > 0:
+            self.first_values.forget()
+        elif self.first_values.look(self._modules["module"]):  # type: ignore[arg-type]
+            if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "the averages were loaded without a number of steps, and this graph would set "
+                    "it at every replay; write it before the capture: averaged.steps.fill_(1)"
+                )
+            is_number = not self._one_by_one and not self.capturable
+            self._advice.of_loading(steps, checked_momentum(self, 1) if is_number else None)
+            self._step_count.write(buffer, 1)
+            self.first_values.forget()
+            return 1
+        return steps
+
+    def _watch_on(self, steps: int) -> None:
+        """After an update that copied when ``steps`` was this: the next one may copy again."""
+        if steps < 0:
+            self.first_values.renew(self._modules["module"])  # type: ignore[arg-type]
+        else:
+            self.first_values.forget()
 
     def _average(
         self,
@@ -383,12 +420,14 @@ class BaseAveragedModel(PairedModule):
         """The same update with all numbers on the device; only the first, copying calls wait."""
         buffer = self._buffers["steps"]
         assert buffer is not None
-        if self._step_count.read_once(buffer) <= 0:
+        steps = self._started(buffer, self._step_count.read_once(buffer))
+        if steps <= 0:
             if found_inf is None or not bool(found_inf):
                 pairing.copy_()
                 self._step_count.count_there(buffer, unless=None)
                 if buffer.device != pairing.device:  # made while the averages were on meta
                     self._buffers["steps"] = buffer.to(pairing.device)
+                self._watch_on(steps)
             return
         weight = momentum_on_device(self, buffer)
         skipped = found_inf
@@ -422,17 +461,17 @@ class BaseAveragedModel(PairedModule):
         }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """Allows stochastic rounding to be switched on and off between runs.
-
-        A checkpoint written without it has no seed: the present one is kept. Without it, a seed in
-        the checkpoint is ignored.
-        """
         seed = self._buffers.get("rounding_seed")
-        if seed is not None:
-            state_dict.setdefault(f"{prefix}rounding_seed", seed)
-        else:
-            state_dict.pop(f"{prefix}rounding_seed", None)
+        fit_state(state_dict, prefix, seed=seed, calls_per_average=self.every * self.interval)
+        self._has_loaded_steps = f"{prefix}steps" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _accept_loaded(averaged: nn.Module, _: object) -> None:
+    """The hook after loading: values that came with their number of steps are no surprise."""
+    assert isinstance(averaged, BaseAveragedModel)
+    if averaged._has_loaded_steps:
+        averaged.first_values.start_again(averaged._averages(), averaged.shared_names)
 
 
 def _device_for_counts(module: nn.Module | None, device: Device) -> torch.device:

@@ -70,7 +70,7 @@ class ExponentialMovingAverage(BaseAveragedModel):
         self._momenta = momenta
         if momenta is not None:
             self._is_plain = False
-            momenta.check(self.module, self.update_buffers, self.shared_names)
+            momenta.check(self._averages(), self.update_buffers, self.shared_names)
 
     def momentum_at(self, steps: Any) -> Any:
         momentum = self.momentum
@@ -87,7 +87,7 @@ class ExponentialMovingAverage(BaseAveragedModel):
         momenta = self._momenta
         if momenta is None or not momenta.is_of(momentum):
             momenta = MomentumByName(momentum)
-            momenta.check(self.module, self.update_buffers, self.shared_names)
+            momenta.check(self._averages(), self.update_buffers, self.shared_names)
             self._momenta = momenta
         return momenta.at(self, steps, self.every)
 

@@ -120,6 +120,9 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
         self.ema_model = MODELS.build(
             {**self.ema_cfg, "type": kind}, default_args={"model": self.src_model}
         )
+        if isinstance(self.ema_model, BaseAveragedModel):
+            # As the original: the first update copies the model over what was loaded.
+            self.ema_model.first_values.forget()
         self._exchange = None
         made = type(self.ema_model).__name__
         if not hasattr(self.ema_model, "update_parameters"):

@@ -73,3 +73,21 @@ class Advice:
             f"averaged_dtype=torch.float32, or rounding='stochastic'",
             stacklevel=4,
         )
+
+    def of_loading(self, steps: int, weight: float | None) -> None:
+        """Warns that an average without steps was loaded, and what becomes of it.
+
+        Args:
+            steps: how many there are; 0 or less.
+            weight: of the model's values in the next average, if it is known.
+        """
+        known = (
+            "" if weight is None else f" (the model's values have the weight {weight:.3g} there)"
+        )
+        warnings.warn(
+            f"values were loaded into an average that had made no update (steps is {steps}): they "
+            f"are kept, and averaging goes on from steps=1{known}. Load 'steps' with them, or set "
+            f"it, averaged.steps.fill_(n), to go on from another; to start from the model instead, "
+            f"call averaged.copy_from(model) after loading",
+            stacklevel=5,
+        )

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ema_fused.engine.dtensors import check_placed_alike, local
 from ema_fused.engine.plan import Plan
@@ -77,7 +78,8 @@ def slots_of(
     return {name: slot for name, slot in slots.items() if slot.kind not in leave}
 
 
-def _numbers(tensor: Tensor) -> str:
+def numbers_of(tensor: Tensor) -> str:
+    """Which numbers it holds, in words."""
     if tensor.is_floating_point():
         return "floating-point"
     if tensor.is_complex():
@@ -106,7 +108,7 @@ def is_averaged(name: str, slot: Slot, update_buffers: Buffers) -> bool:
 
 
 def has_average(tensor: Tensor) -> bool:
-    return _numbers(tensor) in ("floating-point", "complex")
+    return numbers_of(tensor) in ("floating-point", "complex")
 
 
 def names_of_buffers(model: nn.Module) -> list[str]:
@@ -165,24 +167,48 @@ def pair_up(
 
 
 def _is_like(averaged: Tensor, source: Tensor) -> bool:
-    return averaged.shape == source.shape and _numbers(averaged) == _numbers(source)
+    return averaged.shape == source.shape and numbers_of(averaged) == numbers_of(source)
 
 
 def _check(name: str, averaged: Tensor, source: Tensor) -> None:
     refuse_partitioned(name, source)
+    if is_lazy(averaged) or is_lazy(source):
+        side = "model" if is_lazy(source) else "average"
+        raise ValueError(
+            f"{name!r} of the {side} has no elements yet: it belongs to a lazy layer, which makes "
+            f"them in its first forward pass. Run one batch through the model, then "
+            f"update_parameters(model)"
+        )
     check_placed_alike(name, averaged, source)
     if averaged.shape != source.shape:
         raise ValueError(
             f"{name!r} has shape {tuple(averaged.shape)} in the average and {tuple(source.shape)} "
-            f"in the model; equal shapes are expected. If the model was resized on purpose, build "
-            f"a new average of it"
+            f"in the model; equal shapes are expected. If the model was resized on purpose, "
+            f"averaged.adopt(model) takes that over"
         )
-    if _numbers(averaged) != _numbers(source):
+    if numbers_of(averaged) != numbers_of(source):
         raise TypeError(
             f"{name!r} is {averaged.dtype} in the average and {source.dtype} in the model; "
-            f"{_numbers(averaged)} and {_numbers(source)} tensors don't pair up. Convert the model "
-            f"back, or build a new average of it"
+            f"{numbers_of(averaged)} and {numbers_of(source)} tensors don't pair up. Convert "
+            f"the model back, or call averaged.adopt(model)"
         )
+
+
+def refuse_untied(pairs: list[Pair]) -> None:
+    """Raises ValueError for one averaged tensor of several sources, being tied on its side alone.
+
+    Args:
+        pairs: with each pair of tensors once.
+    """
+    names: dict[int, str] = {}
+    for pair in pairs:
+        other = names.setdefault(id(pair.averaged), pair.name)
+        if other != pair.name:
+            raise ValueError(
+                f"{other!r} and {pair.name!r} are one tensor in the average and two in the model, "
+                f"so they were tied and aren't any more; averaged.adopt(model) gives each an "
+                f"average of its own"
+            )
 
 
 def lists_of(pairs: list[Pair]) -> dict[str, Any]:

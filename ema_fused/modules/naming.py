@@ -55,6 +55,20 @@ def match_names(averaged: Mapping[str, bool], source: Mapping[str, bool]) -> dic
     raise KeyError(_explain(averaged, source, *views[-1], ambiguous=None in short))
 
 
+def common_names(averaged: Iterable[str], source: Iterable[str]) -> dict[str, str]:
+    """The source name of each averaged name that has one, whatever wraps either module.
+
+    Unlike :func:`match_names` it takes modules whose names differ otherwise too.
+    """
+    averaged, source = list(averaged), list(source)
+    views = [(a, s) for a in _unwrapped(averaged) for s in _unwrapped(source)]
+    short = _shortened(averaged), _shortened(source)
+    if short[0] is not None and short[1] is not None:
+        views.append((short[0], short[1]))
+    a, s = max(views, key=lambda view: len(view[0].keys() & view[1].keys()))
+    return {a[view]: s[view] for view in a if view in s}
+
+
 def _unwrapped(names: Iterable[str]) -> Iterator[dict[str, str]]:
     """Yields views (short name -> name) without the first 0, 1, ... components, all wrappers'."""
     view = {name: name for name in names}
@@ -98,8 +112,8 @@ def _explain(
     return (
         f"the model doesn't match its average by name: missing from the model: {_list(missing)}; "
         f"unexpected in the model: {_list(unexpected)}. {told_apart}"
-        f"Pass the model that was averaged (wrapped or not), or build a new average if the model "
-        f"has gained or lost layers, parameters or buffers since"
+        f"Pass the model that was averaged (wrapped or not); if it has gained or lost layers, "
+        f"parameters or buffers since, averaged.adopt(model) takes that over"
     )
 
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.modules import swapping
+from ema_fused.modules.adopting import Adopted, Resize, carry_over
 from ema_fused.modules.advice import Advice
 from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.first_values import FirstValues
 from ema_fused.modules.module_pairs import is_averaged, slots_of
 from ema_fused.modules.pairing import Pairing
 from ema_fused.modules.sharding import drop_gathered
+from ema_fused.modules.skeleton import wrapped_by
 from ema_fused.modules.swapping import Exchange, refuse_while_swapped
 from ema_fused.modules.waiting import WaitingModule
 
@@ -30,6 +35,8 @@ class PairedModule(WaitingModule):
         module: the averages.
         shares: the parameters of ``module`` that share memory with the model's.
         update_buffers: which persistent floating-point buffers are averaged too.
+        copied: makes such a module of a model, and the names of such parameters.
+        update_buffers: whether persistent floating-point buffers are averaged too.
         backend: as in :class:`~ema_fused.Plan`; likewise ``rounding``.
         offload: ``"cpu"``: the averages are in host memory and updated there, in a thread.
         overlap: averages on a CUDA device are updated on a separate stream.
@@ -41,6 +48,7 @@ class PairedModule(WaitingModule):
         arithmetic: how an average is written (see :class:`~ema_fused.Plan`).
         runs_beside: whether an update may still be reading the model when the call that started it
             returns. If so, the caller must use :meth:`wait_until_read`.
+        first_values: whether other code has written averages of which no update was made yet.
     """
 
     arithmetic: str = "lerp"
@@ -51,6 +59,7 @@ class PairedModule(WaitingModule):
         self,
         module: nn.Module,
         shares: FrozenShares,
+        copied: Callable[[nn.Module], tuple[nn.Module, set[str]]],
         *,
         update_buffers: Buffers,
         backend: str | None,
@@ -69,6 +78,8 @@ class PairedModule(WaitingModule):
         self.version_counters = version_counters
         self.runs_beside = overlap or offload is not None
         self._shares = shares
+        self._make = copied
+        self.first_values = FirstValues(self._buffers)
         self._pairing: Pairing | None = None
         self._unfinished: list[Pairing] = []  # of deleted models, with unfinished updates
         self._advice = Advice()
@@ -141,6 +152,7 @@ class PairedModule(WaitingModule):
         pairing = self._paired_with(model)
         pairing.copy_()
         pairing.wait_until_read()
+        self.first_values.start_again(self._averages(), self.shared_names)
 
     @outside_graphs
     def copy_to(self, model: nn.Module) -> None:
@@ -152,6 +164,66 @@ class PairedModule(WaitingModule):
         """
         refuse_while_swapped("copy_to() was called", self, model)
         swapping.copy_to(self._averages(), model, shares=self._shares, backend=self.backend)
+
+    @outside_graphs
+    @torch.no_grad()
+    def adopt(self, model: nn.Module, *, resize: Resize | None = None) -> Adopted:
+        """Takes over the present structure of ``model``; what is unchanged keeps its average.
+
+        For a model that has changed since: an embedding that has grown, layers or parameters added
+        or removed, weights that are no longer tied, a parametrization put on or taken off. Tensors
+        with the name, shape and kind of before keep their averages. The rest starts with the
+        model's values; what the model has lost is dropped. :attr:`steps` goes on.
+
+        :attr:`module` is a new object afterwards, a copy of ``model`` as it is now; its averaged
+        tensors are the old ones where they were kept. What refers to the old module must take the
+        new one: exchanges made by :meth:`exchange_with`, captured CUDA graphs, hooks registered on
+        it. ``attach`` goes on. For the time of the call it takes the memory of one more average.
+
+        Args:
+            model: the model to average from now on; wrapped or not.
+            resize: makes the average of a parameter whose shape has changed (with
+                ``update_buffers`` of a buffer too), in place of the model's value:
+                ``resize(name, old_average, new_value)`` returns a tensor of the shape of
+                ``new_value``, the model's value. Both arguments are copies.
+
+        Returns:
+            What was kept (a number), started, resized and dropped (names).
+
+        Raises:
+            TypeError: the model can't be averaged; or ``resize`` returned no tensor of the kind of
+                the old one, or the tensor is sharded.
+            ValueError: ``resize`` returned a tensor of another shape.
+            RuntimeError: inside a :meth:`swapped` block; or an earlier offloaded update failed.
+
+        If an error is raised, the averages are unchanged.
+        """
+        refuse_while_swapped("adopt() was called", self, model)
+        self.settle()
+        old = self._averages()
+        drop_gathered(model)
+        # Wrappers that the average was made without aren't copied into it.
+        while type(old) is not type(model) and (inside := wrapped_by(model)) is not None:
+            model = inside
+        was_written = self.first_values.look(old)
+        with torch.inference_mode(False):
+            module, shared = self._make(model)
+            adopted = carry_over(
+                module,
+                shared,
+                old,
+                self.shared_names,
+                resize=resize,
+                update_buffers=self.update_buffers,
+                pinned=self.offload is not None,
+            )
+        module.train(old.training)
+        self._modules["module"] = module
+        self._shares.names = shared
+        self._pairing = None
+        if not was_written:
+            self.first_values.start_again(module, shared)
+        return adopted
 
     def swapped(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """``with averaged.swapped(model):`` runs ``model`` with the averaged weights and buffers.
@@ -175,7 +247,12 @@ class PairedModule(WaitingModule):
                 be put back because their dtypes, shapes or names were changed inside it.
         """
         return swapping.swapped(
-            self, self._averages(), model, shares=self._shares, backend=self.backend
+            self,
+            self._averages(),
+            model,
+            shares=self._shares,
+            backend=self.backend,
+            first_values=self.first_values,
         )
 
     def exchange_with(self, model: nn.Module, *, averages_alone: bool = False) -> Exchange:
@@ -199,9 +276,14 @@ class PairedModule(WaitingModule):
                 update_buffers=self.update_buffers,
                 shares=self._shares,
                 backend=self.backend,
+                first_values=self.first_values,
             )
         return swapping.exchange_of_everything(
-            self._averages(), model, shares=self._shares, backend=self.backend
+            self._averages(),
+            model,
+            shares=self._shares,
+            backend=self.backend,
+            first_values=self.first_values,
         )
 
     @property
@@ -255,7 +337,15 @@ class PairedModule(WaitingModule):
         """Copied and pickled is everything but the plans, which refer to the model itself."""
         refuse_while_swapped("the averaged model was copied or pickled", self)
         self.settle()
-        return self.__dict__ | {"_pairing": None, "_unfinished": []}
+        written = self.first_values.look(self._averages())
+        return self.__dict__ | {"_pairing": None, "_unfinished": [], "first_values": written}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        written = state["first_values"]
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.first_values = FirstValues(self._buffers, written=written)
+        if not written:
+            self.first_values.note(self._averages(), self.shared_names)
 
     def _save_to_state_dict(self, *arguments: Any) -> None:
         self.settle()

@@ -17,7 +17,7 @@ from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.known_model import KnownModel
 from ema_fused.modules.materialising import materialise
-from ema_fused.modules.module_pairs import Kind, Pair, lists_of, pair_up, plan_of
+from ema_fused.modules.module_pairs import Kind, Pair, lists_of, pair_up, plan_of, refuse_untied
 from ema_fused.modules.watch import ModuleWatch
 from ema_fused.offloading.offloaded_plan import OffloadedPlan
 
@@ -104,6 +104,7 @@ class Pairing:
             leave=self._leave,
             caches_are_buffers=self._caches_are_buffers,
         )
+        refuse_untied(pairs)
         devices = list(dict.fromkeys(pair.averaged.device for pair in pairs))
         self.devices = ", ".join(map(str, devices)) or "cpu"
         self.device = devices[0] if devices else torch.device("cpu")

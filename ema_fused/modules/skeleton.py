@@ -38,7 +38,7 @@ class _Copier:
         known = self._modules.get(original)
         if known is not None:
             return known
-        inside = _wrapped_by(original)
+        inside = wrapped_by(original)
         if inside is not None:
             bare = self._modules[original] = self.module(inside, path)
             return bare
@@ -62,7 +62,7 @@ class _Copier:
         return self._tensors[tensor]
 
 
-def _wrapped_by(module: nn.Module) -> nn.Module | None:
+def wrapped_by(module: nn.Module) -> nn.Module | None:
     """The module that ``module`` wraps, if it is a wrapper."""
     if isinstance(module, (DistributedDataParallel, DataParallel)):
         inside: nn.Module = module.module

@@ -14,7 +14,8 @@ from ema_fused.engine.plan import Plan
 from ema_fused.engine.versions import VersionCounters
 from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
-from ema_fused.modules.module_pairs import Pair, pair_up, plan_of
+from ema_fused.modules.first_values import FirstValues
+from ema_fused.modules.module_pairs import Pair, pair_up, plan_of, refuse_untied
 from ema_fused.modules.sharding import drop_gathered, drop_gathered_in, parts_of_fsdp
 from ema_fused.modules.waiting import wait_until_all_have_read
 from ema_fused.modules.watch import ModuleWatch
@@ -101,6 +102,7 @@ class Exchange:
         find_pairs: returns the pairs to exchange, each source once. Called again after tensors were
             replaced.
         backend: as in :class:`~ema_fused.Plan`.
+        first_values: what tells whether other code has written ``averaged``: swaps don't count.
     """
 
     def __init__(
@@ -110,11 +112,13 @@ class Exchange:
         find_pairs: Callable[[], list[Pair]],
         *,
         backend: str | None,
+        first_values: FirstValues | None = None,
     ) -> None:
         self._modules = (averaged, model)
         self._model = model
         self._find_pairs = find_pairs
         self._backend = backend
+        self._first_values = FirstValues({}) if first_values is None else first_values
         self._kept: dict[str, Tensor] = {}
         self._prepare()
 
@@ -128,6 +132,7 @@ class Exchange:
         drop_gathered_in(self._parts_of_fsdp)
         slots_changed = ModuleWatch(*self._modules).changed
         pairs = self._find_pairs()
+        refuse_untied(pairs)
         self._swaps = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
         self._overwrites = [pair for pair in pairs if pair.averaged.dtype != pair.source.dtype]
         self._swap = plan_of(self._swaps, backend=self._backend)
@@ -155,6 +160,7 @@ class Exchange:
             pair.name: pair.source.detach().to(pair.averaged.device, copy=True)
             for pair in self._overwrites
         }
+        self._first_values.look(self._modules[0])
         self._swap.swap_()
         if self._overwrites:
             self._overwrite.copy_()
@@ -194,6 +200,7 @@ class Exchange:
             ) from error
         self._kept = {}
         tell_of_writes(self._written)
+        self._first_values.renew(self._modules[0])
 
     def _find_again(self) -> None:
         """Finds the same pairs again, by name, after tensors in the modules were replaced."""
@@ -213,11 +220,16 @@ def _written(swaps: list[Pair], overwrites: list[Pair]) -> VersionCounters:
 
 
 def exchange_of_everything(
-    averaged: nn.Module, model: nn.Module, *, shares: FrozenShares, backend: str | None
+    averaged: nn.Module,
+    model: nn.Module,
+    *,
+    shares: FrozenShares,
+    backend: str | None,
+    first_values: FirstValues | None = None,
 ) -> Exchange:
     """An :class:`Exchange` of all tensors that the average holds."""
     find_pairs = functools.partial(_pairs, averaged, model, shares)
-    return Exchange(averaged, model, find_pairs, backend=backend)
+    return Exchange(averaged, model, find_pairs, backend=backend, first_values=first_values)
 
 
 def exchange_of_averages(
@@ -227,6 +239,7 @@ def exchange_of_averages(
     update_buffers: Buffers,
     shares: FrozenShares,
     backend: str | None,
+    first_values: FirstValues | None = None,
 ) -> Exchange:
     """An :class:`Exchange` of averaged tensors only, buffers as ``update_buffers`` says."""
 
@@ -234,7 +247,7 @@ def exchange_of_averages(
         pairs = pair_up(averaged, model, update_buffers=update_buffers, shares=shares).updated
         return _each_source_once(pair for pair in pairs if pair.averages)
 
-    return Exchange(averaged, model, find_pairs, backend=backend)
+    return Exchange(averaged, model, find_pairs, backend=backend, first_values=first_values)
 
 
 @contextmanager
@@ -245,6 +258,7 @@ def swapped(
     *,
     shares: FrozenShares,
     backend: str | None,
+    first_values: FirstValues | None = None,
 ) -> Iterator[nn.Module]:
     """Swaps the weights of ``averaged`` and ``model`` for the duration of the block.
 
@@ -253,7 +267,9 @@ def swapped(
             is refused inside the block.
     """
     refuse_while_swapped("swapped() was called", owner, model)
-    exchange = exchange_of_everything(averaged, model, shares=shares, backend=backend)
+    exchange = exchange_of_everything(
+        averaged, model, shares=shares, backend=backend, first_values=first_values
+    )
     modules = {*_parts_of(owner), *model.modules()}
     hooks = []
     for module in modules:

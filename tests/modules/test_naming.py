@@ -78,7 +78,7 @@ def test_missing_and_unexpected_names_are_listed() -> None:
     message = str(raised.value)
     assert "missing from the model: b.w;" in message
     assert "unexpected in the model: module.c.w." in message
-    assert "build a new average" in message
+    assert "averaged.adopt(model) takes that over" in message
 
 
 def test_long_lists_of_names_are_cut() -> None:
