@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import swa_utils
 
-from ema_fused.adapters.following import Options, is_scripted, known_integer, pairing_of
+from ema_fused.adapters.following import is_scripted, known_integer, pairing_of
 from ema_fused.engine.checks import check_fraction
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.ops import update_
@@ -72,12 +72,13 @@ class AveragedModel(swa_utils.AveragedModel):
     Tensors are paired by name, ignoring wrappers; dtypes and devices may differ. Integer buffers
     are copied from the model (torch's averages and truncates them).
 
-    The mean of all values (the default) and the exponential average of
-    :func:`get_ema_multi_avg_fn`, ours or torch's, are updated by a plan. With those functions the
-    results are bitwise torch's; the default is within 2 units in the last place of torch's at each
-    call (which divides on a CPU, and on a GPU has its weight in float32 whatever the dtype). Any
-    other ``avg_fn`` or ``multi_avg_fn`` runs as in torch, and so does a model compiled by
-    TorchScript.
+    The mean of all values (the default) and the exponential averages of
+    :func:`get_ema_multi_avg_fn`, ours or torch's, and torch's ``get_ema_avg_fn`` are updated by a
+    plan. With those functions the results are bitwise torch's on equal dtypes (``get_ema_avg_fn``
+    with a decay below 0.5: in float64 the last bits may differ); the default is within 2 units in
+    the last place of torch's at each call (which divides on a CPU, and on a GPU has its weight in
+    float32 whatever the dtype). Any other ``avg_fn`` or ``multi_avg_fn`` runs as in torch, and so
+    does a model compiled by TorchScript.
 
     Arguments, ``state_dict`` and attributes as torch's.
 
@@ -91,12 +92,19 @@ class AveragedModel(swa_utils.AveragedModel):
     @outside_graphs
     def update_parameters(self, model: nn.Module) -> None:
         """Updates the average with the current weights of ``model``; the first call copies them."""
-        weight_at = _weight_of(self.multi_avg_fn)
-        if self.avg_fn is not None or weight_at is None or is_scripted(self.module, model):
+        function = self.multi_avg_fn if self.avg_fn is None else self.avg_fn
+        weight_at, arithmetic = _known(function)
+        if weight_at is None or is_scripted(self.module, model):
             super().update_parameters(model)
             return
         pairing = pairing_of(
-            self, self.module, model, update_buffers=self.use_buffers, options=_options
+            self,
+            self.module,
+            model,
+            update_buffers=self.use_buffers,
+            # torch averages all of named_buffers(), non-persistent ones included.
+            options=lambda: {"arithmetic": arithmetic, "caches_are_buffers": True},
+            made_for=arithmetic,
         )
         count = known_integer(self, "n_averaged")
         n_averaged = count.read(self.n_averaged)
@@ -105,11 +113,6 @@ class AveragedModel(swa_utils.AveragedModel):
         else:
             pairing.average_(weight_at(n_averaged))
         count.write(self.n_averaged, n_averaged + 1)
-
-
-def _options() -> Options:
-    # torch averages all of named_buffers(), non-persistent ones included.
-    return {"arithmetic": "lerp", "caches_are_buffers": True}
 
 
 def _mean(n_averaged: int) -> float:
@@ -122,25 +125,26 @@ def _mean_in_float32(n_averaged: int) -> float:
     return ctypes.c_float(_mean(n_averaged)).value
 
 
-def _weight_of(function: Callable[..., None] | None) -> Callable[[int], float] | None:
-    """The weight as a function of ``n_averaged`` if ``function`` is ours or torch's; else None.
+def _known(function: Callable[..., object] | None) -> tuple[Callable[[int], float] | None, str]:
+    """The weight as a function of ``n_averaged`` if ``function`` is ours or torch's, else None; and
+    the arithmetic.
 
     Decided by the module of its code: ``functools.wraps`` can give another function our name.
     """
     if function is None:
-        return _mean
+        return _mean, "lerp"
     if _home(function) == "torch.utils._contextlib":  # torch.no_grad() around torch's own
         function = function.__wrapped__  # type: ignore[attr-defined]
     if not isinstance(function, FunctionType) or _home(function) not in _HOMES:
-        return None
+        return None, "lerp"
     made_by = function.__qualname__.partition(".")[0]
     if made_by == "get_swa_multi_avg_fn":
-        return _mean_in_float32
-    if made_by == "get_ema_multi_avg_fn":
+        return _mean_in_float32, "lerp"
+    if made_by in ("get_ema_multi_avg_fn", "get_ema_avg_fn"):
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
         weight = 1 - float(dict(cells)["decay"].cell_contents)
-        return lambda _: weight
-    return None
+        return lambda _: weight, "products" if made_by == "get_ema_avg_fn" else "lerp"
+    return None, "lerp"
 
 
 def _home(function: object) -> object:

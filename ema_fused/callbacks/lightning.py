@@ -18,10 +18,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_avg_fn
 
 from ema_fused.adapters.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from ema_fused.engine.checks import as_integer, check_integer
 from ema_fused.engine.versions import VersionCounters
+from ema_fused.adapters.swa_utils import AveragedModel
+from ema_fused.engine.checks import as_integer, check_fraction, check_integer
 from ema_fused.frameworks import missing
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.module_pairs import Pair, pair_up, plan_of
@@ -82,8 +85,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         device: device of the average; None: the model's.
         use_buffers: average floating-point buffers too. If not, they are copied at each update.
         **kwargs: ``avg_fn`` or ``multi_avg_fn``, as in torch's ``AveragedModel``. Those of
-            :func:`~ema_fused.adapters.swa_utils.get_ema_multi_avg_fn` run in one launch per device;
-            others run as in torch.
+            :func:`~ema_fused.adapters.swa_utils.get_ema_multi_avg_fn` and torch's
+            ``get_ema_avg_fn`` run in one launch per device; others run as in torch.
 
     Raises:
         TypeError: an argument is unknown or of a wrong type.
@@ -302,9 +305,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
 
 class EMAWeightAveraging(WeightAveraging, _EMAWeightAveraging):  # type: ignore[misc]
-    """The exponential average, as by torch's ``get_ema_multi_avg_fn``.
-
-    The original uses ``get_ema_avg_fn``, which may differ in the last bit.
+    """The exponential average, as by torch's ``get_ema_avg_fn``: the original's bits.
 
     Args:
         device: as :class:`WeightAveraging`.
@@ -348,10 +349,9 @@ class EMAWeightAveraging(WeightAveraging, _EMAWeightAveraging):  # type: ignore[
             )
         if isinstance(decay, bool) or not isinstance(decay, (int, float)):
             raise TypeError(f"decay is {decay!r}; a number in [0, 1] is expected")
+        check_fraction("decay", decay)
         # Not the original's __init__, which sets an avg_fn.
-        WeightAveraging.__init__(
-            self, device, use_buffers, multi_avg_fn=get_ema_multi_avg_fn(decay)
-        )
+        WeightAveraging.__init__(self, device, use_buffers, avg_fn=get_ema_avg_fn(decay))
         self.update_every_n_steps = update_every_n_steps
         self.update_starting_at_step = update_starting_at_step
         self.update_starting_at_epoch = update_starting_at_epoch

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import swa_utils as theirs
 
 from ema_fused.adapters import swa_utils as ours
+from ema_fused.adapters.following import notes_of
 from tests.frameworks.adapters.adapter_cases import (
     DTYPES,
     assert_freed,
@@ -64,6 +65,21 @@ def test_our_functions_in_torchs_class_are_equal_to_the_bit(made: str) -> None:
         for functions in (ours, theirs)
     )
     assert_equal_for(100, model, our, their)
+
+
+@pytest.mark.parametrize("use_buffers", [False, True], ids=["parameters", "buffers too"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("decay", [0.97, 0.5, 0.3])
+def test_torchs_function_for_one_tensor_is_planned_and_equal_to_the_bit(
+    decay: float, dtype: torch.dtype, use_buffers: bool
+) -> None:
+    if decay < 0.5 and dtype == torch.float64:
+        decay = 0.25  # of others, 1 - (1 - decay) has another last bit
+    function = theirs.get_ema_avg_fn(decay)
+    model = without_integers(dtype)
+    our, their = both(model, avg_fn=function, use_buffers=use_buffers)
+    assert_equal_for(100, model, our, their)
+    assert "pairing" in notes_of(our)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -146,7 +162,7 @@ class Callable:
     "arguments",
     [
         {"avg_fn": one_by_one},
-        {"avg_fn": theirs.get_ema_avg_fn(0.9)},
+        {"avg_fn": theirs.get_swa_avg_fn()},
         {"multi_avg_fn": under_torchs_name},
         {"multi_avg_fn": Callable()},
         {"multi_avg_fn": functools.partial(Callable())},
