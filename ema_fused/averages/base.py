@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ema_fused.averages.kept_kind import keep_kind, warn_of_another_kind
 from ema_fused.averages.known_integer import KnownInteger
 from ema_fused.averages.loading import fit_state
 from ema_fused.averages.momenta import NamedWeights
@@ -62,7 +63,8 @@ class BaseAveragedModel(PairedModule):
         device: of the averaged copy; None keeps the model's.
         update_buffers: average persistent floating-point buffers as well: True all of them; a
             regular expression or a list of them those in whose names (without wrappers' components)
-            one is found; a function those for which ``function(name, buffer)`` is true. The others
+            one is found; a function those for which ``function(name, buffer)`` is true. Elements
+            that are infinite or NaN at the first update take the model's value. The other buffers
             are copied.
         averaged_dtype: dtype of the floating-point tensors of the copy, say ``torch.float32`` for a
             bfloat16 model; None keeps the model's.
@@ -225,8 +227,8 @@ class BaseAveragedModel(PairedModule):
     def distance(self) -> Distance | None:
         """The last distance that has arrived on the host; doesn't wait for newer ones.
 
-        For sharded models it covers the elements of this process: add up the squares over all
-        processes.
+        Buffers that hold infinity or NaN don't count. For sharded models it covers the elements of
+        this process: add up the squares over all processes.
         """
         return self._distances.last
 
@@ -357,6 +359,7 @@ class BaseAveragedModel(PairedModule):
             for pair in pairing.averaging_pairs():
                 source = pair.source.data.to(device=pair.averaged.device, dtype=pair.averaged.dtype)
                 self.avg_func(pair.averaged.data, source, buffer)
+            pairing.mend_()
             pairing.follow_()
         else:
             weights = self._weights_at(steps) if weight is None else weight
@@ -460,11 +463,26 @@ class BaseAveragedModel(PairedModule):
             "_distances": self._distances.anew(),
         }
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    def _kind(self) -> str | None:
+        """What the weight of the next average goes by (:mod:`.kept_kind`); None: not known."""
+        return None
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        keep_kind(destination, prefix, self._kind())
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Warns of the state of another kind of average."""
         seed = self._buffers.get("rounding_seed")
         fit_state(state_dict, prefix, seed=seed, calls_per_average=self.every * self.interval)
         self._has_loaded_steps = f"{prefix}steps" in state_dict
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        steps = self._buffers["steps"]
+        assert steps is not None
+        name, kind = type(self).__name__, self._kind()
+        warn_of_another_kind(name, kind, local_metadata, steps, self.interval)
 
 
 def _accept_loaded(averaged: nn.Module, _: object) -> None:

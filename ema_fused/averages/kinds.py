@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ema_fused.averages import schedules
 from ema_fused.averages.base import BaseAveragedModel, averages_one_by_one
+from ema_fused.averages.kept_kind import MEAN, MOMENTUM
 from ema_fused.averages.momenta import Momentum, MomentumByName, NamedWeights
 from ema_fused.averages.options import Options, refuse_momenta
 from ema_fused.engine.checks import check_fraction, check_integer, check_momentum, check_positive
@@ -28,6 +29,9 @@ class StochasticWeightAverage(BaseAveragedModel):
 
     def momentum_at(self, steps: Any) -> Any:
         return 1 / (steps // self.interval + 1)
+
+    def _kind(self) -> str | None:
+        return MEAN
 
 
 class ExponentialMovingAverage(BaseAveragedModel):
@@ -90,6 +94,13 @@ class ExponentialMovingAverage(BaseAveragedModel):
             momenta.check(self._averages(), self.update_buffers, self.shared_names)
             self._momenta = momenta
         return momenta.at(self, steps, self.every)
+
+    def _kind(self) -> str | None:
+        momentum = getattr(self.momentum, "func", self.momentum)  # of a functools.partial
+        if momentum is schedules.mean:
+            return MEAN
+        is_known = getattr(momentum, "__module__", None) == schedules.__name__
+        return MOMENTUM if is_known or not callable(momentum) else None
 
 
 class MomentumAnnealingEMA(ExponentialMovingAverage):

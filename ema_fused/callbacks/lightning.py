@@ -20,11 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from ema_fused.adapters.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from ema_fused.engine.checks import as_integer, check_integer
-from ema_fused.engine.versions import VersionCounters
 from ema_fused.adapters.swa_utils import AveragedModel
+from ema_fused.callbacks.lightning_saving import Saving, copied
 from ema_fused.engine.checks import as_integer, check_fraction, check_integer
+from ema_fused.engine.versions import VersionCounters
 from ema_fused.frameworks import missing
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.module_pairs import Pair, pair_up, plan_of
@@ -76,7 +75,13 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     A checkpoint holds the averages under ``state_dict`` and the model's own weights under
     ``current_model_state``, also if it is written during a validation or at the end of training. A
     checkpoint saved after ``fit`` has the model's weights at that time under both keys.
-    ``trainer.test`` and the like evaluate the ``state_dict`` of a checkpoint.
+    ``trainer.test`` and the like evaluate the ``state_dict`` of a checkpoint. With
+    ``save_weights_only`` the averages alone are written, as ``state_dict``.
+
+    A subclass's ``_swap_models`` and ``_copy_average_to_current`` are called when the original
+    calls them, provided that there is an average: the one at the beginning and the end of a
+    validation epoch, the other at the end of the training. With a ``_swap_models`` of its own,
+    tests and predictions swap nothing, as in the original.
 
     As in the original, buffers are swapped with ``use_buffers=False`` too, and sharded models can't
     be averaged.
@@ -109,6 +114,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._steps_asked = 0  # optimizer steps that should_update() was asked about
         self._is_swapped = False
         self._is_final = False  # the averages are in the model for good
+        self._is_ending = False  # within on_train_end
+        self._swapped_by_subclass = False
         self._model: weakref.ref[nn.Module] | None = None
         self._exchange: Exchange | None = None
 
@@ -128,6 +135,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                 "other's weights. Leave one of them"
             )
         self._take_out()
+        Saving.wrap(trainer, self)
         made_in = type(pl_module).configure_model.__module__.partition(".")[0]
         if made_in not in ("lightning", "pytorch_lightning"):
             # The layers must exist to be copied. Lightning calls configure_model() again later.
@@ -144,7 +152,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         )
         self._model = weakref.ref(pl_module)
         self._exchange = None
-        self._is_swapped = self._is_final = False
+        self._is_swapped = self._is_final = self._swapped_by_subclass = False
         self._steps_asked = self._latest_update_step = 0
         self._latest_update_epoch = -1
 
@@ -179,10 +187,17 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                 "should_update() be True within the training (update_starting_at_step and the "
                 "like)"
             )
-        self._put_in(pl_module)
+            return
+        self._is_ending = True
+        try:
+            self._copy_average_to_current(pl_module)
+        finally:
+            self._is_ending = False
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Copies the averages back from the model, so that both hold them."""
+        if self._has_averaged() and self._overrides("_copy_average_to_current"):
+            self._is_final = True
         if self._is_swapped:
             pairs = _pairs(self._average_model.module, pl_module)
             # Pairs of two dtypes weren't swapped: the average still holds them, in its own dtype.
@@ -195,14 +210,24 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Swaps out averages that were left in the model by an evaluation that raised."""
+        if self._swapped_by_subclass:
+            self._swap_by_subclass(pl_module)
         self._take_out()
 
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Swaps the averages into the model."""
-        self._put_in(pl_module)
+        if not self._overrides("_swap_models"):
+            self._put_in(pl_module)
+        elif self._has_averaged():
+            self._swap_by_subclass(pl_module)
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Does nothing: the model's hook of this name runs later, as a part of the evaluation."""
+        """Calls a subclass's ``_swap_models``; otherwise too early.
+
+        The model's hook of this name runs later, as a part of the evaluation.
+        """
+        if self._swapped_by_subclass:
+            self._swap_by_subclass(pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         """Swaps the averages out of the model again."""
@@ -210,7 +235,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def on_test_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Swaps the averages into the model."""
-        self._put_in(pl_module)
+        if not self._overrides("_swap_models"):
+            self._put_in(pl_module)
 
     def on_test_end(self, trainer: Any, pl_module: Any) -> None:
         """Swaps the averages out of the model again."""
@@ -218,7 +244,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def on_predict_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Swaps the averages into the model."""
-        self._put_in(pl_module)
+        if not self._overrides("_swap_models"):
+            self._put_in(pl_module)
 
     def on_predict_end(self, trainer: Any, pl_module: Any) -> None:
         """Swaps the averages out of the model again."""
@@ -235,8 +262,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             checkpoint["averaging_state"] = {
                 name: value for name, value in state.items() if not name.startswith(_AVERAGED)
             }
-        elif self._is_swapped:
-            self._take_out()
+        elif self._holds_averages():
+            self._exchange_now(pl_module)
             own = pl_module.state_dict()
             # Copies, so that both states don't change when the averages are swapped in again.
             checkpoint["state_dict"] = {
@@ -246,18 +273,29 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                 for name, value in checkpoint["state_dict"].items()
             }
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
-            checkpoint["state_dict"] = {
-                name: value.clone() if isinstance(value, Tensor) else value
-                for name, value in checkpoint["state_dict"].items()
-            }
-            self._put_in(pl_module)
+            checkpoint["state_dict"] = copied(checkpoint["state_dict"])
+            self._exchange_now(pl_module)
         else:
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
+
+    def averaged_state(self, pl_module: Any, own: dict[str, Any]) -> dict[str, Any]:
+        """``own``, a state of the model, with the averages in it; ``own`` itself without any."""
+        if self._is_final or not self._has_averaged():
+            return own
+        is_swapped = self._holds_averages()
+        if is_swapped:
+            self._exchange_now(pl_module)
+        state = self._average_model.state_dict()
+        averaged = {name: state.get(_AVERAGED + name, value) for name, value in own.items()}
+        if is_swapped:
+            averaged = copied(averaged)
+            self._exchange_now(pl_module)
+        return averaged
 
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """In ``fit`` loads weights and average; otherwise the model gets the averages only."""
         # Nothing to swap out: all weights are overwritten, here or by the trainer.
-        self._is_swapped = self._is_final = False
+        self._is_swapped = self._is_final = self._swapped_by_subclass = False
         self._exchange = None
         if trainer.state.fn == "fit":
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
@@ -299,9 +337,36 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         else:
             self._put_in(pl_module)
 
+    def _copy_average_to_current(self, pl_module: Any) -> None:
+        """Puts the averages into the model for good; replaces the original's method."""
+        if self._is_ending:
+            self._put_in(pl_module)  # on_fit_end copies
+        else:
+            super()._copy_average_to_current(pl_module)
+
+    def _overrides(self, name: str) -> bool:
+        """Whether a subclass has its own method ``name``, which may do anything."""
+        return getattr(getattr(self, name), "__func__", None) is not vars(WeightAveraging)[name]
+
+    def _swap_by_subclass(self, pl_module: Any) -> None:
+        self._swapped_by_subclass = not self._swapped_by_subclass
+        self._swap_models(pl_module)
+
+    def _holds_averages(self) -> bool:
+        """Whether the model holds the averages, and the average the model's weights."""
+        return self._is_swapped or self._swapped_by_subclass
+
+    def _exchange_now(self, pl_module: Any) -> None:
+        """Exchanges the two, by the subclass's method if it has one."""
+        if self._overrides("_swap_models"):
+            self._swap_by_subclass(pl_module)
+        else:
+            self._swap_models(pl_module)
+
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled is everything but the references to the model and its swaps."""
-        return self.__dict__ | {"_model": None, "_exchange": None, "_is_swapped": False}
+        swaps = {"_is_swapped": False, "_swapped_by_subclass": False}
+        return self.__dict__ | {"_model": None, "_exchange": None} | swaps
 
 
 class EMAWeightAveraging(WeightAveraging, _EMAWeightAveraging):  # type: ignore[misc]

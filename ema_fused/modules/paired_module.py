@@ -323,6 +323,7 @@ class PairedModule(WaitingModule):
             offload=self.offload is not None,
             overlap=self.overlap,
             counts_versions=self._counts_versions(),
+            mends_buffers=True,
             when_one_is_gone=functools.partial(_forget_pairing, weakref.ref(self)),
         )
         self._pairing = pairing

@@ -18,6 +18,7 @@ from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.known_model import KnownModel
 from ema_fused.modules.materialising import materialise
 from ema_fused.modules.module_pairs import Kind, Pair, lists_of, pair_up, plan_of, refuse_untied
+from ema_fused.modules.non_finite import NonFiniteBuffers, averaged_buffers, those_non_finite
 from ema_fused.modules.watch import ModuleWatch
 from ema_fused.offloading.offloaded_plan import OffloadedPlan
 
@@ -46,6 +47,9 @@ class Pairing:
         overlap: averages on a CUDA device are updated on a separate stream.
         counts_versions: count up the version counters of the averages (see :class:`VersionCounters`
             of :mod:`ema_fused.engine.versions`) at each call that writes them.
+        mends_buffers: averaged buffers that hold infinity or NaN don't become NaN: such elements
+            take the model's value (:mod:`.non_finite`). Which buffers these are is looked up once,
+            at the first update after tensors were paired.
 
     Attributes:
         counts_versions: as given; may be set.
@@ -73,6 +77,7 @@ class Pairing:
         offload: bool = False,
         overlap: bool = False,
         counts_versions: bool = True,
+        mends_buffers: bool = False,
     ) -> None:
         self.update_buffers = update_buffers
         self.counts_versions = counts_versions
@@ -88,6 +93,7 @@ class Pairing:
         self._shares = FrozenShares() if shares is None else shares
         self._leave = leave
         self._caches_are_buffers = caches_are_buffers
+        self._mends_buffers = mends_buffers
         self._prepare()
 
     def _prepare(self) -> None:
@@ -113,6 +119,30 @@ class Pairing:
             self.stream = None
         elif self.stream is None or self.stream.device != self.device:
             self.stream = torch.cuda.Stream(self.device)
+        planned = self._planned(pairs)
+        for pair in pairs:
+            _check_own_memory(pair)
+        # Assigned only now, so that an error above leaves the pairing as it was.
+        self._slots = watch.slots
+        self._slots_changed = watch.changed
+        self._pairs = self._in_plan = pairs
+        self._shared = [(pair.averaged, pair.source) for pair in shared]
+        self._run_by(*planned)
+        self._unseen = averaged_buffers(pairs) if self._mends_buffers else []
+        self._non_finite: NonFiniteBuffers | None = None
+        self._is_plain = self._is_ordinary and not self._unseen
+        self._followers: Plan | None = None
+        self._versions = VersionCounters(pair.held[0] for pair in pairs)
+        self._parameters: list[nn.Parameter] | None = None
+        self._listed: tuple[Callable[[str], float], list[float], list[float]] | None = None
+        rounded = pairs if self._rounding == "nearest" else []
+        halves = {pair.averaged.dtype for pair in rounded if _is_half(pair)}
+        # With a smaller weight even a change as large as the average is rounded away: it is below
+        # half a unit in the last place.
+        self.lossy_below = max((torch.finfo(dtype).eps / 2 for dtype in halves), default=0.0)
+
+    def _planned(self, pairs: list[Pair]) -> tuple[Plan | OffloadedPlan, Plan | None]:
+        """The plan that updates ``pairs``, and one that copies the buffers that it reads."""
         runs_beside = self._offload or self.stream is not None
         snapshot, planned = _with_snapshots(pairs, self._backend) if runs_beside else (None, pairs)
         kind = OffloadedPlan if self._offload else Plan
@@ -122,33 +152,48 @@ class Pairing:
             rounding=self._rounding,
             backend=self._backend,
         )
+        return everything, snapshot
+
+    def _run_by(self, everything: Plan | OffloadedPlan, snapshot: Plan | None) -> None:
+        self._everything = everything
+        self._snapshot = snapshot
         # A plan on a device orders its streams, so waiting for the averages and waiting for the
         # reads of the model are the same.
-        waits = (
+        self._flush, self._wait_until_read = (
             (everything.flush, everything.wait_until_read)
             if isinstance(everything, OffloadedPlan)
             else (everything.wait, everything.wait)
         )
-        for pair in pairs:
-            _check_own_memory(pair)
-        # Assigned only now, so that an error above leaves the pairing as it was.
-        self._slots = watch.slots
-        self._slots_changed = watch.changed
-        self._pairs = pairs
-        self._shared = [(pair.averaged, pair.source) for pair in shared]
-        self._everything: Plan | OffloadedPlan = everything
-        self._flush, self._wait_until_read = waits
-        self._snapshot = snapshot
-        self._is_plain = not runs_beside and self._rounding == "nearest"
-        self._followers: Plan | None = None
-        self._versions = VersionCounters(pair.held[0] for pair in pairs)
-        self._parameters: list[nn.Parameter] | None = None
-        self._listed: tuple[Callable[[str], float], list[float]] | None = None
-        rounded = pairs if self._rounding == "nearest" else []
-        halves = {pair.averaged.dtype for pair in rounded if _is_half(pair)}
-        # With a smaller weight even a change as large as the average is rounded away: it is below
-        # half a unit in the last place.
-        self.lossy_below = max((torch.finfo(dtype).eps / 2 for dtype in halves), default=0.0)
+
+    @property
+    def _is_ordinary(self) -> bool:
+        return not self._offload and self.stream is None and self._rounding == "nearest"
+
+    def _look_at_buffers(self) -> None:
+        """Takes the buffers that hold infinity or NaN out of the plan; looked for once.
+
+        Not done when tensors are paired: the average may be one of the model before its first
+        forward pass, and is copied over next.
+        """
+        if self._non_finite is not None and not self._non_finite.are_as_planned():
+            self._prepare_again()
+        if not self._unseen:
+            return
+        apart = those_non_finite(self._unseen)
+        if apart:
+            self.flush()
+            names = {pair.name for pair in apart}
+            self._in_plan = [pair for pair in self._pairs if pair.name not in names]
+            self._run_by(*self._planned(self._in_plan))
+            self._listed = None
+            self._non_finite = NonFiniteBuffers(
+                apart,
+                arithmetic=self._arithmetic,
+                rounding=self._rounding,
+                backend=self._backend,
+            )
+        self._unseen = []
+        self._is_plain = self._is_ordinary and not apart
 
     def _take_snapshot(self, snapshot: Plan) -> None:
         # The previous update may still be reading the snapshot.
@@ -241,6 +286,8 @@ class Pairing:
         self._copy()
 
     def _copy(self) -> None:
+        if self._non_finite is not None and not self._non_finite.are_as_planned():
+            self._prepare_again()
         if self._snapshot is not None:
             self._take_snapshot(self._snapshot)
         self._everything.copy_()
@@ -251,6 +298,9 @@ class Pairing:
     def _count(self) -> None:
         if self.counts_versions:
             self._versions.increment()
+        if self._non_finite is not None:
+            self._non_finite.copy_()
+        self._look_at_buffers()  # now, as the next update may be captured into a graph
 
     def average_(
         self,
@@ -265,7 +315,8 @@ class Pairing:
 
         ``weight`` may be a function that returns the weight for each name of the average.
         ``seed`` and ``step`` are those of stochastic rounding; if ``found_inf`` is set, nothing is
-        done; ``squared_distance`` is as in :meth:`~ema_fused.Plan.lerp_`.
+        done; ``squared_distance`` is as in :meth:`~ema_fused.Plan.lerp_`, without the buffers that
+        hold infinity or NaN.
         """
         try:
             self._average(weight, seed, step, found_inf, squared_distance)
@@ -284,9 +335,12 @@ class Pairing:
         found_inf: Tensor | None,
         squared_distance: Tensor | None,
     ) -> None:
+        if not self._is_plain:
+            self._look_at_buffers()
         plan = self._everything
+        apart: Any = weight
         if callable(weight):
-            weight = self._one_a_pair(weight)
+            weight, apart = self._one_a_pair(weight)
         if self._is_plain and found_inf is None and squared_distance is None:
             plan.lerp_(weight)  # type: ignore[arg-type]  # the fast path
             return
@@ -301,25 +355,34 @@ class Pairing:
                 step=step,
                 squared_distance=squared_distance,
             )
-            return
-        is_random = self._rounding == "stochastic"
-        if is_random:
-            plan.seed = seed
-        plan.lerp_(
-            weight,
-            found_inf=found_inf,
-            step=step if is_random else None,
-            stream=self.stream,
-            squared_distance=squared_distance,
-        )
+        else:
+            is_random = self._rounding == "stochastic"
+            if is_random:
+                plan.seed = seed
+            plan.lerp_(
+                weight,
+                found_inf=found_inf,
+                step=step if is_random else None,
+                stream=self.stream,
+                squared_distance=squared_distance,
+            )
+        if self._non_finite is not None:
+            self._non_finite.average_(apart, seed=seed, step=step, found_inf=found_inf)
 
-    def _one_a_pair(self, weight_of: Callable[[str], float]) -> list[float]:
-        """The weights of all pairs; kept for the next call with the same function."""
+    def _one_a_pair(self, weight_of: Callable[[str], float]) -> tuple[list[float], list[float]]:
+        """The weights of the plan's pairs, and of the buffers apart from it; kept for the next call
+        with the same function.
+        """
         if self._listed is None or self._listed[0] is not weight_of:
-            # Pairs that are copied have none.
-            each = [weight_of(pair.name) if pair.averages else 1.0 for pair in self._pairs]
-            self._listed = weight_of, each
-        return self._listed[1]
+            inside = {pair.name for pair in self._in_plan}
+            apart = [pair for pair in self._pairs if pair.name not in inside]
+            each, others = (
+                # Pairs that are copied have none.
+                [weight_of(pair.name) if pair.averages else 1.0 for pair in pairs]
+                for pairs in (self._in_plan, apart)
+            )
+            self._listed = weight_of, each, others
+        return self._listed[1:]
 
     def _prepare_again(self) -> None:
         self.flush()
@@ -363,12 +426,21 @@ class Pairing:
         return self._parameters
 
     def averaging_pairs(self) -> list[Pair]:
-        """The pairs to average, after a check that their shapes are equal."""
+        """The pairs to average, after a check that their shapes are equal.
+
+        Whoever averages them calls :meth:`mend_` afterwards.
+        """
+        self._look_at_buffers()
         pairs = [pair for pair in self._pairs if pair.averages]
         if all(pair.averaged.shape == pair.source.shape for pair in pairs):
             return pairs
         self._prepare_again()
         return [pair for pair in self._pairs if pair.averages]
+
+    def mend_(self) -> None:
+        """Gives elements of averaged buffers that aren't finite the model's value."""
+        if self._non_finite is not None:
+            self._non_finite.mend_()
 
 
 def _with_snapshots(pairs: list[Pair], backend: str | None) -> tuple[Plan | None, list[Pair]]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import callbacks as theirs
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_avg_fn
 
@@ -26,6 +27,7 @@ from tests.frameworks.callbacks.lightning_cases import (
     ema,
     fit,
     load,
+    loss_of,
     saving,
 )
 from tests.frameworks.callbacks.lightning_run import BATCHES, Digits, held_out, training
@@ -216,7 +218,7 @@ def test_a_used_callback_can_be_copied_and_pickled(tmp_path: Path) -> None:
     callback = ours.EMAWeightAveraging(decay=0.5)
     fit(tmp_path, [callback], Climbing(), limit_train_batches=3)
     callback._kwargs = {}  # torch's functions can't be pickled, ours no more than those
-    callback._average_model.multi_avg_fn = None
+    callback._average_model.avg_fn = None
     for other in (copy.deepcopy(callback), pickle.loads(pickle.dumps(callback))):
         assert other._average_model.module.weight == 2.25
         assert other._model is None
@@ -226,3 +228,109 @@ def test_one_can_stand_for_the_other() -> None:
     callback = ours.EMAWeightAveraging()
     assert isinstance(callback, theirs.EMAWeightAveraging | theirs.WeightAveraging)
     assert callback.state_key == theirs.EMAWeightAveraging().state_key
+
+
+class Alone(ModelCheckpoint):
+    """Of another class: a trainer keeps one state for each."""
+
+
+@BOTH
+@pytest.mark.parametrize("at", ["step", "validation", "end", "after"])
+def test_a_file_of_weights_alone_has_those_that_were_scored_where_theirs_has_raw_ones(
+    tmp_path: Path, kind: Any, at: str
+) -> None:
+    """Every moment at which a ModelCheckpoint writes, and a save by hand after the training."""
+    arguments: dict[str, Any] = {
+        "step": {"every_n_train_steps": 2, "save_top_k": -1},
+        "validation": {"monitor": "val_loss", "save_top_k": -1, "save_on_train_epoch_end": False},
+        "end": {"save_last": True, "save_top_k": 0},
+        "after": {"save_top_k": 0},
+    }[at]
+    weights = Alone(tmp_path / "weights", "{step}", save_weights_only=True, **arguments)
+    whole = ModelCheckpoint(tmp_path / "whole", "{step}", **arguments)
+    callbacks = [kind.EMAWeightAveraging(decay=0.8), weights, whole]
+    fitted = fit(tmp_path, callbacks, max_epochs=2, val_check_interval=4)
+    if at == "after":
+        for folder, weights_only in (("weights", True), ("whole", False)):
+            fitted.save_checkpoint(tmp_path / folder / "step=16.ckpt", weights_only)
+    files = sorted(path.name for path in (tmp_path / "weights").iterdir())
+    assert files
+    same = []
+    for name in files:
+        alone, everything = load(tmp_path / "weights" / name), load(tmp_path / "whole" / name)
+        assert not {"current_model_state", "optimizer_states", "callbacks"} & alone.keys()
+        assert list(alone["state_dict"]) == list(everything["state_dict"])
+        same.append(differences(alone["state_dict"], everything["state_dict"]) == [])
+        averaged = loss_of(everything["state_dict"])
+        assert (loss_of(alone["state_dict"]) == averaged) == same[-1]
+        if at == "after":
+            assert differences(own(fitted.lightning_module), alone["state_dict"]) == []
+        elif kind is ours or at != "end":
+            assert loss_of(everything["current_model_state"]) != averaged
+    # Theirs exchanges the two in a validation, and has put the averages in at the end.
+    assert all(same) == (kind is ours or at in ("end", "after"))
+
+
+def test_weights_alone_keep_the_average_s_dtype_and_what_the_module_makes_of_them(
+    tmp_path: Path,
+) -> None:
+    class Marked(Digits):
+        def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            checkpoint["seen"] = loss_of(checkpoint["state_dict"])
+            del checkpoint["state_dict"]["network.0.weight"]
+
+    saved = ModelCheckpoint(tmp_path / "weights", "{step}", save_weights_only=True, save_top_k=-1)
+    average = ours.EMAWeightAveraging(decay=0.8)
+    fitted = fit(tmp_path, [average, saved], Marked(), max_epochs=1)
+    alone = load(tmp_path / "weights" / f"step={BATCHES}.ckpt")
+    assert "network.0.weight" not in alone["state_dict"]
+    final = own(fitted.lightning_module)
+    assert alone["seen"] == loss_of(final)
+    del final["network.0.weight"]
+    assert differences(final, alone["state_dict"]) == []
+    # In the strategy nothing is left behind.
+    assert "lightning_module_state_dict" not in vars(fitted.strategy)
+
+
+@pytest.mark.parametrize("weights_only", [True, False])
+def test_saving_weights_alone_leaves_the_training_as_it_is(
+    tmp_path: Path, weights_only: bool
+) -> None:
+    def run(callbacks: list[Any]) -> dict[str, Tensor]:
+        return own(fit(tmp_path, callbacks, max_epochs=2, val_check_interval=3).lightning_module)
+
+    plain = run([ours.EMAWeightAveraging(decay=0.8)])
+    saves = Calls(
+        "on_validation_end",
+        lambda trainer, _: trainer.save_checkpoint(tmp_path / "x.ckpt", weights_only),
+    )
+    within = Calls(
+        "on_validation_batch_end",
+        lambda trainer, _: trainer.save_checkpoint(tmp_path / "y.ckpt", weights_only),
+    )
+    assert differences(plain, run([ours.EMAWeightAveraging(decay=0.8), saves, within])) == []
+    assert (
+        differences(
+            load(tmp_path / "x.ckpt")["state_dict"], load(tmp_path / "y.ckpt")["state_dict"]
+        )
+        == []
+    )
+
+
+def test_without_an_average_the_model_s_own_weights_are_written(tmp_path: Path) -> None:
+    average = ours.EMAWeightAveraging(decay=0.8, update_starting_at_step=100)
+    saved = ModelCheckpoint(tmp_path / "weights", "{step}", save_weights_only=True)
+    fitted = fit(tmp_path, [average, saved])
+    alone = load(tmp_path / "weights" / f"step={BATCHES}.ckpt")
+    assert differences(own(fitted.lightning_module), alone["state_dict"]) == []
+
+
+def test_another_run_of_the_trainer_without_the_callback_writes_raw_weights(tmp_path: Path) -> None:
+    saved = ModelCheckpoint(tmp_path / "weights", "{step}", save_weights_only=True, save_top_k=-1)
+    average = ours.EMAWeightAveraging(decay=0.8)
+    fitted = fit(tmp_path, [average, saved])
+    fitted.callbacks.remove(average)
+    fitted.fit_loop.max_epochs = 2
+    fitted.fit(Digits(seed=1), training(), held_out())
+    alone = load(tmp_path / "weights" / f"step={2 * BATCHES}.ckpt")
+    assert differences(own(fitted.lightning_module), alone["state_dict"]) == []
