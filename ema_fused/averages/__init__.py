@@ -2,8 +2,8 @@
 
 :mod:`.base` counts the updates and makes them; :mod:`.kinds` has the averages that keep a copy of
 the model, :mod:`.averaged_weights` the one without; :mod:`.schedules` gives the momentum as a
-function of the step; :mod:`.attaching` updates an average after each step of an optimizer. May
-import ``engine``, ``modules`` and ``posthoc``.
+function of the step; :mod:`.attaching` updates an average after each step of an optimizer, which
+:mod:`.real_steps` tells of. May import ``engine``, ``modules`` and ``posthoc``.
 """
 
 from __future__ import annotations

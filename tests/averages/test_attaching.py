@@ -188,14 +188,36 @@ def test_what_cannot_be_attached_is_refused() -> None:
     model = conv_net()
     averaged = ExponentialMovingAverage(model, 0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(TypeError, match="is a list, which has no register_step_post_hook"):
-        ema_fused.attach([optimizer], model, averaged)  # type: ignore[arg-type]
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    scaler = torch.amp.GradScaler("cpu")
+    order = r"The arguments are attach\(optimizer, model, averaged\), in this order"
+    attach: Any = ema_fused.attach
+    with pytest.raises(TypeError, match=f"the optimizer is a ConvNet.*{order}"):
+        attach(model, optimizer, averaged)
+    with pytest.raises(TypeError, match=f"the model is a SGD.*{order}"):
+        attach(optimizer, optimizer, averaged)
+    with pytest.raises(TypeError, match=f"the average is a ConvNet, which has no.*{order}"):
+        attach(optimizer, averaged, model)
+    with pytest.raises(TypeError, match=r"is a GradScaler.*scaler\.step\(optimizer\)"):
+        attach(scaler, model, averaged)
+    with pytest.raises(TypeError, match=r"is a StepLR.*pass the optimizer that it holds"):
+        attach(scheduler, model, averaged)
+    with pytest.raises(TypeError, match="the optimizer is a Conv2d"):
+        attach([optimizer, model.conv], model, averaged)
+    with pytest.raises(TypeError, match="the optimizer is a Parameter"):
+        attach(list(model.parameters()), model, averaged)
+    with pytest.raises(TypeError, match="the list of optimizers is empty"):
+        attach([], model, averaged)
     with pytest.raises(TypeError, match=r"the model is a dict; a torch\.nn\.Module"):
-        ema_fused.attach(optimizer, {}, averaged)  # type: ignore[arg-type]
+        attach(optimizer, {}, averaged)
     with pytest.raises(TypeError, match=r"is a Linear, which has no update_parameters"):
-        ema_fused.attach(optimizer, model, nn.Linear(1, 1))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="has no parameter of the model"):
-        ema_fused.attach(optimizer, conv_net(), averaged)
+        attach(optimizer, model, nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"\(SGD\) has no parameter of the model"):
+        attach(optimizer, conv_net(), averaged)
+    with pytest.raises(ValueError, match=r"an optimizer is listed twice"):
+        attach([optimizer, optimizer], model, averaged)
+    step(model, optimizer, 0)
+    assert averaged.steps == 0
 
 
 def test_attached_twice_to_one_optimizer_is_refused() -> None:
