@@ -26,6 +26,7 @@ from ema_fused.engine.plan import Plan
 from ema_fused.modules.choosing import Buffers, checked_buffers
 from ema_fused.modules.copying import FrozenShares, averaged_copy
 from ema_fused.modules.finite import nonfinite_flag
+from ema_fused.modules.model_argument import check_model
 from ema_fused.modules.module_pairs import names_of_buffers
 from ema_fused.modules.paired_module import PairedModule
 from ema_fused.modules.pairing import Pairing
@@ -153,6 +154,7 @@ class BaseAveragedModel(PairedModule):
         if unknown:
             accepted = arguments_of(type(self), BaseAveragedModel)
             raise unexpected_keyword(type(self), unknown, accepted, decays=self._momentum_is_decay)
+        check_model(f"{type(self).__name__}()", model)
         options: Options = {
             "interval": interval,
             "device": device,

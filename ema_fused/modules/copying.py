@@ -16,7 +16,7 @@ from ema_fused.modules.sharding import (
     refuse_deepcopy,
     refuse_partitioned,
 )
-from ema_fused.modules.skeleton import skeleton_of
+from ema_fused.modules.skeleton import skeleton_of, without_frameworks
 
 
 def averaged_copy(
@@ -47,6 +47,7 @@ def averaged_copy(
         TypeError: ``model`` is sharded by FSDP, or its parameters are partitioned by ZeRO-3.
     """
     refuse_deepcopy(model)
+    model = without_frameworks(model)
 
     def moved_to(tensor: Tensor) -> Tensor:
         if id(tensor) in shared:

@@ -14,7 +14,7 @@ from ema_fused.engine.dtensors import check_placed_alike, local
 from ema_fused.engine.plan import Plan
 from ema_fused.modules.choosing import Buffers, is_chosen
 from ema_fused.modules.copying import FrozenShares
-from ema_fused.modules.naming import match_names, without_wrappers
+from ema_fused.modules.naming import match_names, named_once, without_wrappers
 from ema_fused.modules.sharding import refuse_partitioned
 
 
@@ -65,7 +65,9 @@ def slots_of(
 ) -> dict[str, Slot]:
     """Parameters and buffers by name, but not the kinds in ``leave``; tied ones under each name."""
     slots = {}
-    for path, module in root.named_modules(remove_duplicate=False):
+    modules = dict(root.named_modules(remove_duplicate=False))
+    for path in named_once(modules):
+        module = modules[path]
         prefix = f"{path}." if path else ""
         for name, parameter in module._parameters.items():
             if parameter is not None:

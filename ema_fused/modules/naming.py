@@ -2,15 +2,26 @@
 
 Each wrapper adds a component to every name: DistributedDataParallel and DataParallel ``module.``,
 torch.compile ``_orig_mod.``, activation checkpointing ``_checkpoint_wrapped_module.``, FSDP1
-``_fsdp_wrapped_module.``. Wrappers may be added or removed after the average was made, around
-submodules too.
+``_fsdp_wrapped_module.``, opacus ``_module.``. Lightning Fabric has every tensor twice, under
+``_original_module.`` and ``_forward_module.``. Wrappers may be added or removed after the average
+was made, around submodules too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+WRAPPERS = frozenset(
+    {
+        "module",
+        "_orig_mod",
+        "_checkpoint_wrapped_module",
+        "_fsdp_wrapped_module",
+        "_original_module",
+        "_module",
+    }
+)
+_TWICE = ("_original_module", "_forward_module")
 
 _SHOWN = 6
 
@@ -22,6 +33,23 @@ def without_wrappers(name: str) -> str:
     """
     *path, last = name.split(".")
     return ".".join([part for part in path if part not in WRAPPERS] + [last])
+
+
+def named_once(modules: Mapping[str, object]) -> list[str]:
+    """The names of submodules without those that Lightning Fabric's wrapper gives a second time."""
+    once, twice = _TWICE
+    if not any(name.rpartition(".")[2] == twice for name in modules):
+        return list(modules)
+    repeated = [
+        name
+        for name in modules
+        if name.rpartition(".")[2] == twice and name.removesuffix(twice) + once in modules
+    ]
+    return [
+        name
+        for name in modules
+        if not any(name == one or name.startswith(f"{one}.") for one in repeated)
+    ]
 
 
 def match_names(averaged: Mapping[str, bool], source: Mapping[str, bool]) -> dict[str, str]:

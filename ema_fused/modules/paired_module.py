@@ -18,6 +18,7 @@ from ema_fused.modules.advice import Advice
 from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.first_values import FirstValues
+from ema_fused.modules.model_argument import check_model
 from ema_fused.modules.module_pairs import is_averaged, slots_of
 from ema_fused.modules.pairing import Pairing
 from ema_fused.modules.sharding import drop_gathered
@@ -148,6 +149,7 @@ class PairedModule(WaitingModule):
         Raises:
             KeyError, ValueError, TypeError, RuntimeError: as :meth:`update_parameters`.
         """
+        check_model("copy_from()", model)
         refuse_while_swapped("copy_from() was called", self, model)
         pairing = self._paired_with(model)
         pairing.copy_()
@@ -162,6 +164,7 @@ class PairedModule(WaitingModule):
             KeyError, ValueError, TypeError, RuntimeError: as :meth:`update_parameters`; nothing is
                 written then.
         """
+        check_model("copy_to()", model)
         refuse_while_swapped("copy_to() was called", self, model)
         swapping.copy_to(self._averages(), model, shares=self._shares, backend=self.backend)
 
@@ -198,6 +201,7 @@ class PairedModule(WaitingModule):
 
         If an error is raised, the averages are unchanged.
         """
+        check_model("adopt()", model)
         refuse_while_swapped("adopt() was called", self, model)
         self.settle()
         old = self._averages()
@@ -235,8 +239,9 @@ class PairedModule(WaitingModule):
         the model's tensors, on the average's device.
 
         Inside the block the model holds the averages and the average holds the model's weights, so
-        saving, loading, updating, calling the average and swapping again are refused. Call
-        ``model.eval()`` yourself: batch norm in training mode would update the averaged statistics.
+        saving, loading, updating, calling the average, swapping again and steps of the model's
+        optimizers (of other threads too) are refused. Call ``model.eval()`` yourself: batch norm in
+        training mode would update the averaged statistics.
 
         Returns:
             A context manager that yields ``model``.
@@ -246,6 +251,7 @@ class PairedModule(WaitingModule):
             RuntimeError: a refused action; or, at the end of the block, the model's weights can't
                 be put back because their dtypes, shapes or names were changed inside it.
         """
+        check_model("swapped()", model)
         return swapping.swapped(
             self,
             self._averages(),
@@ -269,6 +275,7 @@ class PairedModule(WaitingModule):
         Raises:
             KeyError, ValueError, TypeError: as :meth:`update_parameters`.
         """
+        check_model("exchange_with()", model)
         if averages_alone:
             return swapping.exchange_of_averages(
                 self._averages(),
@@ -308,6 +315,7 @@ class PairedModule(WaitingModule):
                 self._advice.in_vain = 0
                 return known
             known.flush()
+        check_model("update_parameters()", model)
         drop_gathered(model)
         if known is not None and known.holds(averaged, model, self.update_buffers):
             return known

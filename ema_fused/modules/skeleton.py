@@ -7,8 +7,19 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ema_fused.engine.dtensors import class_if_imported
+
 # The child of a wrapper that is the wrapped module itself. The wrapper may be removed later.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+# Wrappers of frameworks: module, class, and the child that is the wrapped module. Told by
+# their classes, as other modules have children of these names.
+_OF_FRAMEWORKS = (
+    ("lightning_fabric.wrappers", "_FabricModule", "_original_module"),
+    ("lightning.fabric.wrappers", "_FabricModule", "_original_module"),
+    ("opacus.grad_sample.gsm_base", "AbstractGradSampleModule", "_module"),
+    ("opacus.distributed", "DifferentiallyPrivateDistributedDataParallel", "module"),
+)
 
 Copy = Callable[[str, Tensor], Tensor]
 
@@ -62,11 +73,37 @@ class _Copier:
         return self._tensors[tensor]
 
 
+def without_frameworks(model: nn.Module) -> nn.Module:
+    """What Lightning Fabric or opacus have wrapped; ``model`` itself if they haven't.
+
+    They keep their machinery (strategies, hooks for gradients) beside it, which no copy needs, and
+    Fabric's wrapper can't load what it saves.
+    """
+    found, part = model, model
+    while (inside := wrapped_by(part)) is not None:
+        if _wrapped_by_framework(part) is not None:
+            found = inside
+        part = inside
+    return found
+
+
+def _wrapped_by_framework(module: nn.Module) -> nn.Module | None:
+    for where, name, child in _OF_FRAMEWORKS:
+        cls = class_if_imported(where, name)
+        if cls is not None and isinstance(module, cls):
+            inside: nn.Module | None = module._modules[child]
+            return inside
+    return None
+
+
 def wrapped_by(module: nn.Module) -> nn.Module | None:
     """The module that ``module`` wraps, if it is a wrapper."""
     if isinstance(module, (DistributedDataParallel, DataParallel)):
         inside: nn.Module = module.module
         return inside
+    wrapped = _wrapped_by_framework(module)
+    if wrapped is not None:
+        return wrapped
     if any(
         tensor is not None for tensor in (*module._parameters.values(), *module._buffers.values())
     ):

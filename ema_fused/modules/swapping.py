@@ -17,6 +17,7 @@ from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.first_values import FirstValues
 from ema_fused.modules.module_pairs import Pair, pair_up, plan_of, refuse_untied
 from ema_fused.modules.sharding import drop_gathered, drop_gathered_in, parts_of_fsdp
+from ema_fused.modules.stepping import before_steps_of
 from ema_fused.modules.waiting import wait_until_all_have_read
 from ema_fused.modules.watch import ModuleWatch
 
@@ -264,14 +265,16 @@ def swapped(
 
     Args:
         owner: the averaged model around ``averaged``. Saving, loading and updating any of the three
-            is refused inside the block.
+            is refused inside the block, and so are steps of the model's optimizers, which would
+            train the averages: in other threads too, as a step begins.
     """
     refuse_while_swapped("swapped() was called", owner, model)
     exchange = exchange_of_everything(
         averaged, model, shares=shares, backend=backend, first_values=first_values
     )
     modules = {*_parts_of(owner), *model.modules()}
-    hooks = []
+    refuse = functools.partial(refuse_while_swapped, "an optimizer's step() was called", model)
+    hooks = [before_steps_of(model, refuse)]
     for module in modules:
         hooks += [
             module.register_state_dict_pre_hook(_refuse_saving),

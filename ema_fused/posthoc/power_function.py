@@ -20,6 +20,7 @@ from ema_fused.engine.pairs import MAX_AVERAGES
 from ema_fused.engine.plan import Plan
 from ema_fused.modules import swapping
 from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.model_argument import check_model
 from ema_fused.modules.module_pairs import Pair, pair_up
 from ema_fused.modules.sharding import converted, refuse_partitioned
 from ema_fused.modules.skeleton import skeleton_of
@@ -86,6 +87,7 @@ class PowerFunctionEMA(nn.Module):
         if unknown:
             accepted = arguments_of(type(self), PowerFunctionEMA)
             raise unexpected_keyword(type(self), unknown, accepted)
+        check_model(f"{type(self).__name__}()", model)
         given = [sigma_rel] if isinstance(sigma_rel, (int, float)) else sigma_rel
         self.sigma_rel = tuple(float(one) for one in given)
         if not 1 <= len(self.sigma_rel) <= MAX_AVERAGES:
@@ -150,6 +152,7 @@ class PowerFunctionEMA(nn.Module):
         known = self._paired
         if known is not None and known.model() is model and not known.watch.changed():
             return known.plan
+        check_model("update_parameters()", model)
         watch = ModuleWatch(self.averages, model)
         each = [self._pairs(average, model) for average in self.averages]
         pairs = each[0]
@@ -190,6 +193,7 @@ class PowerFunctionEMA(nn.Module):
             KeyError, TypeError, RuntimeError: as :meth:`update_parameters`; nothing is written.
             ValueError: also if no average of this width is kept.
         """
+        check_model("copy_to()", model)
         refuse_while_swapped("copy_to() was called", model)
         average = self._average_of(sigma_rel)
         swapping.copy_to(average, model, shares=FrozenShares(), backend=self.backend)

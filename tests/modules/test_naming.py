@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import socket
+import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from ema_fused import SlowPathWarning
+from ema_fused import AveragedWeights, SlowPathWarning
 from ema_fused.averages.kinds import ExponentialMovingAverage
 from ema_fused.modules.naming import match_names, without_wrappers
 from tests.networks import conv_net, differences, snapshot
@@ -235,3 +237,117 @@ def test_a_teacher_inside_a_distributed_model_keeps_its_count() -> None:
         assert model.teacher.steps == count
         assert wrapped.state_dict()["module.teacher.steps"] == count
     assert not torch.equal(model.teacher.module.head.bias, model.student.head.bias)
+
+
+# Wrappers of frameworks.
+
+
+def of_fabric(model: nn.Module) -> nn.Module:
+    fabrics = pytest.importorskip("lightning_fabric")
+    return fabrics.Fabric(accelerator="cpu", devices=1).setup(model)
+
+
+def of_fabric_with_ddp(model: nn.Module) -> nn.Module:
+    """As ``Fabric(strategy="ddp").setup(model)`` wraps it."""
+    wrappers = pytest.importorskip("lightning_fabric.wrappers")
+    fabrics = pytest.importorskip("lightning_fabric")
+    strategy = fabrics.Fabric(accelerator="cpu", devices=1).strategy
+    return wrappers._FabricModule(distributed(model), strategy, original_module=model)
+
+
+class GradSampleModule(nn.Module):
+    """The module that opacus wraps around a model: the model and its hooks are in it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._module = model
+        self.handles = [model.register_forward_hook(self.capture)]
+
+    def capture(self, *_: Any) -> None:
+        assert not torch.is_grad_enabled() or self._module.training
+
+    def forward(self, *inputs: Any) -> Any:
+        return self._module(*inputs)
+
+
+@pytest.fixture
+def _opacus(monkeypatch: pytest.MonkeyPatch) -> None:
+    opacus = SimpleNamespace(AbstractGradSampleModule=GradSampleModule)
+    monkeypatch.setitem(sys.modules, "opacus.grad_sample.gsm_base", opacus)
+
+
+FRAMEWORKS = {
+    "fabric": of_fabric,
+    "fabric-with-ddp": of_fabric_with_ddp,
+    "opacus": GradSampleModule,
+    "compile-of-fabric": lambda model: compiled(of_fabric(model)),
+    "opacus-with-ddp": lambda model: GradSampleModule(distributed(model)),
+}
+
+
+@pytest.mark.usefixtures("process_group", "_opacus")
+@pytest.mark.parametrize("kind", [ExponentialMovingAverage, AveragedWeights])
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_wrappers_of_frameworks_are_seen_through(framework: str, kind: Any) -> None:
+    plain, model = conv_net(), conv_net()
+    wrapped = FRAMEWORKS[framework](model)
+    expected, before, after = kind(plain, 0.5), kind(model, 0.5), kind(wrapped, 0.5)
+    for _ in range(3):
+        for net in (plain, model):
+            shift(net)
+        expected.update_parameters(plain)
+        before.update_parameters(wrapped)
+        after.update_parameters(wrapped)
+    assert differences(snapshot(before), snapshot(expected)) == []
+    if framework != "opacus-with-ddp" or kind is AveragedWeights:
+        assert list(after.state_dict()) == list(expected.state_dict())
+        assert differences(snapshot(after), snapshot(expected)) == []
+        conv_net().load_state_dict(after.module.state_dict())
+    after.load_state_dict(after.state_dict())
+    after.update_parameters(model)  # unwrapped again
+    raw = snapshot(model)
+    for averaged in (before, after):
+        with averaged.swapped(wrapped):
+            assert differences(snapshot(model), raw) != []
+        assert differences(snapshot(model), raw) == []
+        target = conv_net(seed=3)
+        averaged.copy_to(target)
+    assert differences(snapshot(target), snapshot(model)) != []
+
+
+def test_a_part_wrapped_by_fabric_is_named_once() -> None:
+    model = conv_net()
+    averaged = ExponentialMovingAverage(model, 0.5)
+    averaged.update_parameters(model)
+    expected, plain = ExponentialMovingAverage(conv_net(), 0.5), conv_net()
+    expected.update_parameters(plain)
+    model.hidden = of_fabric(model.hidden)
+    for average, net in ((averaged, model), (expected, plain)):
+        shift(net.conv)
+        average.update_parameters(net)
+    assert differences(snapshot(averaged), snapshot(expected)) == []
+
+
+def test_children_that_are_named_like_a_frameworks_are_kept() -> None:
+    """Only the frameworks' own classes are left out of the names of an average."""
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self._module = nn.Linear(2, 2)
+            self._original_module = nn.Linear(2, 2)
+            self._forward_module = nn.Linear(2, 2)
+
+    model = nn.Sequential(Encoder())
+    for kind in (ExponentialMovingAverage, AveragedWeights):
+        averaged = kind(model, 0.5)
+        averaged.update_parameters(model)
+        assert set(averaged.module.state_dict()) == set(model.state_dict())
+        with torch.no_grad():
+            model[0]._forward_module.weight.add_(1.0)
+            model[0]._original_module.weight.add_(2.0)
+        averaged.update_parameters(model)
+        found = averaged.module.state_dict()
+        for name, value in model.state_dict().items():
+            is_moved = "weight" in name and "0._module" not in name
+            assert torch.equal(found[name], value) is not is_moved, name
