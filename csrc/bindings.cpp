@@ -108,7 +108,10 @@ PYBIND11_MODULE(_C, module) {
     } catch (const OverlapError& error) {
       PyErr_SetObject(overlap_error, py::make_tuple(error.first, error.second, error.what).ptr());
     } catch (const PythonError&) {
-      // Its exception is set already.
+      // Its exception is set already, if the function that failed has kept to its contract.
+      if (PyErr_Occurred() == nullptr) {
+        PyErr_SetString(PyExc_RuntimeError, "a call into Python or torch failed without a reason");
+      }
     }
   });
 

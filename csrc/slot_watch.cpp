@@ -63,9 +63,12 @@ struct DictionaryWatcher {
                        interested.end());
       if (interested.empty()) {
         places.erase(found);
+        // This may run while an exception is on its way, which must arrive as it is.
+        PyObject* const pending = PyErr_GetRaisedException();
         if (PyDict_Unwatch(id, entry.dictionary) != 0) {
           PyErr_Clear();
         }
+        PyErr_SetRaisedException(pending);
       }
     }
   }
@@ -83,8 +86,15 @@ std::uint64_t version_of(PyObject* dictionary) {
 #endif
 
 PyObject* shard_name() {
-  static PyObject* name = PyUnicode_InternFromString("_local_tensor");
+  static PyObject* name = Ref::take(PyUnicode_InternFromString("_local_tensor")).release();
   return name;
+}
+
+void require_dict(PyObject* object) {
+  if (PyDict_Check(object) == 0) {
+    PyErr_SetString(PyExc_TypeError, "only dicts can be watched for replaced values");
+    throw PythonError{};
+  }
 }
 
 }  // namespace
@@ -92,6 +102,7 @@ PyObject* shard_name() {
 SlotWatch::SlotWatch(PyObject* dictionaries, PyObject* sharded) {
   for (std::size_t i = 0; i < list_size(dictionaries); ++i) {
     PyObject* dictionary = list_item(dictionaries, i);
+    require_dict(dictionary);
     first_slot_.push_back(slots_.size());
     owners_.push_back(Ref::borrow(dictionary));
     Py_ssize_t position = 0;

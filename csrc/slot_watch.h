@@ -16,7 +16,7 @@ namespace ema_fused {
 class SlotWatch {
  public:
   // Remembers every key and value of these dictionaries, a list of them, and the shard of each of
-  // these DTensors, a list too.
+  // these DTensors, a list too. Anything else than a dict is a TypeError of Python's.
   SlotWatch(PyObject* dictionaries, PyObject* sharded);
   ~SlotWatch();
   SlotWatch(const SlotWatch&) = delete;

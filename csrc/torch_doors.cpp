@@ -133,10 +133,12 @@ bool describe(PyObject* tensor, dlpack::Tensor& description, std::string& why_no
   }
   PyObject *type = nullptr, *value = nullptr, *traceback = nullptr;
   PyErr_Fetch(&type, &value, &traceback);
-  const Ref words = Ref::take(PyObject_Str(value == nullptr ? Py_None : value));
-  const char* utf8 = PyUnicode_AsUTF8(words.get());
+  PyObject* const words = PyObject_Str(value == nullptr ? Py_None : value);
+  const char* utf8 = words == nullptr ? nullptr : PyUnicode_AsUTF8(words);
   why_not = utf8 == nullptr ? "" : utf8;
+  // What has no words, or none in UTF-8, has raised once more.
   PyErr_Clear();
+  Py_XDECREF(words);
   Py_XDECREF(type);
   Py_XDECREF(value);
   Py_XDECREF(traceback);
@@ -159,10 +161,20 @@ const Shim& shim() { return doors().shim; }
 
 std::vector<Handle> make_handles(PyObject* tensors) {
   const Ref capsules = Ref::take(PyObject_CallOneArg(doors().make_handles.get(), tensors));
+  if (PyList_Check(capsules.get()) == 0 || list_size(capsules.get()) != list_size(tensors)) {
+    fail_to_import("torch made no list of one handle for each tensor");
+  }
   std::vector<Handle> handles;
   handles.reserve(list_size(capsules.get()));
   for (std::size_t i = 0; i < list_size(capsules.get()); ++i) {
-    handles.push_back(PyCapsule_GetPointer(list_item(capsules.get(), i), nullptr));
+    Handle handle = PyCapsule_GetPointer(list_item(capsules.get(), i), nullptr);
+    if (handle == nullptr) {
+      for (const Handle made : handles) {
+        shim().free_tensor(made);
+      }
+      throw PythonError{};
+    }
+    handles.push_back(handle);
   }
   return handles;
 }

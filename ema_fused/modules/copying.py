@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ema_fused.engine.dtensors import local, replace_local
+from ema_fused.modules.deep_copies import deep_copy
 from ema_fused.modules.sharding import (
     Device,
     converted,
@@ -45,6 +45,8 @@ def averaged_copy(
 
     Raises:
         TypeError: ``model`` is sharded by FSDP, or its parameters are partitioned by ZeRO-3.
+        Exception: of the class that ``copy.deepcopy`` raises, if an attribute of a module can't be
+            copied; the message names it.
     """
     refuse_deepcopy(model)
     model = without_frameworks(model)
@@ -71,8 +73,11 @@ def averaged_copy(
             moved = moved_to(data)
             if moved is not data:
                 memo[id(parameter)] = nn.Parameter(moved, requires_grad=False)
+    module = deep_copy(model, memo)
+    # Not module.requires_grad_(), which modules compiled by TorchScript refuse.
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
     # Not module.to(), which would give shared parameters new memory.
-    module = copy.deepcopy(model, memo).requires_grad_(False)
     module._apply(moved_to)
     return module, _names_of(shared, module)
 

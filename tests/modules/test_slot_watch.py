@@ -105,3 +105,67 @@ def test_what_is_watched_stays_alive_as_long_as_the_watch(
     del watched
     gc.collect()
     assert child() is None
+
+
+class _Broken:
+    """A tensor's stand-in without a shard."""
+
+    @property
+    def _local_tensor(self) -> object:
+        raise LookupError("no shard")
+
+
+def test_what_cannot_be_watched_raises_and_leaves_no_exception_behind() -> None:
+    native = backends.native()
+    if native is None:
+        pytest.skip("the extension is not built")
+    for given in (7, [], None, object()):
+        with pytest.raises(TypeError, match="only dicts can be watched"):
+            native.SlotWatch([{}, given], [])
+    with pytest.raises(LookupError, match="no shard"):
+        native.SlotWatch([{}], [_Broken()])
+    with pytest.raises(AttributeError, match="_local_tensor"):
+        native.SlotWatch([{}], [object()])
+
+
+def test_an_error_while_asking_is_raised_as_it_is() -> None:
+    native = backends.native()
+    if native is None:
+        pytest.skip("the extension is not built")
+
+    class Key(str):
+        """Unequal to itself only when asked: as keys of users may be."""
+
+        __slots__ = ()
+        raises = False
+
+        def __hash__(self) -> int:
+            if Key.raises:
+                raise LookupError("no hash")
+            return 1
+
+        def __eq__(self, other: object) -> bool:
+            return self is other
+
+    class Sharded:
+        def __init__(self) -> None:
+            self._local_tensor = object()
+
+    slots: dict[Any, Any] = {Key("weight"): 1}
+    watched = native.SlotWatch([slots], [])
+    slots["bias"] = 2
+    del slots["bias"]
+    Key.raises = True
+    try:
+        with pytest.raises(LookupError, match="no hash"):
+            watched.changed()
+    finally:
+        Key.raises = False
+    assert not watched.changed()
+
+    sharded = Sharded()
+    watched = native.SlotWatch([{}], [sharded])
+    assert not watched.changed()
+    del sharded._local_tensor
+    with pytest.raises(AttributeError, match="_local_tensor"):
+        watched.changed()
