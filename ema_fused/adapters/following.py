@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Callable, Collection, Hashable
 from typing import Any, NotRequired, TypedDict
 
-import torch
 from torch import nn
 
 from ema_fused.averages.known_integer import KnownInteger
@@ -46,11 +45,6 @@ def known_integer(wrapper: object, name: str) -> KnownInteger:
     known = notes_of(wrapper).setdefault(name, KnownInteger())
     assert isinstance(known, KnownInteger)
     return known
-
-
-def is_scripted(*modules: nn.Module) -> bool:
-    """Whether one is compiled by TorchScript, which returns new tensor objects at each access."""
-    return any(isinstance(module, torch.jit.ScriptModule) for module in modules)
 
 
 def pairing_of(

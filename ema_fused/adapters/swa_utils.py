@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import swa_utils
 
-from ema_fused.adapters.following import is_scripted, known_integer, pairing_of
+from ema_fused.adapters.following import known_integer, pairing_of
 from ema_fused.engine.checks import check_fraction
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.ops import update_
@@ -77,8 +77,7 @@ class AveragedModel(swa_utils.AveragedModel):
     plan. With those functions the results are bitwise torch's on equal dtypes (``get_ema_avg_fn``
     with a decay below 0.5: in float64 the last bits may differ); the default is within 2 units in
     the last place of torch's at each call (which divides on a CPU, and on a GPU has its weight in
-    float32 whatever the dtype). Any other ``avg_fn`` or ``multi_avg_fn`` runs as in torch, and so
-    does a model compiled by TorchScript.
+    float32 whatever the dtype). Any other ``avg_fn`` or ``multi_avg_fn`` runs as in torch.
 
     Arguments, ``state_dict`` and attributes as torch's.
 
@@ -94,7 +93,7 @@ class AveragedModel(swa_utils.AveragedModel):
         """Updates the average with the current weights of ``model``; the first call copies them."""
         function = self.multi_avg_fn if self.avg_fn is None else self.avg_fn
         weight_at, arithmetic = _known(function)
-        if weight_at is None or is_scripted(self.module, model):
+        if weight_at is None:
             super().update_parameters(model)
             return
         pairing = pairing_of(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from ema_fused.adapters.following import Options, is_scripted, pairing_of
+from ema_fused.adapters.following import Options, pairing_of
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.frameworks import missing
 from ema_fused.modules.module_pairs import Kind
@@ -30,7 +30,6 @@ class ModelEmaV2(original.ModelEmaV2):  # type: ignore[misc]
     Better than the original: tensors are paired by name, ignoring wrappers; dtypes and devices may
     differ; tied weights are averaged once, not once for each name; integers are copied, while the
     original averages and truncates them. Non-persistent buffers are left alone, as in the original.
-    A model compiled by TorchScript is updated by the original's code.
 
     Arguments, methods, attributes and ``state_dict`` as timm's. Only ``update`` is replaced.
 
@@ -44,9 +43,6 @@ class ModelEmaV2(original.ModelEmaV2):  # type: ignore[misc]
     @outside_graphs
     def update(self, model: nn.Module) -> None:
         """Updates the average with the current weights of ``model``."""
-        if is_scripted(self.module, model):
-            super().update(model)
-            return
         pairing = pairing_of(self, self.module, model, update_buffers=True, options=_options_of_v2)
         pairing.average_(1.0 - self.decay)
 
@@ -69,7 +65,7 @@ class ModelEmaV3(original.ModelEmaV3):  # type: ignore[misc]
 
     Better than the original: as for :class:`ModelEmaV2`, and complex tensors are averaged, not
     copied. ``foreach`` matters only for averages of another dtype than the model's: the original
-    has two formulas for these. A model compiled by TorchScript is updated by the original's code.
+    has two formulas for these.
 
     Arguments, methods, attributes and ``state_dict`` as timm's. Only ``update`` is replaced.
 
@@ -81,9 +77,6 @@ class ModelEmaV3(original.ModelEmaV3):  # type: ignore[misc]
     @outside_graphs
     def update(self, model: nn.Module, step: int | None = None) -> None:
         """Updates the average with the current weights of ``model``, by the decay of ``step``."""
-        if is_scripted(self.module, model):
-            super().update(model, step)
-            return
         made_for = (
             self.foreach,
             self.stochastic_rounding,

@@ -130,7 +130,9 @@ def attach(optimizer: Any | Sequence[Any], model: nn.Module, averaged: Averaged)
         before_steps = before_steps_of(model, wait)
         # The hook is global, for all optimizers, so it must be removed with the average.
         weakref.finalize(averaged, before_steps.remove)
-        before_loading = model.register_load_state_dict_pre_hook(wait)
+        # nn.Module's own function: a model compiled by TorchScript refuses the public method.
+        register: Any = nn.Module._register_load_state_dict_pre_hook
+        before_loading = register(model, wait, with_module=True)
         following.ends += [before_steps.remove, before_loading.remove]
     following.watch_for_changes(model, innermost, " and ".join(_names_of(optimizers)))
     return Attachment(averaged, following)

@@ -83,7 +83,9 @@ class AveragedWeights(ExponentialMovingAverage):
     def weights(self) -> dict[str, Tensor]:
         """The averaged tensors and persistent buffers by the names of the plain model; not copies.
 
-        DTensors if the model is sharded. Parameters shared with the model are included.
+        DTensors if the model is sharded. Parameters shared with the model are included. A model
+        that renames its tensors when it is saved, or saves more than tensors, loads
+        ``ema_fused.export.model_state_dict(model, averaged.weights)``.
         """
         return dict(self.module.state_dict())
 

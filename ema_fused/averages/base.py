@@ -40,7 +40,9 @@ class BaseAveragedModel(PairedModule):
 
     The first :meth:`update_parameters` copies everything; later ones average when
     ``steps % interval == 0``. Tensors that aren't averaged are copied from the model at every call:
-    integer tensors always, buffers unless ``update_buffers``.
+    integer tensors always, buffers unless ``update_buffers``. Extra state (``get_extra_state``) is
+    taken over from the model when the copy is called, looked at or saved. Other attributes of its
+    modules, plain tensors too, stay as they were when the copy was made.
 
     A subclass defines how to average in one of two ways; the first in its method resolution order
     is used:

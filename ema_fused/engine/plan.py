@@ -54,7 +54,8 @@ class Plan:
             ``"products"``: as ``averaged * (1 - w) + source * w``.
             Equal in exact arithmetic; they differ in the last bits.
         only_copy: one flag per pair: True for pairs that :meth:`lerp_` copies instead of averaging
-            (integer buffers, buffers that are copies of the model's). None: all are averaged.
+            (integer buffers, buffers that are copies of the model's). They may be sparse, both of
+            one layout. None: all are averaged.
         backend: ``"cuda"``, ``"cpu"`` or ``"foreach"`` uses that backend for all pairs; None takes
             the fastest for each pair.
         names: one per pair, for messages.
@@ -83,8 +84,8 @@ class Plan:
             ``found_inf`` made do nothing. The random bits are counted by it.
 
     Raises:
-        TypeError: an item is not a tensor, or a kind without plain strided elements (sparse,
-            quantized, nested, DTensor, FakeTensor).
+        TypeError: an item is not a tensor, or a kind without plain strided elements (sparse, unless
+            it is only copied, quantized, nested, DTensor, FakeTensor).
         ValueError: lists of different length, shapes that differ within a pair, tensors without
             data (meta), averaged tensors that overlap themselves or other tensors, an unknown
             arithmetic, rounding or backend, more than eight averages.

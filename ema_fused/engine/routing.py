@@ -3,6 +3,7 @@
 pairs -> inspection -> cuda:0 | cuda:1 | cpu   native kernels, one launch each
                     -> foreach                  pairs without a kernel, with one warning
                     -> moved                    sources on another device than their averages
+                    -> sparse                   sparse tensors that are only copied
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ema_fused.engine.native import NativePart
 from ema_fused.engine.pairs import check_pair, label
 from ema_fused.engine.parts import Part, Task
 from ema_fused.engine.rounding import HALVES
+from ema_fused.engine.sparse import SparsePart, is_carried
 
 _DLPACK_CPU = 1
 _DLPACK_CUDA = 2
@@ -40,6 +42,8 @@ def split(
     """
     pin = backends.pinned(backend)
     groups, refusals = _inspect(tasks, names, pin)
+    carried = [task for i in refusals if is_carried(task := tasks[i])]
+    refusals = {i: reason for i, reason in refusals.items() if not is_carried(tasks[i])}
     if arithmetic in ("axpby", "delta") and pin is None:
         _leave_to_foreach(tasks, groups, refusals)
 
@@ -67,6 +71,8 @@ def split(
         parts.append(MovedPart([tasks[i] for i in moved], arithmetic, here, names))
     if refusals:
         parts.append(ForeachPart([tasks[i] for i in refusals], arithmetic))
+    if carried:
+        parts.append(SparsePart(carried, arithmetic))
     return parts
 
 
@@ -97,7 +103,8 @@ def _inspect(
                 groups[name] = places
         refusals = dict(sorted(refusals.items()))
     for i in refusals:
-        check_pair(tasks[i].averaged, tasks[i].source, label(tasks[i].pair, names))
+        if not is_carried(tasks[i]):
+            check_pair(tasks[i].averaged, tasks[i].source, label(tasks[i].pair, names))
     return groups, refusals
 
 

@@ -16,6 +16,7 @@ _logger = logging.getLogger("ema_fused")
 # The classes whose plain tensors a line in the log has named.
 _told: set[type[nn.Module]] = set()
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
@@ -44,12 +45,16 @@ def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 class _WithoutHistory(TorchFunctionMode):
-    """Lets ``Tensor.__deepcopy__`` copy tensors that have a gradient history."""
+    """Lets ``Tensor.__deepcopy__`` copy what it refuses: tensors with a gradient history, and
+    compressed sparse ones (of CSR and its like), which have no storage.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if function is Tensor.__deepcopy__ and args[0].grad_fn is not None:
+        if function is Tensor.__deepcopy__ and (
+            args[0].grad_fn is not None or args[0].layout in _COMPRESSED
+        ):
             return args[0].detach().clone()
         return function(*args, **(kwargs or {}))
 
@@ -59,23 +64,26 @@ def _own_attributes(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name not in ("_parameters", "_buffers", "_modules"):
-                yield path, module, name, value
+                yield f"{path}.{name}" if path else name, module, name, value
 
 
 def _explain(model: nn.Module, memo: dict[int, Any], error: Exception) -> NoReturn:
-    """Raises an error of the same class that names the attribute that can't be copied."""
+    """Raises an error of the same class that names the tensor or attribute that can't be copied."""
+    where = f"a {type(model).__name__}"
     # Modules and tensors count as copied: an attribute that refers to one is not the reason.
     for held in (*model.modules(), *model.parameters(), *model.buffers()):
         memo[id(held)] = held
-    where = f"a {type(model).__name__}"
-    for path, module, name, value in _own_attributes(model):
-        try:
-            with torch.no_grad(), _WithoutHistory():
-                copy.deepcopy(value, dict(memo))
-        except Exception:
-            inside = f"{path}.{name}" if path else name
-            where = f"{inside!r} of the model ({type(value).__name__} in a {type(module).__name__})"
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if not _is_copied(tensor, {}):
+            where = f"{path!r} of the model ({type(tensor).__name__})"
             break
+    else:
+        for path, module, _, value in _own_attributes(model):
+            if not _is_copied(value, dict(memo)):
+                where = (
+                    f"{path!r} of the model ({type(value).__name__} in a {type(module).__name__})"
+                )
+                break
     message = (
         f"{where} can't be deep-copied: {error}. Keep the average without a copy of the module: "
         f"ema_fused.AveragedWeights(model, ...)"
@@ -85,6 +93,15 @@ def _explain(model: nn.Module, memo: dict[int, Any], error: Exception) -> NoRetu
     except Exception:  # a class with other arguments
         explained = RuntimeError(message)
     raise explained from error
+
+
+def _is_copied(value: object, memo: dict[int, Any]) -> bool:
+    try:
+        with torch.no_grad(), _WithoutHistory():
+            copy.deepcopy(value, memo)
+    except Exception:
+        return False
+    return True
 
 
 def _tell_of_plain_tensors(model: nn.Module) -> None:

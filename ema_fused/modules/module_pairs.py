@@ -105,7 +105,8 @@ def partners(averaged: dict[str, Slot], model: dict[str, Slot]) -> dict[str, str
 def is_averaged(name: str, slot: Slot, update_buffers: Buffers) -> bool:
     """Whether a tensor is averaged, if its dtype has an average; otherwise it is copied."""
     if slot.kind is Kind.BUFFER:
-        return is_chosen(update_buffers, name, slot.tensor)
+        is_sparse = slot.tensor.layout != torch.strided
+        return not is_sparse and is_chosen(update_buffers, name, slot.tensor)
     return slot.kind is Kind.PARAMETER
 
 
@@ -134,8 +135,8 @@ def pair_up(
     """The pairs of both modules, tied ones once; kinds in ``leave`` are ignored.
 
     Parameters are averaged, and the persistent buffers of ``update_buffers``. Tensors that can't be
-    averaged (integers, bool) and all other buffers are copied. A non-persistent buffer is left
-    alone unless the model has one of its shape and kind.
+    averaged (integers, bool), sparse buffers and all other buffers are copied. A non-persistent
+    buffer is left alone unless the model has one of its shape and kind.
 
     Raises:
         KeyError: names don't match.

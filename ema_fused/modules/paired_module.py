@@ -126,6 +126,8 @@ class PairedModule(WaitingModule):
             self._unfinished.pop().flush()
         if self._pairing is not None:
             self._pairing.flush()
+            if self._pairing.extra_state is not None:
+                self._pairing.extra_state.take_over()
 
     @outside_graphs
     def wait_until_read(self) -> None:
@@ -307,6 +309,12 @@ class PairedModule(WaitingModule):
         return {name: tensor for name, tensor in tensors.items() if name in averaged}
 
     def _paired_with(self, model: nn.Module) -> Pairing:
+        pairing = self._pairing_with(model)
+        if pairing.extra_state is not None:
+            pairing.extra_state.is_old = True
+        return pairing
+
+    def _pairing_with(self, model: nn.Module) -> Pairing:
         averaged = self._modules["module"]
         assert averaged is not None
         known = self._pairing
@@ -332,6 +340,7 @@ class PairedModule(WaitingModule):
             overlap=self.overlap,
             counts_versions=self._counts_versions(),
             mends_buffers=True,
+            follows_extra_state=True,
             when_one_is_gone=functools.partial(_forget_pairing, weakref.ref(self)),
         )
         self._pairing = pairing

@@ -15,6 +15,7 @@ from ema_fused.engine.plan import Plan
 from ema_fused.engine.versions import VersionCounters
 from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.extra_state import ExtraState
 from ema_fused.modules.known_model import KnownModel
 from ema_fused.modules.materialising import materialise
 from ema_fused.modules.module_pairs import Kind, Pair, lists_of, pair_up, plan_of, refuse_untied
@@ -51,8 +52,11 @@ class Pairing:
             take the model's value (:mod:`.non_finite`). Which buffers these are is looked up once,
             at the first update after tensors were paired.
 
+        follows_extra_state: find the modules whose extra state the averaged ones take over.
+
     Attributes:
         counts_versions: as given; may be set.
+        extra_state: theirs, for its owner to take over; None if there are no such modules.
         device: of the averages (of the first, if they are on several); ``devices`` names all.
         stream: the separate stream that updates run on; None if they run on the current stream.
 
@@ -78,9 +82,11 @@ class Pairing:
         overlap: bool = False,
         counts_versions: bool = True,
         mends_buffers: bool = False,
+        follows_extra_state: bool = False,
     ) -> None:
         self.update_buffers = update_buffers
         self.counts_versions = counts_versions
+        self._follows_extra_state = follows_extra_state
         self._offload = offload
         self._overlap = overlap
         self.stream: torch.cuda.Stream | None = None
@@ -131,6 +137,8 @@ class Pairing:
         self._unseen = averaged_buffers(pairs) if self._mends_buffers else []
         self._non_finite: NonFiniteBuffers | None = None
         self._is_plain = self._is_ordinary and not self._unseen
+        follows = self._follows_extra_state
+        self.extra_state = ExtraState.between(averaged, model) if follows else None
         self._followers: Plan | None = None
         self._versions = VersionCounters(pair.held[0] for pair in pairs)
         self._parameters: list[nn.Parameter] | None = None
@@ -242,6 +250,7 @@ class Pairing:
         if (
             compiled is None
             or slots is None
+            or self._slots is None
             or averaged is not self._averaged()
             or model is not self._model.last()
             or update_buffers != self.update_buffers
@@ -260,7 +269,9 @@ class Pairing:
     @property
     def _compiled(self) -> Any:
         plan = self._everything
-        return plan.compiled if self._is_plain and isinstance(plan, Plan) else None
+        if not self._is_plain or self.extra_state is not None or not isinstance(plan, Plan):
+            return None
+        return plan.compiled
 
     def difference(self, other: Pairing) -> str:
         """Says what has changed since ``other``, an earlier pairing; for a warning."""
@@ -447,23 +458,30 @@ def _with_snapshots(pairs: list[Pair], backend: str | None) -> tuple[Plan | None
     """A plan that copies the model's buffers, and the pairs with these copies as sources.
 
     For updates that run in parallel with training: the next forward pass writes the buffers without
-    waiting for the update, which therefore reads copies of them.
+    waiting for the update, which therefore reads copies of them. Sparse buffers are copied into the
+    average itself, and the update leaves them alone.
     """
+    carried = [pair for pair in pairs if _is_carried(pair)]
+    pairs = [pair for pair in pairs if not _is_carried(pair)]
     with torch.inference_mode(False):
         held = {
             id(pair.source): torch.empty_like(pair.source, requires_grad=False)
             for pair in pairs
             if pair.kind is not Kind.PARAMETER
         }
-    if not held:
+    if not held and not carried:
         return None, pairs
-    copied = [
+    copied = carried + [
         pair._replace(averaged=held[id(pair.source)], averages=False)
         for pair in pairs
         if id(pair.source) in held
     ]
     from_copies = [pair._replace(source=held.get(id(pair.source), pair.source)) for pair in pairs]
     return plan_of(copied, backend=backend), from_copies
+
+
+def _is_carried(pair: Pair) -> bool:
+    return pair.source.layout != torch.strided and not pair.averages
 
 
 def _copy_unless(found_inf: Tensor | None, followers: Plan) -> None:

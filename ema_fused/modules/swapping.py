@@ -75,6 +75,7 @@ def copy_to(
     Plan(
         [pair.source for pair in pairs],
         [pair.averaged for pair in pairs],
+        only_copy=[not pair.averages for pair in pairs],
         backend=backend,
         names=[pair.name for pair in pairs],
     ).copy_()
@@ -142,9 +143,13 @@ class Exchange:
         self._slots_changed = slots_changed
 
     def _plan_overwriting(self, values: list[Tensor]) -> Plan:
-        sources = [pair.source for pair in self._overwrites]
-        names = [pair.name for pair in self._overwrites]
-        return Plan(sources, values, backend=self._backend, names=names)
+        return Plan(
+            [pair.source for pair in self._overwrites],
+            values,
+            only_copy=[not pair.averages for pair in self._overwrites],
+            backend=self._backend,
+            names=[pair.name for pair in self._overwrites],
+        )
 
     def put_in(self) -> None:
         """Swaps the averages into the model.
@@ -276,9 +281,10 @@ def swapped(
     refuse = functools.partial(refuse_while_swapped, "an optimizer's step() was called", model)
     hooks = [before_steps_of(model, refuse)]
     for module in modules:
+        # nn.Module's own functions: modules compiled by TorchScript refuse the public methods.
         hooks += [
-            module.register_state_dict_pre_hook(_refuse_saving),
-            module.register_load_state_dict_pre_hook(_refuse_loading),
+            nn.Module.register_state_dict_pre_hook(module, _refuse_saving),
+            nn.Module._register_load_state_dict_pre_hook(module, _refuse_loading, with_module=True),
         ]
     try:
         exchange.put_in()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from operator import is_not
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 from torch import Tensor, nn
 
@@ -16,20 +16,28 @@ from ema_fused.engine import backends
 from ema_fused.engine.dtensors import is_sharded, shard_of
 
 
-class _PythonSlotWatch:
-    """The fallback for the compiled SlotWatch."""
+class Slots(Protocol):
+    """The parameters, buffers or children of a module; those of TorchScript are no dict."""
 
-    def __init__(self, dictionaries: list[dict[str, Any]], sharded: list[Tensor]) -> None:
-        self._remembered = [(dictionary, dict(dictionary)) for dictionary in dictionaries]
+    def items(self) -> Iterable[tuple[str, Any]]: ...
+
+
+class _PythonSlotWatch:
+    """The fallback for the compiled SlotWatch; the only one for slots that are no dict."""
+
+    def __init__(self, slots: Iterable[Slots], sharded: list[Tensor]) -> None:
+        self._remembered = [(each, dict(each.items())) for each in slots]
         self._sharded = sharded
         self._shards = [*map(shard_of, sharded)]
 
     def changed(self) -> bool:
-        for dictionary, remembered in self._remembered:
-            if len(dictionary) != len(remembered):
+        for slots, remembered in self._remembered:
+            # TorchScript makes all items anew whenever one is asked for.
+            now = slots if isinstance(slots, dict) else dict(slots.items())
+            if len(now) != len(remembered):
                 return True
             for name, value in remembered.items():
-                if dictionary.get(name, self) is not value:
+                if now.get(name, self) is not value:
                     return True
         return any(map(is_not, map(shard_of, self._sharded), self._shards))
 
@@ -46,23 +54,31 @@ class ModuleWatch:
         alone: modules watched without their submodules.
 
     Attributes:
-        slots: the compiled SlotWatch, which knows all of it; None without the extension.
+        slots: the compiled SlotWatch, which knows all of it; None without the extension, and where
+            parts are compiled by TorchScript.
         changed: the function to ask. Not a method of this object, which would make a reference
             cycle where it is kept by what it watches.
     """
 
     def __init__(self, *modules: nn.Module, alone: Iterable[nn.Module] = ()) -> None:
-        dictionaries: list[dict[str, Any]] = []
+        dictionaries: list[Slots] = []
+        others: list[Slots] = []
+        sharded: list[Tensor] = []
         parts = [part for root in modules for part in root.modules()]
         for module in (*parts, *alone):
-            dictionaries += [module._parameters, module._buffers, module._modules]
-        sharded = [
-            tensor
-            for dictionary in dictionaries
-            for tensor in dictionary.values()
-            if isinstance(tensor, Tensor) and is_sharded(tensor)
-        ]
+            slots: Slots
+            for slots in (module._parameters, module._buffers, module._modules):
+                (dictionaries if isinstance(slots, dict) else others).append(slots)
+                sharded += [item for _, item in slots.items() if _is_sharded(item)]
         native = backends.native()
-        self.slots: Any = None if native is None else native.SlotWatch(dictionaries, sharded)
-        watch: Any = self.slots or _PythonSlotWatch(dictionaries, sharded)
+        watch_of: Any = _PythonSlotWatch if native is None else native.SlotWatch
+        watch = watch_of(dictionaries, sharded)
+        self.slots: Any = None if native is None or others else watch
         self.changed: Callable[[], bool] = watch.changed
+        if others:
+            the_others = _PythonSlotWatch(others, [])
+            self.changed = lambda: watch.changed() or the_others.changed()
+
+
+def _is_sharded(item: object) -> TypeGuard[Tensor]:
+    return isinstance(item, Tensor) and is_sharded(item)

@@ -174,6 +174,9 @@ class PowerFunctionEMA(nn.Module):
     def average(self, sigma_rel: float | None = None) -> dict[str, Tensor]:
         """The tensors of one average by name, like the model's ``state_dict()``; not copies.
 
+        A model that renames its tensors when it is saved, or saves more than tensors, loads
+        ``ema_fused.export.model_state_dict(model, ema.average(sigma_rel))``.
+
         Args:
             sigma_rel: one of the widths kept; may be omitted if there is only one.
 

@@ -13,14 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ema_fused.saving.checkpoints import averaged_state_dict, load_averaged_state_dict
-    from ema_fused.saving.export import export_safetensors
+    from ema_fused.saving.export import export_safetensors, model_state_dict
 
-__all__ = ["averaged_state_dict", "export_safetensors", "load_averaged_state_dict"]
+__all__ = [
+    "averaged_state_dict",
+    "export_safetensors",
+    "load_averaged_state_dict",
+    "model_state_dict",
+]
 
 _MODULE_OF = {
     "averaged_state_dict": "checkpoints",
     "export_safetensors": "export",
     "load_averaged_state_dict": "checkpoints",
+    "model_state_dict": "export",
 }
 
 

@@ -1,4 +1,7 @@
-"""Writes averaged weights as safetensors files, named as Hugging Face names them, for inference."""
+"""Averaged weights for inference: in the plain model's own format, and as safetensors files.
+
+The files are named as Hugging Face names them.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,77 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ema_fused.engine.dtensors import is_sharded, local, placed_as
+from ema_fused.modules.module_pairs import Kind, Slot, slots_of
+from ema_fused.modules.naming import match_names
+from ema_fused.modules.sharding import drop_gathered, is_flattened
+from ema_fused.modules.skeleton import wrapped_by
+from ema_fused.modules.swapping import refuse_while_swapped
 from ema_fused.saving import whole_files
 from ema_fused.saving.checkpoints import MODULE
 from ema_fused.saving.first_process import by_the_first
 from ema_fused.saving.safetensors_files import safetensors
 
-__all__ = ["export_safetensors"]
+__all__ = ["export_safetensors", "model_state_dict"]
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _OURS = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors(\.index\.json)?")
+
+
+def model_state_dict(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """``model.state_dict()`` with averaged weights in place of the model's own.
+
+    Modules may rename, split or join tensors when their state is taken (hooks, fused projections),
+    and may keep state beside tensors (``get_extra_state``). Averages are kept by the names of the
+    parameters and know nothing of either. The result has the model's own format, so that a plain
+    model loads it strictly, and the model's present extra state::
+
+        plain.load_state_dict(model_state_dict(model, averaged.weights))
+
+    The model holds the averages while its state is taken, so no other thread may use it meanwhile;
+    its tensors aren't written.
+
+    Args:
+        model: the model that was averaged, or another of the same structure. If it is wrapped, the
+            names are those of the model inside.
+        weights: ``averaged.weights``, ``PowerFunctionEMA.average(sigma_rel)``, or what
+            ``reconstruct()`` returns. (An average that keeps a copy of the module has all that
+            already: ``averaged.module.state_dict()``.)
+
+    Returns:
+        The state dict, in the dtypes and on the devices of ``weights``; the tensors aren't copies.
+
+    Raises:
+        KeyError: names don't match.
+        TypeError: FSDP1 has flattened the model's parameters.
+        RuntimeError: averaged weights are swapped into the model.
+    """
+    refuse_while_swapped("model_state_dict() was called", model)
+    if is_flattened(model):
+        raise TypeError(
+            "FSDP1 has flattened the model's parameters, and they have no places for averages; "
+            "take averaged_state_dict(averaged, model, full_state_dict=True) of "
+            "ema_fused.checkpoints"
+        )
+    drop_gathered(model)
+    plain, inside = model, wrapped_by(model)
+    while inside is not None:
+        plain, inside = inside, wrapped_by(inside)
+    slots = slots_of(plain, leave=(Kind.CACHE,))
+    names = match_names(dict.fromkeys(weights, True), dict.fromkeys(slots, True))
+    try:
+        for name, own in names.items():
+            _put(slots[own], weights[name])
+        return dict(plain.state_dict())
+    finally:
+        for slot in slots.values():
+            _put(slot, slot.tensor)
+
+
+def _put(slot: Slot, tensor: Tensor) -> None:
+    """Makes a module hold ``tensor`` there, whatever its class."""
+    held: Any = slot.owner._parameters if slot.kind is Kind.PARAMETER else slot.owner._buffers
+    held[slot.key] = tensor
 
 
 @torch.no_grad()

@@ -189,6 +189,20 @@ def test_an_open_file_and_a_process_group_are_named(tmp_path: Path) -> None:
     AveragedWeights(nn.Sequential(norm), 0.1)
 
 
+class _Uncopied(Tensor):
+    """A class of tensors that can't be copied."""
+
+    def __deepcopy__(self, memo: object) -> Any:
+        raise RuntimeError("these can't be copied")
+
+
+def test_a_tensor_that_cannot_be_copied_is_named() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].register_buffer("scale", torch.ones(2).as_subclass(_Uncopied))
+    with pytest.raises(RuntimeError, match=r"'1\.scale' of the model \(_Uncopied\) can't be deep"):
+        ExponentialMovingAverage(model, 0.1)
+
+
 # Plain tensors, which no average follows.
 
 
