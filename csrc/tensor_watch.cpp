@@ -117,24 +117,29 @@ TensorWatch::TensorWatch(Ref list) : tensors_(std::move(list)) {
   if (!shim().complete) {
     return;
   }
-  const std::vector<torch_doors::Handle> handles = torch_doors::make_handles(tensors);
-  expected_.reserve(handles.size());
-  for (std::size_t i = 0; i < handles.size(); ++i) {
+  expected_.reserve(facts_.size());
+  for (std::size_t i = 0; i < facts_.size(); ++i) {
     const TensorFacts& facts = facts_[i];
     Expected expected{};
-    expected.handle = handles[i];
-    expected.header = torch_doors::header_of(handles[i]);
+    // A handle of its own counts as a use of the tensor, and torch.utils.swap_tensors, with which
+    // modules may be converted and loaded, takes tensors of one use only.
+    expected.handle = torch_doors::borrowed_handle(list_item(tensors, i));
+    if (expected.handle == nullptr) {
+      expected.handle = torch_doors::make_handle(list_item(tensors, i));
+      expected.is_owned = true;
+    }
+    expected.header = torch_doors::header_of(expected.handle);
     expected.elements = facts.elements;
     expected.dim = static_cast<std::int32_t>(facts.sizes.size());
     expected.stride = facts.strides.empty() ? 0 : facts.strides.back();
     expected.layout = layouts_.size();
     layouts_.insert(layouts_.end(), facts.sizes.begin(), facts.sizes.end());
     layouts_.insert(layouts_.end(), facts.strides.begin(), facts.strides.end());
-    shim().dtype(handles[i], &expected.dtype);
-    shim().device_type(handles[i], &expected.device_type);
-    shim().device_index(handles[i], &expected.device_index);
+    shim().dtype(expected.handle, &expected.dtype);
+    shim().device_type(expected.handle, &expected.device_type);
+    shim().device_index(expected.handle, &expected.device_index);
     // The pointer as the shim tells it: of a tensor without elements DLPack may tell another.
-    shim().data_ptr(handles[i], &expected.data);
+    shim().data_ptr(expected.handle, &expected.data);
     expected_.push_back(expected);
   }
 }
@@ -143,8 +148,9 @@ TensorWatch::~TensorWatch() { release(); }
 
 void TensorWatch::release() {
   for (Expected& expected : expected_) {
-    if (expected.handle != nullptr) {
-      shim().free_tensor(std::exchange(expected.handle, nullptr));
+    torch_doors::Handle handle = std::exchange(expected.handle, nullptr);
+    if (expected.is_owned && handle != nullptr) {
+      shim().free_tensor(handle);
     }
   }
   tensors_ = Ref();
@@ -221,7 +227,7 @@ Change TensorWatch::check() {
                                    expected_[i + kHeadersAhead].header);
     }
     if (i + kStoragesAhead < count) {
-      torch_doors::prefetch_storage(expected_[i + kStoragesAhead].header);
+      torch_doors::prefetch_storage(expected_[i + kStoragesAhead].handle);
     }
     worst = std::max(worst, compare(torch, expected_[i].handle, expected_[i]));
   }

@@ -64,7 +64,8 @@ class TensorWatch {
   // What the shim is asked for at every check, side by side in memory.
   struct Expected {
     torch_doors::Handle handle;  // null after release()
-    const void* header;          // after release() of a tensor that may be gone
+    const void* header;          // when it was planned, of a tensor that may be gone
+    bool is_owned;               // the handle; else it is inside the Python object, in tensors_
     void* data;
     std::int64_t elements;
     std::int64_t stride;  // of the only dimension, where there is one

@@ -77,16 +77,13 @@ const dlpack::ExchangeApi* find_exchange(PyObject* tensor_type) {
 // Whether handle_inside() finds, in two tensors that are made for it, what torch's own handles
 // hold.
 bool finds_handles_inside(PyObject* tensor_type) {
-  const Ref tensors = Ref::take(PyList_New(2));
-  for (Py_ssize_t i = 0; i < 2; ++i) {
-    PyList_SET_ITEM(tensors.get(), i, Ref::take(PyObject_CallNoArgs(tensor_type)).release());
-  }
-  const std::vector<Handle> handles = make_handles(tensors.get());
-  bool inside = handles.size() == 2;
-  for (std::size_t i = 0; i < handles.size(); ++i) {
-    inside =
-        inside && header_of(handles[i]) == header_of(handle_inside(list_item(tensors.get(), i)));
-    shim().free_tensor(handles[i]);
+  const Ref tensors[] = {Ref::take(PyObject_CallNoArgs(tensor_type)),
+                         Ref::take(PyObject_CallNoArgs(tensor_type))};
+  bool inside = true;
+  for (const Ref& tensor : tensors) {
+    const Handle handle = make_handle(tensor.get());
+    inside = inside && header_of(handle) == header_of(handle_inside(tensor.get()));
+    shim().free_tensor(handle);
   }
   return inside;
 }
@@ -159,24 +156,18 @@ void* current_stream(std::int32_t device_type, std::int32_t device_id) {
 
 const Shim& shim() { return doors().shim; }
 
-std::vector<Handle> make_handles(PyObject* tensors) {
-  const Ref capsules = Ref::take(PyObject_CallOneArg(doors().make_handles.get(), tensors));
-  if (PyList_Check(capsules.get()) == 0 || list_size(capsules.get()) != list_size(tensors)) {
+Handle make_handle(PyObject* tensor) {
+  const Ref tensors = Ref::take(PyList_New(1));
+  PyList_SET_ITEM(tensors.get(), 0, Ref::borrow(tensor).release());
+  const Ref capsules = Ref::take(PyObject_CallOneArg(doors().make_handles.get(), tensors.get()));
+  if (PyList_Check(capsules.get()) == 0 || list_size(capsules.get()) != 1) {
     fail_to_import("torch made no list of one handle for each tensor");
   }
-  std::vector<Handle> handles;
-  handles.reserve(list_size(capsules.get()));
-  for (std::size_t i = 0; i < list_size(capsules.get()); ++i) {
-    Handle handle = PyCapsule_GetPointer(list_item(capsules.get(), i), nullptr);
-    if (handle == nullptr) {
-      for (const Handle made : handles) {
-        shim().free_tensor(made);
-      }
-      throw PythonError{};
-    }
-    handles.push_back(handle);
+  Handle handle = PyCapsule_GetPointer(list_item(capsules.get(), 0), nullptr);
+  if (handle == nullptr) {
+    throw PythonError{};
   }
-  return handles;
+  return handle;
 }
 
 void parallel_for(std::int64_t size, std::int64_t grain, ParallelBody body, void* context) {

@@ -8,7 +8,6 @@
 
 #include <cstdint>
 #include <string>
-#include <vector>
 
 #include "dlpack_abi.h"
 #include "python_refs.h"
@@ -51,8 +50,8 @@ struct Shim {
 };
 const Shim& shim();
 
-// New handles, one a tensor; the caller frees them with shim().free_tensor. Needs shim().complete.
-std::vector<Handle> make_handles(PyObject* tensors);
+// A new handle; the caller frees it with shim().free_tensor. Needs shim().complete.
+Handle make_handle(PyObject* tensor);
 
 // The handle of a plain tensor or parameter, borrowed from its Python object: good while that
 // lives. Null for subclasses, and where this torch keeps its tensors elsewhere in its objects.
@@ -72,8 +71,8 @@ inline void prefetch_header(Handle handle, const void* header) {
   }
 }
 
-inline void prefetch_storage(const void* header) {
-  __builtin_prefetch(static_cast<const void* const*>(header)[2]);
+inline void prefetch_storage(Handle handle) {
+  __builtin_prefetch(static_cast<const void* const*>(header_of(handle))[2]);
 }
 
 // body(begin, end, context) over parts of [0, size), on torch's threads.

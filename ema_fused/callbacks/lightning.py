@@ -112,12 +112,15 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         # Not super(): in EMAWeightAveraging the next class is the original EMAWeightAveraging.
         _WeightAveraging.__init__(self, device, use_buffers, **kwargs)
         self._steps_asked = 0  # optimizer steps that should_update() was asked about
-        self._is_swapped = False
         self._is_final = False  # the averages are in the model for good
         self._is_ending = False  # within on_train_end
         self._swapped_by_subclass = False
         self._model: weakref.ref[nn.Module] | None = None
         self._exchange: Exchange | None = None
+
+    @property
+    def _is_swapped(self) -> bool:
+        return self._exchange is not None and self._exchange.is_in
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Makes the averaged copy of the model when ``fit`` begins.
@@ -152,7 +155,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         )
         self._model = weakref.ref(pl_module)
         self._exchange = None
-        self._is_swapped = self._is_final = self._swapped_by_subclass = False
+        self._is_final = self._swapped_by_subclass = False
         self._steps_asked = self._latest_update_step = 0
         self._latest_update_epoch = -1
 
@@ -204,7 +207,6 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             alike = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
             plan_of(alike, backend=None).copy_()
             VersionCounters(pair.held[0] for pair in alike).increment()
-            self._is_swapped = False
             self._exchange = None
             self._is_final = True
 
@@ -295,7 +297,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """In ``fit`` loads weights and average; otherwise the model gets the averages only."""
         # Nothing to swap out: all weights are overwritten, here or by the trainer.
-        self._is_swapped = self._is_final = self._swapped_by_subclass = False
+        self._is_final = self._swapped_by_subclass = False
         self._exchange = None
         if trainer.state.fn == "fit":
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
@@ -320,15 +322,17 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
                 find_pairs = functools.partial(_pairs, averaged, model)
                 self._exchange = Exchange(averaged, model, find_pairs, backend=None)
             self._exchange.put_in()
-        self._is_swapped = True
 
     def _take_out(self) -> None:
         """Gives the model its own weights back."""
-        if self._is_swapped:
-            assert self._exchange is not None
-            self._is_swapped = False
+        exchange = self._exchange
+        if exchange is not None and exchange.is_in:
             with torch.inference_mode(False), torch.no_grad():
-                self._exchange.take_out()
+                try:
+                    exchange.take_out()
+                except RuntimeError:  # the model was converted meanwhile: not tried again
+                    self._exchange = None
+                    raise
 
     def _swap_models(self, pl_module: Any) -> None:
         """Swaps in or out; replaces the original's method."""
@@ -365,8 +369,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled is everything but the references to the model and its swaps."""
-        swaps = {"_is_swapped": False, "_swapped_by_subclass": False}
-        return self.__dict__ | {"_model": None, "_exchange": None} | swaps
+        left_behind = {"_model": None, "_exchange": None, "_swapped_by_subclass": False}
+        return self.__dict__ | left_behind
 
 
 class EMAWeightAveraging(WeightAveraging, _EMAWeightAveraging):  # type: ignore[misc]

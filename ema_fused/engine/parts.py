@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ema_fused.engine.pairs import can_average
+from ema_fused.engine.undisturbed import undisturbed
 
 
 class Task(NamedTuple):
@@ -149,8 +151,31 @@ class ListedPart:
     def swap(self) -> bool:
         if not self.ready():
             return False
-        for task in self._distinct():
-            held = task.averaged.clone()
-            task.averaged.copy_(task.source)
-            task.source.copy_(held)
+        undisturbed(functools.partial(swap_all, self._distinct(), _swap))
         return True
+
+
+_Swappable = TypeVar("_Swappable")
+
+
+def swap_all(items: Iterable[_Swappable], swap: Callable[[_Swappable], object]) -> None:
+    """Swaps all, or none if one can't be swapped (memory may run out)."""
+    done = []
+    try:
+        for item in items:
+            swap(item)
+            done.append(item)
+    except BaseException:
+        for item in done:
+            swap(item)
+        raise
+
+
+def _swap(task: Task) -> None:
+    held = task.averaged.clone()
+    task.averaged.copy_(task.source)
+    try:
+        task.source.copy_(held)
+    except BaseException:
+        task.averaged.copy_(held)
+        raise

@@ -24,10 +24,11 @@ from ema_fused.engine.pairs import (
     refuse_average,
     refuse_swap,
 )
-from ema_fused.engine.parts import Part, Task, Update, kind_of
+from ema_fused.engine.parts import Part, Task, Update, kind_of, swap_all
 from ema_fused.engine.rounding import HALVES, check_rounding, check_seed
 from ema_fused.engine.routing import split
 from ema_fused.engine.streams import SideStreams
+from ema_fused.engine.undisturbed import undisturbed
 from ema_fused.engine.versions import VersionCounters
 
 ARITHMETICS = ("lerp", "axpby", "delta", "products")
@@ -211,10 +212,7 @@ class Plan:
             self._rebuild()
         for part in self._parts:
             if not operation(part):
-                raise RuntimeError(
-                    "a tensor was changed by another thread while it was being updated, and "
-                    "perhaps not all pairs are updated; change tensors between updates alone"
-                )
+                raise _changed_meanwhile()
 
     @outside_graphs
     def lerp_(
@@ -368,10 +366,18 @@ class Plan:
             i = self._no_swap
             raise refuse_swap(self.averaged[i], self.source[i], label(i, self._labels))
         with self._on(stream):
-            self._run(lambda part: part.swap())
+            if len(self._parts) > 1:
+                undisturbed(self._swap_parts)
+            else:
+                self._run(lambda part: part.swap())
         if self._counts:
             self._averaged_versions.increment()
             self._source_versions.increment()
+
+    def _swap_parts(self) -> None:
+        if not self.is_as_planned():
+            self._rebuild()
+        swap_all(self._parts, _swap_part)
 
     def _on(
         self, stream: torch.cuda.Stream | None, scalars: Sequence[Tensor] = ()
@@ -490,3 +496,15 @@ class Plan:
         averaged, source, step = state.pop("averaged"), state.pop("source"), state.pop("step")
         self.__init__(averaged, source, **state)  # type: ignore[misc]
         self.step = step
+
+
+def _changed_meanwhile() -> RuntimeError:
+    return RuntimeError(
+        "a tensor was changed by another thread while it was being updated, and perhaps not all "
+        "pairs are updated; change tensors between updates alone"
+    )
+
+
+def _swap_part(part: Part) -> None:
+    if not part.swap():
+        raise _changed_meanwhile()

@@ -96,7 +96,10 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
             )
         super().__init__(ema_type, strict_load, begin_iter, begin_epoch, **kwargs)
         self._exchange: Exchange | None = None
-        self._is_swapped = False
+
+    @property
+    def _is_swapped(self) -> bool:
+        return self._exchange is not None and self._exchange.is_in
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled is everything but the plans; refused while weights are swapped."""
@@ -296,7 +299,6 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
             self._exchange.take_out()
         else:
             self._exchange.put_in()
-        self._is_swapped = not self._is_swapped
 
 
 def _averaged_names(ema_state: dict[str, Any]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ema_fused.engine.plan import Plan
+from ema_fused.engine.undisturbed import certainly, undisturbed
 from ema_fused.engine.versions import VersionCounters
 from ema_fused.modules.swapping import tell_of_writes
 from ema_fused.modules.watch import ModuleWatch
@@ -131,17 +133,22 @@ class RegisteredAverages:
         self._run(lambda: self._plan.lerp_(momentum))
 
     def put_in(self) -> None:
-        """Swaps model and averages in place; integers in the model don't change."""
-        self._run(self._put_in)
-        tell_of_writes(self._written)
+        """Swaps model and averages in place; integers in the model don't change.
+
+        If a signal arrives whose handler raises, nothing has been swapped.
+        """
+        undisturbed(functools.partial(self._run, self._put_in), self._swap)
 
     def _put_in(self) -> None:
         self._copied.copy_()
-        self._plan.swap_()
+        self._swap()
 
     def take_out(self) -> None:
-        """Swaps model and averages back."""
-        self._run(lambda: self._plan.swap_())
+        """Swaps model and averages back, whatever signals arrive."""
+        certainly(functools.partial(self._run, self._swap))
+
+    def _swap(self) -> None:
+        self._plan.swap_()
         tell_of_writes(self._written)
 
     def _run(self, operation: Callable[[], None]) -> None:

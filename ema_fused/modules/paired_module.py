@@ -234,11 +234,16 @@ class PairedModule(WaitingModule):
     def swapped(self, model: nn.Module) -> AbstractContextManager[nn.Module]:
         """``with averaged.swapped(model):`` runs ``model`` with the averaged weights and buffers.
 
-        They are swapped out again at the end of the block, even if it raises. Tensors are swapped
-        in place, so it takes no memory, and optimizers, hooks and compiled graphs keep their
-        parameters. If ``averaged_dtype`` differs from the model's dtype, a swap would lose bits.
-        Then copies of the model's tensors are kept during the block; they take as much memory as
-        the model's tensors, on the average's device.
+        They are swapped out again at the end of the block, even if it raises, and whenever Ctrl-C
+        or another signal arrives: its handler waits while weights are on their way. Tensors are
+        swapped in place, so it takes no memory, and optimizers, hooks and compiled graphs keep
+        their parameters. If ``averaged_dtype`` differs from the model's dtype, a swap would lose
+        bits. Then copies of the model's tensors are kept during the block; they take as much memory
+        as the model's tensors, on the average's device.
+
+        What the block writes into the model's tensors goes to the average, with equal and with
+        different dtypes: after ``torch.optim.swa_utils.update_bn(loader, model)`` the average has
+        the statistics. Elements that weren't written keep every bit of the average.
 
         Inside the block the model holds the averages and the average holds the model's weights, so
         saving, loading, updating, calling the average, swapping again and steps of the model's

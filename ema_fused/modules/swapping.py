@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ContextDecorator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ema_fused.engine.plan import Plan
+from ema_fused.engine.undisturbed import certainly, undisturbed
 from ema_fused.engine.versions import VersionCounters
+from ema_fused.modules.changes import take_over_changes
 from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.first_values import FirstValues
@@ -96,7 +99,11 @@ class Exchange:
     """Swaps averages into a model and out again; planned once, used any number of times.
 
     Pairs of one dtype are swapped in place. Where the dtypes differ, a swap would lose bits: the
-    model's tensor is saved on the average's device and then overwritten.
+    model's tensor is saved on the average's device and then overwritten. What is written into the
+    model meanwhile (recomputed statistics) is in the average afterwards, in both cases.
+
+    Each exchange is done or not done, even if Ctrl-C or another signal arrives meanwhile: its
+    handler is called afterwards.
 
     Args:
         averaged: the module with the averages.
@@ -105,6 +112,9 @@ class Exchange:
             replaced.
         backend: as in :class:`~ema_fused.Plan`.
         first_values: what tells whether other code has written ``averaged``: swaps don't count.
+
+    Attributes:
+        is_in: whether the model holds the averages at the moment.
     """
 
     def __init__(
@@ -122,6 +132,7 @@ class Exchange:
         self._backend = backend
         self._first_values = FirstValues({}) if first_values is None else first_values
         self._kept: dict[str, Tensor] = {}
+        self.is_in = False
         self._prepare()
 
     @property
@@ -152,11 +163,14 @@ class Exchange:
         )
 
     def put_in(self) -> None:
-        """Swaps the averages into the model.
+        """Swaps the averages into the model; does nothing if they are in it.
 
         Raises:
-            KeyError, TypeError, ValueError: as ``pair_up``; nothing has been exchanged then.
+            KeyError, TypeError, ValueError: as ``pair_up``.
+            If an error is raised, of whatever kind, nothing has been exchanged.
         """
+        if self.is_in:
+            return
         wait_until_all_have_read()
         # If FSDP has come to the model since, its parameters are other objects.
         drop_gathered_in(self._parts_of_fsdp)
@@ -167,10 +181,18 @@ class Exchange:
             for pair in self._overwrites
         }
         self._first_values.look(self._modules[0])
+        undisturbed(functools.partial(self._put, kept), self._put_back_unchanged)
+
+    def _put(self, kept: dict[str, Tensor]) -> None:
         self._swap.swap_()
-        if self._overwrites:
-            self._overwrite.copy_()
         self._kept = kept
+        self.is_in = True
+        if self._overwrites:
+            try:
+                self._overwrite.copy_()
+            except BaseException:
+                self._put_back_unchanged()
+                raise
         tell_of_writes(self._written)
 
     def _is_as_planned(self) -> bool:
@@ -178,7 +200,7 @@ class Exchange:
         return self._swap.is_as_planned() and self._overwrite.is_as_planned()
 
     def take_out(self) -> None:
-        """Swaps the averages out of the model again.
+        """Swaps the averages out of the model again; does nothing if they aren't in it.
 
         Raises:
             RuntimeError: dtypes, shapes or names have changed since; or an offloaded update failed,
@@ -187,26 +209,38 @@ class Exchange:
         try:
             wait_until_all_have_read()
         finally:
-            self._put_back()
+            certainly(self._put_back)
 
-    def _put_back(self) -> None:
+    def _put_back(self, *, is_unchanged: bool = False) -> None:
+        if not self.is_in:
+            return
         drop_gathered_in(self._parts_of_fsdp)
         try:
             if self._slots_changed():
                 drop_gathered(self._model)
                 self._find_again()
+            own = [self._kept[pair.name] for pair in self._overwrites]
+            restore = self._plan_overwriting(own) if own else None
             self._swap.swap_()
-            if self._overwrites:
-                self._plan_overwriting([self._kept[pair.name] for pair in self._overwrites]).copy_()
         except (KeyError, TypeError, ValueError) as error:
             raise RuntimeError(
                 f"the model's own weights can't be put back, because the model was changed while "
                 f"averaged weights were in it: {error}. They are in averaged.module now; leave "
                 f"names, dtypes and shapes as they are in between"
             ) from error
-        self._kept = {}
-        tell_of_writes(self._written)
-        self._first_values.renew(self._modules[0])
+        try:
+            if own and not is_unchanged:
+                take_over_changes(self._overwrites, own)
+        finally:
+            if restore is not None:
+                restore.copy_()
+            self._kept = {}
+            self.is_in = False
+            tell_of_writes(self._written)
+            self._first_values.renew(self._modules[0])
+
+    def _put_back_unchanged(self) -> None:
+        self._put_back(is_unchanged=True)
 
     def _find_again(self) -> None:
         """Finds the same pairs again, by name, after tensors in the modules were replaced."""
@@ -256,7 +290,6 @@ def exchange_of_averages(
     return Exchange(averaged, model, find_pairs, backend=backend, first_values=first_values)
 
 
-@contextmanager
 def swapped(
     owner: nn.Module,
     averaged: nn.Module,
@@ -265,7 +298,7 @@ def swapped(
     shares: FrozenShares,
     backend: str | None,
     first_values: FirstValues | None = None,
-) -> Iterator[nn.Module]:
+) -> Swapped:
     """Swaps the weights of ``averaged`` and ``model`` for the duration of the block.
 
     Args:
@@ -273,27 +306,95 @@ def swapped(
             is refused inside the block, and so are steps of the model's optimizers, which would
             train the averages: in other threads too, as a step begins.
     """
-    refuse_while_swapped("swapped() was called", owner, model)
-    exchange = exchange_of_everything(
-        averaged, model, shares=shares, backend=backend, first_values=first_values
+    find_exchange = functools.partial(
+        exchange_of_everything,
+        averaged,
+        model,
+        shares=shares,
+        backend=backend,
+        first_values=first_values,
     )
-    modules = {*_parts_of(owner), *model.modules()}
-    refuse = functools.partial(refuse_while_swapped, "an optimizer's step() was called", model)
-    hooks = [before_steps_of(model, refuse)]
-    for module in modules:
-        # nn.Module's own functions: modules compiled by TorchScript refuse the public methods.
-        hooks += [
-            nn.Module.register_state_dict_pre_hook(module, _refuse_saving),
-            nn.Module._register_load_state_dict_pre_hook(module, _refuse_loading, with_module=True),
-        ]
-    try:
-        exchange.put_in()
-        _swapped.update(modules)
+    return Swapped(owner, model, find_exchange)
+
+
+class Swapped(ContextDecorator):
+    """The context manager of :func:`swapped`.
+
+    A class, because a generator can be interrupted where nothing would put the weights back: after
+    its ``yield`` and before the block begins.
+    """
+
+    def __init__(
+        self, owner: nn.Module, model: nn.Module, find_exchange: Callable[[], Exchange]
+    ) -> None:
+        self._owner = owner
+        self._model = model
+        self._find_exchange = find_exchange
+        self._block: _Block | None = None
+
+    def __enter__(self) -> nn.Module:
+        refuse_while_swapped("swapped() was called", self._owner, self._model)
+        wait_until_all_have_read()
+        self._block = _Block(self._model, {*_parts_of(self._owner), *self._model.modules()})
+        undisturbed(functools.partial(self._block.enter, self._find_exchange()), self._leave)
+        return self._model
+
+    def __exit__(self, *_: object) -> None:
         try:
-            yield model
+            certainly(self._leave)
         finally:
-            _swapped.difference_update(modules)
-            exchange.take_out()
-    finally:
-        for hook in hooks:
+            if self._block is not None:
+                undisturbed(self._leave)
+
+    def _leave(self) -> None:
+        block, self._block = self._block, None
+        if block is not None:
+            block.leave()
+
+
+class _Block:
+    """A block in which averages are swapped in; gone with it.
+
+    If nothing leaves it (a signal arrived before the first line of ``__exit__``, or ``__enter__``
+    was called by hand), it is left when it is garbage-collected.
+    """
+
+    _exchange: Exchange | None = None
+
+    def __init__(self, model: nn.Module, modules: set[nn.Module]) -> None:
+        self._model = model
+        self._modules = modules
+        self._hooks: list[RemovableHandle] = []
+
+    def enter(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        try:
+            action = "an optimizer's step() was called"
+            refuse = functools.partial(refuse_while_swapped, action, self._model)
+            self._hooks.append(before_steps_of(self._model, refuse))
+            # nn.Module's own functions: modules compiled by TorchScript refuse the public methods.
+            before_saving: Any = nn.Module.register_state_dict_pre_hook
+            before_loading: Any = nn.Module._register_load_state_dict_pre_hook
+            for module in self._modules:
+                self._hooks += [
+                    before_saving(module, _refuse_saving),
+                    before_loading(module, _refuse_loading, with_module=True),
+                ]
+            exchange.put_in()
+            _swapped.update(self._modules)
+        except BaseException:
+            self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Does nothing if the block was left before, or not entered."""
+        exchange, self._exchange = self._exchange, None
+        if exchange is None:
+            return
+        _swapped.difference_update(self._modules)
+        for hook in self._hooks:
             hook.remove()
+        exchange.take_out()
+
+    def __del__(self) -> None:
+        undisturbed(self.leave)
