@@ -328,6 +328,23 @@ class BaseAveragedModel(PairedModule):
                 pairing.flush()
             self._advice.of_waiting(pairing, overlap=self.overlap, asynchronous=asynchronous)
 
+    def _paired_with(self, model: nn.Module) -> Pairing:
+        try:
+            return super()._paired_with(model)
+        except KeyError:
+            if isinstance(model, BaseAveragedModel):
+                raise KeyError(
+                    "the model is an averaged model itself, and this isn't an average of it; pass "
+                    "the model that is trained, or model.module"
+                ) from None
+            if any(part is self for part in model.modules()):
+                raise KeyError(
+                    "the model has this average as one of its parts, so its names aren't those "
+                    "that were averaged; average and pass the part that is trained: self.average = "
+                    "ExponentialMovingAverage(self.network), update_parameters(self.network)"
+                ) from None
+            raise
+
     def _weight_at(self, steps: int) -> float | None:
         """The weight of the average that this call makes; None if it makes none."""
         if steps <= 0 or steps % self.every or steps % self.interval:

@@ -13,6 +13,7 @@ from ema_fused.averages import schedules
 from ema_fused.averages.base import BaseAveragedModel, averages_one_by_one
 from ema_fused.averages.kept_kind import MEAN, MOMENTUM
 from ema_fused.averages.momenta import Momentum, MomentumByName, NamedWeights
+from ema_fused.averages.momentum import check_function
 from ema_fused.averages.options import Options, refuse_momenta
 from ema_fused.engine.checks import check_fraction, check_integer, check_momentum, check_positive
 from ema_fused.modules.choosing import Pattern
@@ -69,8 +70,13 @@ class ExponentialMovingAverage(BaseAveragedModel):
             momenta = MomentumByName(momentum)
         elif own_schedule or not callable(momentum):
             check_momentum(momentum)
+        else:
+            check_function("momentum", momentum)
         super().__init__(model, *shared, **options)
         self.momentum = momentum
+        # Such a number has been warned of already.
+        is_number = momenta is None and not callable(momentum)
+        self._is_questioned = is_number and bool(momentum > 0.5)  # type: ignore[operator]
         self._momenta = momenta
         if momenta is not None:
             self._is_plain = False

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 
 from torch import nn
 
-from ema_fused.averages.momentum import checked_number, combined
+from ema_fused.averages.momentum import check_function, checked_number, combined
 from ema_fused.engine.checks import check_fraction, check_momentum
 from ema_fused.modules import naming
 from ema_fused.modules.choosing import Buffers, Pattern, compiled
@@ -50,7 +50,9 @@ class MomentumByName:
         self._patterns = list(given)
         self._expressions = [compiled("momentum", pattern) for pattern in given]
         for pattern, value in given.items():
-            if not callable(value):
+            if callable(value):
+                check_function(f"momentum of {pattern!r}", value)
+            else:
                 check_fraction(f"momentum of {pattern!r}", value)
                 if 0 < value < 1:
                     check_momentum(value)  # warns above 0.5

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
 
 # By then every warm-up falls.
 _SETTLED = 10
+
+
+def check_function(what: str, momentum: Callable[..., Any]) -> None:
+    """Raises TypeError if ``momentum`` can't be called with a step and nothing else.
+
+    Args:
+        what: the argument it was given as, for messages.
+    """
+    try:
+        inspect.signature(momentum).bind(0)
+        return
+    except TypeError as error:
+        wrong: Exception = error
+    except ValueError as error:
+        # Some functions written in C have no signature, nor has a partial that doesn't fit.
+        if not isinstance(momentum, functools.partial):
+            return
+        wrong = error
+    raise TypeError(
+        f"{what} is {momentum!r}, which can't be called with a step alone ({wrong}); a function of "
+        f"the step is expected, with its other arguments bound by functools.partial"
+    )
 
 
 class _HasMomentum(Protocol):
@@ -97,9 +121,7 @@ def _question(averaged: Any, weight: float, steps: int) -> None:
     """Warns of a schedule that gives a large momentum and doesn't fall, as decays do."""
     if weight == 1.0 or getattr(averaged, "_is_questioned", False):
         return
-    # A number is warned of where it is given.
-    is_number = getattr(averaged, "momentum", None) == weight
-    if not is_number and float(averaged.momentum_at(steps - 1)) <= weight:
+    if float(averaged.momentum_at(steps - 1)) <= weight:
         warnings.warn(
             f"{type(averaged).__name__} has momentum {weight:.6g} at step {steps}, and it doesn't "
             f"fall: nearly all of the average is the model's present values. Momentum is their "

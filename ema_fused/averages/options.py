@@ -88,6 +88,9 @@ def check_options(options: Options) -> None:
     check_integer("interval", options["interval"], least=1)
     check_integer("begin_step", options["begin_step"], least=0)
     check_integer("every", options["every"], least=1)
+    device = options["device"]
+    if not (device is None or isinstance(device, (str, int, torch.device))):
+        raise TypeError(f"device is {device!r}; a torch.device, or its name, is expected")
     dtype = options["averaged_dtype"]
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"averaged_dtype is {dtype!r}; a floating-point dtype is expected")

@@ -77,6 +77,11 @@ def _instead(name: str, value: object, accepted: Sequence[str], decays: bool) ->
             "a warm-up is a momentum that is a function of the step, of ExponentialMovingAverage: "
             "momentum=functools.partial(schedules.warmup_power, momentum=0.001)"
         )
+    if name in ("avg_fn", "multi_avg_fn"):
+        return (
+            "torch's get_ema_avg_fn(decay) is momentum=1 - decay here, and get_swa_avg_fn() is "
+            "StochasticWeightAverage; other functions are avg_func of a BaseAveragedModel"
+        )
     if name == "momentum":
         return "take ExponentialMovingAverage, which has a momentum"
     ours = _OURS.get(name, "")

@@ -94,6 +94,12 @@ def test_a_warm_up_is_a_function() -> None:
     assert "schedules.warmup_power" in refusal(ExponentialMovingAverage, use_ema_warmup=True)
 
 
+@pytest.mark.parametrize("name", ["avg_fn", "multi_avg_fn"])
+def test_functions_of_torchs_average_are_told_as_kinds(name: str) -> None:
+    message = refusal(ExponentialMovingAverage, **{name: torch.lerp})
+    assert "get_ema_avg_fn(decay) is momentum=1 - decay here" in message
+
+
 def test_what_is_taken_is_listed() -> None:
     listed = refusal(AveragedWeights, nonsense=1).partition("'nonsense'. It takes ")[2].split(", ")
     assert listed[:4] == ["model", "momentum", "arithmetic", "interval"]

@@ -97,6 +97,16 @@ def test_a_number_is_warned_of_where_it_is_given_alone() -> None:
             averaged.update_parameters(model)
 
 
+def test_a_number_that_is_set_later_is_looked_at_too() -> None:
+    averaged, model = ExponentialMovingAverage(Weight(), 0.001), Weight()
+    for _ in range(3):
+        averaged.update_parameters(model)
+    averaged.momentum = 0.999
+    with pytest.warns(UserWarning, match=r"has momentum 0\.999 at step 10, and it doesn't fall"):
+        for _ in range(20):
+            averaged.update_parameters(model)
+
+
 def test_a_warning_that_is_an_error_leaves_the_average_alone() -> None:
     model = conv_net()
     averaged = ExponentialMovingAverage(model, lambda step: 0.999)
@@ -141,6 +151,32 @@ def test_what_is_no_number_is_named(returned: Any, capturable: bool) -> None:
     ):
         averaged.update_parameters(model.set_to(3.0))
     assert averaged.module.weight == 2.0 and averaged.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda: 0.1, "too many positional arguments"),
+        (schedules.cosine, "missing a required argument: 'total'"),
+        (partial(schedules.cosine, total_steps=9), "has incorrect arguments"),
+        (torch.optim.swa_utils.get_ema_avg_fn(0.999), "missing a required argument"),
+    ],
+)
+def test_a_function_that_takes_no_step_is_refused_where_it_is_given(
+    function: Any, why: str
+) -> None:
+    with pytest.raises(TypeError, match=rf"momentum is .* with a step alone \(.*{why}"):
+        ExponentialMovingAverage(Weight(), function)
+    with pytest.raises(TypeError, match=rf"momentum of '' is .* with a step alone \(.*{why}"):
+        ExponentialMovingAverage(Weight(), {"": function})
+
+
+def test_functions_without_a_signature_are_taken() -> None:
+    class Table(list[float]):
+        __call__ = list.__getitem__
+
+    for function in (Table([1.0, 0.25]).__getitem__, Table([1.0, 0.25])):
+        assert values_of(ExponentialMovingAverage(Weight(), function), [0.0, 4.0]) == [0, 1]
 
 
 def test_a_function_that_forgets_to_return_in_a_class() -> None:
