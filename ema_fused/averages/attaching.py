@@ -159,7 +159,8 @@ class _Following:
         self._rounds: Rounds | None = None
         self._on_gradients: Any = None
         # A user may keep a part of the average alone, and would wait for updates in vain.
-        tensor = next(averaged.parameters(), None) if isinstance(averaged, nn.Module) else None
+        module = averaged._averages() if isinstance(averaged, BaseAveragedModel) else averaged
+        tensor = next(module.parameters(), None) if isinstance(module, nn.Module) else None
         self._part = (lambda: None) if tensor is None else weakref.ref(tensor)
         _followings.add(self)
 
