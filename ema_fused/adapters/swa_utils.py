@@ -34,7 +34,7 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> MultiAverage:
     Raises:
         ValueError: ``decay`` is out of its range.
     """
-    check_fraction("decay", decay)
+    decay = check_fraction("decay", decay)
 
     def ema_update(
         averaged: Sequence[Tensor], current: Sequence[Tensor], num_averaged: Tensor | int

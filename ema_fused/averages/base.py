@@ -205,21 +205,21 @@ class BaseAveragedModel(PairedModule):
                 version_counters=version_counters,
             )
             where = _device_for_counts(module if capturable else None, device)
-            waiting = max(0, begin_step - 1)
+            waiting = max(0, options["begin_step"] - 1)
             self.register_buffer("steps", torch.tensor(-waiting, dtype=torch.long, device=where))
             if rounding == "stochastic":
-                self.register_buffer("rounding_seed", torch.tensor(seed, device=where))
+                self.register_buffer("rounding_seed", torch.tensor(options["seed"], device=where))
         self.first_values.note(module, shared)
         self.register_load_state_dict_post_hook(_accept_loaded)  # type: ignore[no-untyped-call]
         self._has_loaded_steps = False
-        self.interval = interval
-        self.every = every
+        self.interval = options["interval"]
+        self.every = options["every"]
         self.capturable = capturable
         self._one_by_one = one_by_one
         self._step_count = KnownInteger()
         self._seed = KnownInteger()
-        self._distances = DistanceSamples(distance_every)
         self._skips_nonfinite = skip_nonfinite
+        self._distances = DistanceSamples(options["distance_every"])
         self._is_ordinary = rounding == "nearest" and distance_every is None
         self._is_plain = (
             self._is_ordinary

@@ -69,7 +69,7 @@ class ExponentialMovingAverage(BaseAveragedModel):
             momentum = momentum if isinstance(momentum, dict) else dict(momentum)
             momenta = MomentumByName(momentum)
         elif own_schedule or not callable(momentum):
-            check_momentum(momentum)
+            momentum = check_momentum(momentum)
         else:
             check_function("momentum", momentum)
         super().__init__(model, *shared, **options)
@@ -125,11 +125,11 @@ class MomentumAnnealingEMA(ExponentialMovingAverage):
         self,
         model: nn.Module,
         momentum: float = 0.0002,
-        gamma: int = 100,
+        gamma: float = 100,
         *shared: Any,
         **options: Unpack[Options],
     ) -> None:
-        check_positive("gamma", gamma)
+        gamma = check_positive("gamma", gamma)
         super().__init__(model, momentum, *shared, **options)
         self.gamma = gamma
 
@@ -156,11 +156,11 @@ class ExpMomentumEMA(ExponentialMovingAverage):
         self,
         model: nn.Module,
         momentum: float = 0.0002,
-        gamma: int = 2000,
+        gamma: float = 2000,
         *shared: Any,
         **options: Unpack[Options],
     ) -> None:
-        check_positive("gamma", gamma)
+        gamma = check_positive("gamma", gamma)
         super().__init__(model, momentum, *shared, **options)
         self.gamma = gamma
 
@@ -184,6 +184,9 @@ class CosineEMA(ExponentialMovingAverage):
             :meth:`total_steps`.
 
     The others as :class:`BaseAveragedModel`.
+
+    Raises:
+        RuntimeError: neither ``max_iters`` nor an own :meth:`total_steps` says how long it is.
     """
 
     arithmetic = "axpby"
@@ -198,9 +201,11 @@ class CosineEMA(ExponentialMovingAverage):
         max_iters: int | None = None,
         **options: Unpack[Options],
     ) -> None:
-        check_fraction("end_momentum", end_momentum)
+        end_momentum = check_fraction("end_momentum", end_momentum)
         if max_iters is not None:
-            check_integer("max_iters", max_iters, least=1)
+            max_iters = check_integer("max_iters", max_iters, least=1)
+        elif type(self).total_steps is CosineEMA.total_steps:
+            raise self._without_length()  # now, not at the first average
         super().__init__(model, momentum, *shared, **options)
         self.end_momentum = end_momentum
         self.max_iters = max_iters
@@ -212,11 +217,15 @@ class CosineEMA(ExponentialMovingAverage):
             RuntimeError: ``max_iters`` wasn't given.
         """
         if self.max_iters is None:
-            raise RuntimeError(
-                "CosineEMA needs the number of steps of the whole training: pass max_iters=..., or "
-                "override total_steps()"
-            )
+            raise self._without_length()
         return self.max_iters
+
+    @staticmethod
+    def _without_length() -> RuntimeError:
+        return RuntimeError(
+            "CosineEMA needs the number of steps of the whole training: pass max_iters=..., or "
+            "override total_steps()"
+        )
 
     def momentum_at(self, steps: Any) -> Any:
         total = self.total_steps()

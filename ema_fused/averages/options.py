@@ -84,10 +84,13 @@ def refuse_momenta(name: str, options: Options, *, one_by_one: bool) -> None:
 
 
 def check_options(options: Options) -> None:
-    """Raises TypeError, ValueError or RuntimeError for invalid values and combinations."""
-    check_integer("interval", options["interval"], least=1)
-    check_integer("begin_step", options["begin_step"], least=0)
-    check_integer("every", options["every"], least=1)
+    """Makes plain integers of ``options``' integers.
+
+    Raises TypeError, ValueError or RuntimeError for invalid values and combinations.
+    """
+    options["interval"] = check_integer("interval", options["interval"], least=1)
+    options["begin_step"] = check_integer("begin_step", options["begin_step"], least=0)
+    options["every"] = check_integer("every", options["every"], least=1)
     device = options["device"]
     if not (device is None or isinstance(device, (str, int, torch.device))):
         raise TypeError(f"device is {device!r}; a torch.device, or its name, is expected")
@@ -97,11 +100,13 @@ def check_options(options: Options) -> None:
     if options["backend"] is not None:
         backends.pinned(options["backend"])
     check_rounding(options["rounding"])
-    check_seed(options["seed"])
+    options["seed"] = check_seed(options["seed"])
     if options["offload"] not in (None, "cpu"):
         raise ValueError(f"offload is {options['offload']!r}; None or 'cpu' is expected")
     if options["distance_every"] is not None:
-        check_integer("distance_every", options["distance_every"], least=1)
+        options["distance_every"] = check_integer(
+            "distance_every", options["distance_every"], least=1
+        )
     if options["version_counters"] not in (None, True, False):
         raise TypeError(
             f"version_counters is {options['version_counters']!r}; True, False or None is expected"

@@ -20,7 +20,12 @@ import math
 
 from torch import Tensor
 
-from ema_fused.engine.checks import check_fraction, check_integer, check_positive
+from ema_fused.engine.checks import (
+    check_fraction,
+    check_integer,
+    check_not_negative,
+    check_positive,
+)
 from ema_fused.engine.elementary import (
     Number,
     at_least,
@@ -46,8 +51,7 @@ def constant(step: float | Tensor, *, momentum: float = 0.0002) -> float:
         ValueError: ``momentum`` is outside [0, 1], or ``step`` negative.
     """
     _check_step(step)
-    check_fraction("momentum", momentum)
-    return momentum
+    return check_fraction("momentum", momentum)
 
 
 def annealing(step: Number, *, momentum: float = 0.0002, gamma: float = 100) -> Number:
@@ -60,8 +64,8 @@ def annealing(step: Number, *, momentum: float = 0.0002, gamma: float = 100) -> 
         ValueError: ``momentum`` is outside [0, 1], ``gamma`` not above 0, or ``step`` negative.
     """
     _check_step(step)
-    check_fraction("momentum", momentum)
-    check_positive("gamma", gamma)
+    momentum = check_fraction("momentum", momentum)
+    gamma = check_positive("gamma", gamma)
     return at_least(gamma / (gamma + step), momentum)
 
 
@@ -75,8 +79,8 @@ def exponential(step: Number, *, momentum: float = 0.0002, gamma: float = 2000) 
         ValueError: ``momentum`` is outside [0, 1], ``gamma`` not above 0, or ``step`` negative.
     """
     _check_step(step)
-    check_fraction("momentum", momentum)
-    check_positive("gamma", gamma)
+    momentum = check_fraction("momentum", momentum)
+    gamma = check_positive("gamma", gamma)
     return (1 - momentum) * exp(-(1 + step) / gamma) + momentum
 
 
@@ -85,21 +89,19 @@ def linear_warmup(step: Number, *, momentum: float = 0.0002, warm_up: float = 10
 
     Momentum grows from ``1 / warm_up`` until it reaches ``momentum``. If ``momentum`` is below
     ``1 / warm_up``, as with the defaults of the original, it is the minimum from the start and the
-    schedule is constant.
+    schedule is constant. So it is with a ``warm_up`` of 1 or less: the ratio is never below 1 then.
 
     Raises:
-        ValueError: ``momentum`` is outside [0, 1], ``warm_up`` below 1, or ``step`` negative.
+        ValueError: ``momentum`` is outside [0, 1], or ``warm_up`` or ``step`` negative.
     """
     _check_step(step)
-    check_fraction("momentum", momentum)
-    if not 1 <= warm_up < math.inf:
-        raise ValueError(
-            f"warm_up is {warm_up!r}; a finite number of steps, 1 or more, is expected"
-        )
-    return at_most((1 + step) / (warm_up + step), momentum)
+    momentum = check_fraction("momentum", momentum)
+    warm_up = check_not_negative("warm_up", warm_up)
+    # Nothing is divided by 0 at step 0; the ratio is 1 or more there as it is.
+    return at_most((1 + step) / at_least(warm_up + step, 1), momentum)
 
 
-def cosine(step: Number, *, start: float = 0.004, end: float = 0.0, total: int) -> Number:
+def cosine(step: Number, *, start: float = 0.004, end: float = 0.0, total: float) -> Number:
     """``end - (end - start) * (cos(pi * step / total) + 1) / 2``, as MMPretrain's ``CosineEMA``.
 
     The schedule of BYOL (Grill et al. 2020, arXiv 2006.07733), from ``start`` at step 0 to ``end``
@@ -110,9 +112,9 @@ def cosine(step: Number, *, start: float = 0.004, end: float = 0.0, total: int) 
             negative.
     """
     _check_step(step)
-    check_fraction("start", start)
-    check_fraction("end", end)
-    check_positive("total", total)
+    start = check_fraction("start", start)
+    end = check_fraction("end", end)
+    total = check_positive("total", total)
     return half_cosine(math.pi * at_most(step, total) / total, start, end)
 
 
@@ -164,11 +166,11 @@ def warmup_power(
             0, ``after`` or ``step`` negative.
     """
     _check_step(step)
-    check_fraction("momentum", momentum)
-    check_fraction("largest", largest)
-    check_positive("gamma", gamma)
-    check_positive("power", power)
-    check_integer("after", after, least=0)
+    momentum = check_fraction("momentum", momentum)
+    largest = check_fraction("largest", largest)
+    gamma = check_positive("gamma", gamma)
+    power = check_positive("power", power)
+    after = check_integer("after", after, least=0)
     s = step - after - 1
     value = at_most(at_least(raised(1 + at_least(s, 0) / gamma, -power), momentum), largest)
     return one_until(s, value)
@@ -184,7 +186,7 @@ def warmup_ratio(step: Number, *, momentum: float = 0.0001) -> Number:
         ValueError: ``momentum`` is outside [0, 1], or ``step`` negative.
     """
     _check_step(step)
-    check_fraction("momentum", momentum)
+    momentum = check_fraction("momentum", momentum)
     return at_least(9 / (10 + step), momentum)
 
 
@@ -200,9 +202,9 @@ def delayed_warmup_ratio(
         ValueError: ``momentum`` or ``largest`` is outside [0, 1], ``after`` or ``step`` negative.
     """
     _check_step(step)
-    check_fraction("momentum", momentum)
-    check_fraction("largest", largest)
-    check_integer("after", after, least=0)
+    momentum = check_fraction("momentum", momentum)
+    largest = check_fraction("largest", largest)
+    after = check_integer("after", after, least=0)
     s = step - after - 1
     return one_until(s, at_most(warmup_ratio(at_least(s, 0), momentum=momentum), largest))
 
@@ -218,8 +220,8 @@ def warmup_exponential(step: Number, *, momentum: float = 0.0001, tau: float = 2
         ValueError: ``momentum`` is outside [0, 1], ``tau`` not above 0, or ``step`` negative.
     """
     _check_step(step)
-    check_fraction("momentum", momentum)
-    check_positive("tau", tau)
+    momentum = check_fraction("momentum", momentum)
+    tau = check_positive("tau", tau)
     return 1 + (1 - momentum) * expm1(-step / tau)
 
 
@@ -235,9 +237,9 @@ def half_life_ramp_up(
         ValueError: ``half_life``, ``batch_size`` or ``ratio`` is not above 0, or ``step`` negative.
     """
     _check_step(step)
-    check_positive("half_life", half_life)
-    check_positive("batch_size", batch_size)
-    check_positive("ratio", ratio)
+    half_life = check_positive("half_life", half_life)
+    batch_size = check_positive("batch_size", batch_size)
+    ratio = check_positive("ratio", ratio)
     # At least half a step, so as not to divide by 0 at step 0, where the value isn't used.
     reached = at_most(ratio * at_least(step, 0.5) * batch_size, half_life)
     return one_until(step, -expm1(-math.log(2) * batch_size / reached))
@@ -266,8 +268,8 @@ def momentum_of_half_life(half_life: float, *, batch_size: float = 1) -> float:
     Raises:
         ValueError: ``half_life`` or ``batch_size`` is not above 0.
     """
-    check_positive("half_life", half_life)
-    check_positive("batch_size", batch_size)
+    half_life = check_positive("half_life", half_life)
+    batch_size = check_positive("batch_size", batch_size)
     return -math.expm1(-math.log(2) * batch_size / half_life)
 
 
@@ -280,6 +282,6 @@ def scale_momentum(momentum: float, kappa: float) -> float:
     Raises:
         ValueError: ``momentum`` is outside [0, 1], or ``kappa`` not above 0.
     """
-    check_fraction("momentum", momentum)
-    check_positive("kappa", kappa)
+    momentum = check_fraction("momentum", momentum)
+    kappa = check_positive("kappa", kappa)
     return 1.0 if momentum == 1 else -math.expm1(kappa * math.log1p(-momentum))

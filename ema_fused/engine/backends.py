@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib
 import os
-import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+
+from ema_fused.engine.notices import warn
 
 BACKENDS = ("cuda", "cpu", "foreach")
 
@@ -115,7 +116,7 @@ def warn_slow_path(reason: str, example: str, pairs: int, total: int) -> None:
     if reason in _warned:
         return
     _warned.add(reason)
-    warnings.warn(
+    warn(
         f"{pairs} of {total} pairs are updated by torch's foreach functions instead of a native "
         f"kernel of ema_fused, because {reason} (first: {example}). Results are right, only "
         f"slower; backend='foreach' says that this is meant.",

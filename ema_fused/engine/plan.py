@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -113,7 +112,7 @@ class Plan:
         if arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic {arithmetic!r} is none of {', '.join(ARITHMETICS)}")
         check_rounding(rounding)
-        check_seed(seed)
+        seed = check_seed(seed)
         if rounding == "stochastic" and arithmetic != "lerp":
             raise ValueError(
                 f"rounding 'stochastic' goes with arithmetic 'lerp', and {arithmetic!r} was given: "
@@ -133,7 +132,7 @@ class Plan:
         self.arithmetic = arithmetic
         self.backend = backend
         self.rounding = rounding
-        self.seed = operator.index(seed)
+        self.seed = seed
         self.step = 0
         self._only_copy = [False] * len(source) if only_copy is None else list(only_copy)
         self._names = None if names is None else list(names)
@@ -425,8 +424,7 @@ class Plan:
         missing = [key for key in ("seed", "step") if key not in state]
         if missing:
             raise KeyError(f"{' and '.join(missing)} missing: not the state of a Plan")
-        check_seed(state["seed"])
-        self.seed, self.step = operator.index(state["seed"]), as_integer(state["step"], "step")
+        self.seed, self.step = check_seed(state["seed"]), as_integer(state["step"], "step")
 
     def give_up(self) -> list[Part]:
         """Hands the parts over to the caller; the plan must not be used afterwards."""

@@ -27,10 +27,12 @@ def check_rounding(rounding: str) -> None:
         raise ValueError(f"rounding {rounding!r} is none of {', '.join(ROUNDINGS)}")
 
 
-def check_seed(seed: object) -> None:
-    """Raises TypeError or ValueError unless ``seed`` is an integer in [0, 2**63)."""
-    if not 0 <= as_integer(seed, "seed") < 2**63:
-        raise ValueError(f"seed is {seed}; an integer in [0, 2**63) is expected")
+def check_seed(seed: object) -> int:
+    """``seed`` as an int; raises TypeError or ValueError unless it is one in [0, 2**63)."""
+    number = as_integer(seed, "seed")
+    if not 0 <= number < 2**63:
+        raise ValueError(f"seed is {number}; an integer in [0, 2**63) is expected")
+    return number
 
 
 def philox(counter: list[Tensor], seed: int) -> list[Tensor]:

@@ -6,8 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from ema_fused.averages import schedules
-from ema_fused.engine.checks import check_fraction, check_integer, check_momentum, check_positive
-from ema_fused.hooks.on_mmcv import HOOKS, Hook, is_module_wrapper
+from ema_fused.engine.checks import (
+    WrongTypeError,
+    check_fraction,
+    check_integer,
+    check_momentum,
+    check_not_negative,
+    check_positive,
+)
+from ema_fused.hooks.on_mmcv import HOOKS, Hook, in_the_log, is_module_wrapper
 from ema_fused.hooks.registered_averages import RegisteredAverages
 from ema_fused.hooks.registering import register_beside, register_instead, unwrapped
 
@@ -20,6 +27,7 @@ __all__ = [
 ]
 
 
+@in_the_log
 class BaseEMAHook(Hook):  # type: ignore[misc]
     """Keeps averages as buffers ``ema_<name>`` of the model, with ``.`` as ``_`` in the name.
 
@@ -51,10 +59,12 @@ class BaseEMAHook(Hook):  # type: ignore[misc]
         resume_from: str | None = None,
         momentum_fun: Callable[[int], float] | None = None,
     ) -> None:
-        check_momentum(momentum)
-        check_integer("interval", interval, least=1)
-        self.momentum = momentum
-        self.interval = interval
+        if momentum_fun and not callable(momentum_fun):
+            raise WrongTypeError(
+                f"momentum_fun is {momentum_fun!r}; None or a function of the iteration is expected"
+            )
+        self.momentum = check_momentum(momentum)
+        self.interval = check_integer("interval", interval, least=1)
         self.skip_buffers = skip_buffers
         self.checkpoint = resume_from
         self.momentum_fun = momentum_fun
@@ -86,9 +96,7 @@ class BaseEMAHook(Hook):  # type: ignore[misc]
             ValueError: ``momentum_fun`` gives a momentum outside [0, 1].
         """
         if self._is_due(runner.iter):
-            momentum = self.get_momentum(runner)
-            check_fraction("momentum", momentum)
-            self._averages.average_(momentum)
+            self._averages.average_(check_fraction("momentum", self.get_momentum(runner)))
 
     def after_train_epoch(self, runner: Any) -> None:
         """Swaps the averages into the model, to be evaluated and saved."""
@@ -107,8 +115,8 @@ class ExpMomentumEMAHook(BaseEMAHook):
         **kwargs: as :class:`BaseEMAHook`; ``momentum_fun`` is ignored.
     """
 
-    def __init__(self, total_iter: int = 2000, **kwargs: Any) -> None:
-        check_positive("total_iter", total_iter)
+    def __init__(self, total_iter: float = 2000, **kwargs: Any) -> None:
+        total_iter = check_positive("total_iter", total_iter)
         super().__init__(**kwargs)
         self.momentum_fun = lambda step: schedules.exponential(
             step, momentum=self.momentum, gamma=total_iter
@@ -122,12 +130,12 @@ class LinearMomentumEMAHook(BaseEMAHook):
     As in the original, the momentum is raised to the power of ``interval``, as if it were a decay.
 
     Args:
-        warm_up: iterations, 1 or more.
+        warm_up: iterations, 0 or more; with 1 or less there is no warm-up.
         **kwargs: as :class:`BaseEMAHook`; ``momentum_fun`` is ignored.
     """
 
-    def __init__(self, warm_up: int = 100, **kwargs: Any) -> None:
-        check_integer("warm_up", warm_up, least=1)
+    def __init__(self, warm_up: float = 100, **kwargs: Any) -> None:
+        warm_up = check_not_negative("warm_up", warm_up)
         super().__init__(**kwargs)
         self.momentum_fun = lambda step: schedules.linear_warmup(
             step, momentum=self.momentum**self.interval, warm_up=warm_up
@@ -150,13 +158,13 @@ class EMAHook(BaseEMAHook):
         self,
         momentum: float = 0.0002,
         interval: int = 1,
-        warm_up: int = 100,
+        warm_up: float = 100,
         resume_from: str | None = None,
     ) -> None:
-        check_integer("warm_up", warm_up, least=1)
+        warm_up = check_not_negative("warm_up", warm_up)
         super().__init__(momentum, interval, skip_buffers=True, resume_from=resume_from)
         self.warm_up = warm_up
-        self.momentum = momentum**interval
+        self.momentum **= self.interval
         self.momentum_fun = lambda step: schedules.linear_warmup(
             step, momentum=self.momentum, warm_up=self.warm_up
         )

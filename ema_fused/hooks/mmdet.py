@@ -7,11 +7,12 @@ from typing import Any
 from torch import nn
 
 from ema_fused.averages.kinds import ExpMomentumEMA
-from ema_fused.engine.checks import check_integer, check_momentum
+from ema_fused.engine.checks import WrongModelError, check_integer, check_momentum
 from ema_fused.hooks.on_mmengine import (
     HOOKS,
     MODELS,
     Hook,
+    in_the_log,
     is_model_wrapper,
     replace_hooks,
     replace_models,
@@ -23,6 +24,7 @@ from ema_fused.modules.pairing import Pairing
 __all__ = ["ExpMomentumEMA", "MeanTeacherHook", "register"]
 
 
+@in_the_log
 class MeanTeacherHook(Hook):  # type: ignore[misc]
     """Keeps ``model.teacher`` as an average of ``model.student`` (arXiv 1703.01780).
 
@@ -42,10 +44,8 @@ class MeanTeacherHook(Hook):  # type: ignore[misc]
     def __init__(
         self, momentum: float = 0.001, interval: int = 1, skip_buffer: bool = True
     ) -> None:
-        check_momentum(momentum)
-        check_integer("interval", interval, least=1)
-        self.momentum = momentum
-        self.interval = interval
+        self.momentum = check_momentum(momentum)
+        self.interval = check_integer("interval", interval, least=1)
         self.skip_buffers = skip_buffer
         self._pairing: Pairing | None = None
 
@@ -89,7 +89,7 @@ class MeanTeacherHook(Hook):  # type: ignore[misc]
         teacher, student = (getattr(model, name, None) for name in ("teacher", "student"))
         if not isinstance(teacher, nn.Module) or not isinstance(student, nn.Module):
             found = ", ".join(name for name, _ in model.named_children())
-            raise AttributeError(
+            raise WrongModelError(
                 f"{type(model).__name__} has the networks {found or '(none)'}; MeanTeacherHook "
                 f"expects two of one structure that are called teacher and student"
             )

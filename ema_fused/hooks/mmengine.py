@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,8 @@ from ema_fused.averages.kinds import (
     StochasticWeightAverage,
 )
 from ema_fused.engine.backends import SlowPathWarning
-from ema_fused.engine.checks import check_integer
+from ema_fused.engine.checks import WrongTypeError, WrongValueError, check_not_negative
+from ema_fused.engine.notices import warn
 from ema_fused.hooks import on_mmengine
 from ema_fused.hooks.mmengine_averages import CosineEMA, InvertedCosineEMA, averaged_class
 from ema_fused.hooks.momentum_update import MomentumUpdate, momentum_update
@@ -27,6 +27,7 @@ from ema_fused.hooks.on_mmengine import (
     MODELS,
     Hook,
     MMLogger,
+    in_the_log,
     is_model_wrapper,
 )
 from ema_fused.hooks.registering import register_beside, unwrapped
@@ -52,6 +53,7 @@ _AVERAGED = "module."  # prefix of the averaged tensors in an averaged model's s
 _SHOWN = 6
 
 
+@in_the_log
 class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
     """Keeps an average of the model, evaluates it, and saves it, as mmengine's ``EMAHook``.
 
@@ -65,8 +67,8 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
             class.
         strict_load: whether the keys of a checkpoint must match. If not, a value missing for the
             model or its average is taken from the other, with a warning.
-        begin_iter: the iteration, counted from 1, at which averaging starts; 0 is the same as 1.
-            Before it the average is a copy of the model.
+        begin_iter: the iteration, counted from 1, at which averaging starts; 0 is the same as 1,
+            and a fraction as the next iteration. Before it the average is a copy of the model.
         begin_epoch: the same in epochs; only one of the two may be given.
         **kwargs: arguments of the averaged model.
 
@@ -78,19 +80,19 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
         self,
         ema_type: str | Callable[..., nn.Module] = "ExponentialMovingAverage",
         strict_load: bool = False,
-        begin_iter: int = 0,
-        begin_epoch: int = 0,
+        begin_iter: float = 0,
+        begin_epoch: float = 0,
         **kwargs: Any,
     ) -> None:
         if not isinstance(ema_type, str) and not callable(ema_type):
-            raise TypeError(
+            raise WrongTypeError(
                 f"ema_type is {ema_type!r}; the name of an averaged model in mmengine's MODELS is "
                 f"expected, or its class"
             )
-        check_integer("begin_iter", begin_iter, least=0)
-        check_integer("begin_epoch", begin_epoch, least=0)
+        begin_iter = check_not_negative("begin_iter", begin_iter)
+        begin_epoch = check_not_negative("begin_epoch", begin_epoch)
         if begin_iter and begin_epoch:
-            raise ValueError(
+            raise WrongValueError(
                 f"begin_iter is {begin_iter} and begin_epoch is {begin_epoch}; only one of them "
                 f"may be set"
             )
@@ -134,11 +136,10 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
                 f"an averaged model is expected, as ExponentialMovingAverage"
             )
         if not isinstance(self.ema_model, BaseAveragedModel):
-            warnings.warn(
+            warn(
                 f"EMAHook averages by {made}, which is not one of ema_fused's: it runs at its own "
                 f"speed. Derive it from ema_fused.hooks.mmengine.BaseAveragedModel",
                 SlowPathWarning,
-                stacklevel=2,
             )
 
     def before_train(self, runner: Any) -> None:
@@ -153,7 +154,7 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
             else ("begin_iter", self.begin_iter, runner.max_iters)
         )
         if begin > last:
-            raise ValueError(
+            raise WrongValueError(
                 f"{name} is {begin} and the run ends after {last}: nothing would be averaged; at "
                 f"most {last} is expected"
             )
@@ -229,9 +230,11 @@ class EMAHook(on_mmengine.EMAHook):  # type: ignore[misc]
             self._resume_average(checkpoint)
             return
         if runner._resume:
+            # The first sentence is mmengine's, for whoever looks for it in a log.
             logger.warning(
-                "the checkpoint has no `ema_state_dict`: the average starts as a copy of its "
-                "`state_dict`"
+                "There is no `ema_state_dict` in checkpoint. `EMAHook` will make a copy of "
+                "`state_dict` as the initial `ema_state_dict`: the average begins anew, from the "
+                "weights that the checkpoint has"
             )
         loaded = checkpoint["state_dict"]
         state = OrderedDict((re.sub(r"^module\.", "", name), t) for name, t in loaded.items())
@@ -322,6 +325,7 @@ def _listed(names: list[str]) -> str:
     return (", ".join(names[:_SHOWN]) + more) or "nothing"
 
 
+@in_the_log
 class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
     """MMSelfSup 0.x's hook, for algorithms of the BYOL kind under mmengine's runners.
 

@@ -16,7 +16,7 @@ from ema_fused.averages.kinds import (
     StochasticWeightAverage,
 )
 from ema_fused.averages.options import Options
-from ema_fused.engine.checks import check_fraction
+from ema_fused.engine.checks import WrongValueError, check_fraction, check_number
 from ema_fused.hooks.on_mmengine import MODELS, MessageHub
 
 
@@ -49,7 +49,7 @@ class InvertedCosineEMA(CosineEMA):
     The others as :class:`CosineEMA`.
 
     Raises:
-        ValueError: ``momentum`` or ``end_momentum`` is out of its range.
+        TypeError, ValueError: ``momentum`` or ``end_momentum`` is no number or out of its range.
     """
 
     _momentum_is_decay = True
@@ -63,12 +63,13 @@ class InvertedCosineEMA(CosineEMA):
         max_iters: int | None = None,
         **options: Unpack[Options],
     ) -> None:
-        if not isinstance(momentum, (int, float)) or not 0.0 < momentum < 1.0:
-            raise ValueError(
+        momentum = check_number("momentum", momentum, "a number in (0, 1)")
+        if not 0.0 < momentum < 1.0:
+            raise WrongValueError(
                 f"momentum is {momentum!r}; a number in (0, 1) is expected: here the weight of the "
                 f"average, a decay"
             )
-        check_fraction("end_momentum", end_momentum)
+        end_momentum = check_fraction("end_momentum", end_momentum)
         # Placeholders in the other convention, at most 0.5 so as not to warn; replaced below.
         super().__init__(
             model,

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
+from ema_fused.engine.notices import warn
 from ema_fused.hooks import mmengine
 from ema_fused.hooks.mmengine import CosineEMA
-from ema_fused.hooks.on_mmengine import HOOKS, MODELS, MMLogger, replace_hooks, replace_models
+from ema_fused.hooks.on_mmengine import (
+    HOOKS,
+    MODELS,
+    MMLogger,
+    in_the_log,
+    replace_hooks,
+    replace_models,
+)
 from ema_fused.hooks.registering import register_beside
 
 __all__ = ["CosineEMA", "EMAHook", "register"]
 
 
+# In the original's words, and a few more.
+_TESTED_AVERAGE = "Start testing on EMA model: with the averaged weights"
+_TESTED_ORIGINAL = "Start testing on the original model: with its own weights"
+
+
+@in_the_log
 class EMAHook(mmengine.EMAHook):
     """:class:`ema_fused.hooks.mmengine.EMAHook`, with a choice of what is evaluated.
 
@@ -43,10 +56,10 @@ class EMAHook(mmengine.EMAHook):
     ) -> None:
         super().__init__(ema_type, strict_load, begin_iter, begin_epoch, **kwargs)
         if not (evaluate_on_ema or evaluate_on_origin):
-            warnings.warn(
-                "neither evaluate_on_ema nor evaluate_on_origin is set: the model's own weights "
-                "are evaluated. To evaluate nothing, set val_interval in train_cfg",
-                stacklevel=2,
+            warn(
+                "Automatically set `evaluate_on_origin=True`, since neither it nor "
+                "`evaluate_on_ema` is set: the model's own weights are evaluated. To evaluate "
+                "nothing, set `val_interval` of the `train_cfg`"
             )
             evaluate_on_origin = True
         self.evaluate_on_ema = evaluate_on_ema
@@ -57,8 +70,9 @@ class EMAHook(mmengine.EMAHook):
         """Checks the start of averaging; copies an average that was loaded into the model."""
         super().before_train(runner)
         if self.load_ema_from_ckpt and not runner._resume:
-            MMLogger.get_current_instance().info(
-                "the checkpoint's average is loaded into the model: the run doesn't resume it"
+            _log(
+                "Load from a checkpoint with EMA parameters but not resume training: the model "
+                "begins with the checkpoint's average"
             )
             self._copy_average_to_model()
 
@@ -75,7 +89,7 @@ class EMAHook(mmengine.EMAHook):
 
     def before_test_epoch(self, runner: Any) -> None:
         """Logs which weights are tested, and swaps in the averages if ``evaluate_on_ema``."""
-        _tell_what_is_tested("averaged" if self.evaluate_on_ema else "own")
+        _log(_TESTED_AVERAGE if self.evaluate_on_ema else _TESTED_ORIGINAL)
         if self.evaluate_on_ema:
             super().before_test_epoch(runner)
 
@@ -83,7 +97,7 @@ class EMAHook(mmengine.EMAHook):
         """Swaps the averages out again, and tests the model's own weights if both are set."""
         super().after_test_epoch(runner, metrics)
         if self.evaluate_on_ema and self.evaluate_on_origin:
-            _tell_what_is_tested("own")
+            _log(_TESTED_ORIGINAL)
             self._evaluate_again(runner, runner.test_loop, "test")
 
     @staticmethod
@@ -104,8 +118,8 @@ class EMAHook(mmengine.EMAHook):
         self.load_ema_from_ckpt = "ema_state_dict" in checkpoint
 
 
-def _tell_what_is_tested(which: str) -> None:
-    MMLogger.get_current_instance().info(f"testing the model with its {which} weights")
+def _log(message: str) -> None:
+    MMLogger.get_current_instance().info(message)
 
 
 def register(*, replace: bool = False) -> None:

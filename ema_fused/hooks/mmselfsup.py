@@ -8,12 +8,13 @@ from __future__ import annotations
 from typing import Any
 
 from ema_fused.hooks.momentum_update import MomentumUpdate, momentum_update
-from ema_fused.hooks.on_mmcv import HOOKS, Hook, is_module_wrapper
+from ema_fused.hooks.on_mmcv import HOOKS, Hook, in_the_log, is_module_wrapper
 from ema_fused.hooks.registering import register_beside, register_instead, unwrapped
 
 __all__ = ["BYOLHook", "MomentumUpdateHook", "momentum_update", "register"]
 
 
+@in_the_log
 class MomentumUpdateHook(MomentumUpdate, Hook):  # type: ignore[misc]
     """Averages the target network after each iteration, with a cosine schedule of its momentum.
 

@@ -6,13 +6,13 @@ Only in this module ``momentum`` is the weight of the *target*, as in MMSelfSup:
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ema_fused.engine.backends import SlowPathWarning
-from ema_fused.engine.checks import check_fraction, check_integer
+from ema_fused.engine.checks import WrongModelError, as_integer, check_fraction
+from ema_fused.engine.notices import warn
 from ema_fused.modules.module_pairs import Kind
 from ema_fused.modules.pairing import Pairing
 
@@ -39,7 +39,7 @@ def momentum_update(target: nn.Module, online: nn.Module, momentum: float) -> No
 
     If an error is raised, nothing has been updated.
     """
-    check_fraction("momentum", momentum)
+    momentum = check_fraction("momentum", momentum)
     key = (id(target), id(online))
     pairing = _pairings.get(key)
     if pairing is None or not pairing.holds(target, online, update_buffers=False):
@@ -83,7 +83,8 @@ class MomentumUpdate:
 
     Args:
         end_momentum: the weight of the target network at the end of training, in [0, 1].
-        update_interval: iterations from one update to the next.
+        update_interval: iterations from one update to the next; with 0 or less there is none, as
+            mmcv's hooks have it.
         networks: names of the model's attributes (target, online) to average.
 
     Raises:
@@ -97,25 +98,20 @@ class MomentumUpdate:
         networks: tuple[str, str] | None = None,
         **ignored: object,
     ) -> None:
-        check_fraction("end_momentum", end_momentum)
-        check_integer("update_interval", update_interval, least=1)
         if networks is not None and len(networks) != 2:
             raise ValueError(
                 f"networks is {networks!r}; two names are expected: of the target network and of "
                 f"the online network"
             )
         if ignored:
-            warnings.warn(
-                f"MomentumUpdateHook ignores {', '.join(ignored)}, as the original does",
-                stacklevel=2,
-            )
-        self.end_momentum = end_momentum
-        self.update_interval = update_interval
+            warn(f"MomentumUpdateHook ignores {', '.join(ignored)}, as the original does")
+        self.end_momentum = check_fraction("end_momentum", end_momentum)
+        self.update_interval = as_integer(update_interval, "update_interval")
         self.networks = None if networks is None else Networks(*networks)
         self._warned = False
 
     def _is_due(self, iteration: int) -> bool:
-        return (iteration + 1) % self.update_interval == 0
+        return self.update_interval > 0 and (iteration + 1) % self.update_interval == 0
 
     def _set_momentum(self, model: nn.Module, iteration: int, max_iters: int) -> None:
         """``end - (end - base) * (cos(pi * iteration / max_iters) + 1) / 2`` (arXiv 2006.07733)."""
@@ -134,12 +130,11 @@ class MomentumUpdate:
         update = _attribute(model, "momentum_update")
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"{type(model).__name__} is updated by its own momentum_update(). Call "
                 f"ema_fused.hooks.momentum_update.momentum_update in it, or name its networks: "
                 f"networks=('target_net', 'online_net')",
                 SlowPathWarning,
-                stacklevel=3,
             )
         update()
 
@@ -154,7 +149,7 @@ def _attribute(model: nn.Module, name: str) -> Any:
     try:
         return getattr(model, name)
     except AttributeError:
-        raise AttributeError(
+        raise WrongModelError(
             f"{type(model).__name__} has no attribute {name!r}, which MomentumUpdateHook needs: "
             f"algorithms of the BYOL kind have base_momentum, momentum, and momentum_update() or "
             f"two networks"

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 from ema_fused.frameworks import missing
+from ema_fused.hooks.run_log import notices_to
 
 try:
     from mmcv.parallel import is_module_wrapper
@@ -10,4 +14,12 @@ try:
 except ImportError as error:
     raise missing("mmcv 1.x", "mmcv", error) from error
 
-__all__ = ["HOOKS", "Hook", "is_module_wrapper"]
+
+def _log(runner: Any, message: str) -> None:
+    runner.logger.warning(message)
+
+
+__all__ = ["HOOKS", "Hook", "in_the_log", "is_module_wrapper"]
+
+in_the_log = notices_to(lambda runner: None if runner is None else partial(_log, runner))
+"""A decorator of hooks, whose notices go to the runner's log then."""

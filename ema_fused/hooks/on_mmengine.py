@@ -6,8 +6,10 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+from ema_fused.engine.notices import tell_also
 from ema_fused.frameworks import missing
 from ema_fused.hooks.registering import register_instead
+from ema_fused.hooks.run_log import notices_to
 
 try:
     from mmengine.hooks import EMAHook, Hook
@@ -25,11 +27,29 @@ __all__ = [
     "Hook",
     "MMLogger",
     "MessageHub",
+    "in_the_log",
     "is_model_wrapper",
     "load_state_dict",
     "replace_hooks",
     "replace_models",
 ]
+
+
+def _log(message: str) -> None:
+    MMLogger.get_current_instance().warning(message)
+
+
+in_the_log = notices_to(lambda runner: _log)
+"""A decorator of hooks, whose notices go to mmengine's log then."""
+
+
+def _log_of_the_run(message: str) -> None:
+    """What isn't a hook's, say of an average that a model makes: to the log, if there is one."""
+    if MMLogger._instance_dict:
+        _log(message)
+
+
+tell_also(_log_of_the_run, "mmengine")
 
 
 def replace_hooks(scope: str, classes: Mapping[str, type]) -> None:

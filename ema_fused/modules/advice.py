@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-
 from ema_fused.engine.backends import SlowPathWarning
+from ema_fused.engine.notices import warn
 from ema_fused.modules.pairing import Pairing
 
 _IN_VAIN_BEFORE_WARNING = 6
@@ -37,7 +36,7 @@ class Advice:
         why = "another model object is passed in turn"
         if before is not None:
             why = pairing.difference(before)
-        warnings.warn(
+        warn(
             f"the model is walked again at every update ({why}), "
             f"which takes longer than averaging it. Write buffers in place, "
             f"buffer.copy_(value), and keep to one model object for each average",
@@ -60,14 +59,14 @@ class Advice:
             "optimizer step. Use ema_fused.attach(optimizer, model, averaged), or pass "
             "asynchronous=True and call wait_until_read() before each step"
         )
-        warnings.warn(why, SlowPathWarning, stacklevel=3)
+        warn(why, SlowPathWarning, stacklevel=3)
 
     def of_losses(self, weight: float) -> None:
         """Warns that 16-bit averages hardly change with a momentum this small."""
         if weight == 0.0 or self._warned_of_losses:
             return
         self._warned_of_losses = True
-        warnings.warn(
+        warn(
             f"averages are kept in 16 bits and the momentum is {weight:.3g}: changes this small "
             f"are mostly rounded away, and the average stays where it is. Pass "
             f"averaged_dtype=torch.float32, or rounding='stochastic'",
@@ -84,7 +83,7 @@ class Advice:
         known = (
             "" if weight is None else f" (the model's values have the weight {weight:.3g} there)"
         )
-        warnings.warn(
+        warn(
             f"values were loaded into an average that had made no update (steps is {steps}): they "
             f"are kept, and averaging goes on from steps=1{known}. Load 'steps' with them, or set "
             f"it, averaged.steps.fill_(n), to go on from another; to start from the model instead, "

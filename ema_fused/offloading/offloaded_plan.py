@@ -6,7 +6,6 @@ import functools
 import math
 import operator
 import os
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +17,7 @@ from ema_fused.engine.arguments import as_flag, as_weights, check_distance
 from ema_fused.engine.backends import SlowPathWarning
 from ema_fused.engine.checks import as_integer, check_integer
 from ema_fused.engine.host_memory import host_memory
+from ema_fused.engine.notices import warn
 from ema_fused.engine.pairs import can_average, label, refuse_average
 from ema_fused.engine.parts import kind_of
 from ema_fused.engine.plan import Plan
@@ -370,7 +370,7 @@ class OffloadedPlan:
         if self._has_warned:
             return
         self._has_warned = True
-        warnings.warn(
+        warn(
             f"{what}, so the training waits: the average is slower than the step. Update it every "
             f"n steps, average fewer elements, or give it more CPU threads "
             f"(torch.set_num_threads; now {torch.get_num_threads()}). Results are right, only "

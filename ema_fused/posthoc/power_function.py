@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ema_fused.engine.checks import check_integer
+from ema_fused.engine.checks import check_integer, plain
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.keywords import arguments_of, unexpected_keyword
 from ema_fused.engine.pairs import MAX_AVERAGES
@@ -88,7 +88,8 @@ class PowerFunctionEMA(nn.Module):
             accepted = arguments_of(type(self), PowerFunctionEMA)
             raise unexpected_keyword(type(self), unknown, accepted)
         check_model(f"{type(self).__name__}()", model)
-        given = [sigma_rel] if isinstance(sigma_rel, (int, float)) else sigma_rel
+        one = plain(sigma_rel)
+        given: Any = sigma_rel if one is None else [one]
         self.sigma_rel = tuple(float(one) for one in given)
         if not 1 <= len(self.sigma_rel) <= MAX_AVERAGES:
             raise ValueError(
@@ -129,7 +130,7 @@ class PowerFunctionEMA(nn.Module):
         If an error is raised, the averages are unchanged.
         """
         refuse_while_swapped("update_parameters() was called", model)
-        check_integer("samples", samples, least=1)
+        samples = check_integer("samples", samples, least=1)
         time = self.time + samples
         weights = [momentum_between(gamma, self.time, time) for gamma in self._gammas]
         plan = self._planned_with(model)

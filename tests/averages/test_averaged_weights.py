@@ -329,7 +329,7 @@ def test_values_are_not_loaded_into_no_memory() -> None:
     ("options", "error", "message"),
     [
         ({"every": 0}, ValueError, "every is 0; at least 1"),
-        ({"every": 2.0}, TypeError, "every is 2.0; an integer"),
+        ({"every": 2.5}, TypeError, "every is 2.5; an integer"),
         ({"every": 2, "interval": 2}, ValueError, "interval=2 with every=2"),
         ({"offload": "disk"}, ValueError, "offload is 'disk'; None or 'cpu'"),
         ({"offload": "cpu", "interval": 2}, ValueError, "skip whole calls by every="),

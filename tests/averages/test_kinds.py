@@ -158,15 +158,23 @@ def test_a_large_momentum_is_taken_for_a_mistake() -> None:
 
 
 def test_cosine_needs_to_know_how_long_training_is() -> None:
-    averaged = CosineEMA(Weight(), 0.5)
-    averaged.update_parameters(Weight())
     with pytest.raises(RuntimeError, match=r"max_iters=\.\.\., or override total_steps"):
-        averaged.update_parameters(Weight())
+        CosineEMA(Weight(), 0.5)
 
     class Known(CosineEMA):
         def total_steps(self) -> int:
             return 4
 
+    class Asking(CosineEMA):
+        """Knows it later: as where a runner is asked."""
+
+        def total_steps(self) -> int:
+            return super().total_steps()
+
+    averaged = Asking(Weight(), 0.5)
+    averaged.update_parameters(Weight())
+    with pytest.raises(RuntimeError, match=r"max_iters=\.\.\., or override total_steps"):
+        averaged.update_parameters(Weight())
     values = values_of(Known(Weight(), 0.5), [0.0, 1.0, 1.0, 1.0, 9.0])
     weights = [schedules.cosine(step, start=0.5, total=4) for step in range(5)]
     expected = [0.0]

@@ -69,6 +69,9 @@ def test_linear_warmup_rises_to_its_momentum() -> None:
     assert linear_warmup(5, momentum=0.5, warm_up=10) == 0.4
     assert linear_warmup(8, momentum=0.5, warm_up=10) == 0.5
     assert linear_warmup(1000, momentum=0.5, warm_up=10) == 0.5
+    for warm_up in (0, 0.5, 1):  # none: the ratio is never below 1
+        for step in (0, 1, 9):
+            assert linear_warmup(step, momentum=0.5, warm_up=warm_up) == 0.5
 
 
 def test_linear_warmup_is_constant_with_the_defaults() -> None:
@@ -199,7 +202,8 @@ def test_a_negative_step_is_refused(name: str) -> None:
         (exponential, {"gamma": -1}),
         (exponential, {"gamma": math.inf}),
         (linear_warmup, {"momentum": -1.0}),
-        (linear_warmup, {"warm_up": 0}),
+        (linear_warmup, {"warm_up": -1}),
+        (linear_warmup, {"warm_up": math.inf}),
         (cosine, {"start": 1.1, "total": 5}),
         (cosine, {"end": -0.1, "total": 5}),
         (cosine, {"total": 0}),

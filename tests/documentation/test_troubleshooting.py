@@ -86,6 +86,7 @@ EXEMPT = {
     "a part of '... is ...; ... is expected', which is there with every value it takes": [
         "a number in [0, 1]",
         "a number in (0, 1)",
+        "a finite number, 0 or more,",
     ],
     "what other code reads: a representation, a mark in files, a kind, a pattern, a pragma": [
         "Plan(devices=..., backends=..., arithmetic=..., rounding=..., averages=..., tensors=..., "

@@ -327,7 +327,7 @@ def test_bad_arguments_are_refused() -> None:
         with pytest.raises(ValueError, match=r"seed is .*; an integer in \[0, 2\*\*63\)"):
             Plan(*pair, rounding="stochastic", seed=seed)
     Plan(*pair, rounding="stochastic", seed=np.int64(3)).lerp_(0.0, step=np.int64(3))
-    for seed in (1.0, True, "1", None):
+    for seed in (1.5, True, "1", None):
         with pytest.raises(TypeError, match="an integer is expected"):
             Plan(*pair, rounding="stochastic", seed=seed)  # type: ignore[arg-type]
     plan = Plan(*pair, rounding="stochastic")

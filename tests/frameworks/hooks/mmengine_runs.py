@@ -188,6 +188,7 @@ def build(
     metric: Callable[[], BaseMetric] = Logits,
     learning_rate: float = 0.1,
     seed: int = 3,
+    log_level: str = "ERROR",
     cfg: dict[str, Any] | None = None,
     **arguments: Any,
 ) -> Run:
@@ -209,6 +210,7 @@ def build(
         metric: makes the metric.
         learning_rate: of SGD with momentum.
         seed: of the model's values and of the order of the data.
+        log_level: from which on messages are in the log's file.
         cfg: the runner's ``cfg``, for what has no argument of its own.
         **arguments: further arguments of the runner.
     """
@@ -257,7 +259,7 @@ def build(
         load_from=None if load_from is None else str(load_from),
         resume=resume,
         randomness={"seed": seed},
-        log_level="ERROR",
+        log_level=log_level,
         # Loggers and message hubs are found by this name, for as long as the process lives.
         experiment_name=f"run_{os.getpid()}_{next(_numbers)}",
         cfg=cfg,

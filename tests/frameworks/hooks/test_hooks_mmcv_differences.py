@@ -87,8 +87,14 @@ def test_the_swap_is_in_place_and_copies_no_tensor_where_theirs_does(
         ("BaseEMAHook", {"momentum": math.nan}, ValueError, r"momentum is nan; a number in"),
         ("EMAHook", {"interval": 0}, ValueError, "interval is 0; at least 1 is expected"),
         ("BaseEMAHook", {"interval": 1.5}, TypeError, r"interval is 1\.5; an integer is expected"),
-        ("EMAHook", {"warm_up": 0}, ValueError, "warm_up is 0; at least 1 is expected"),
-        ("LinearMomentumEMAHook", {"warm_up": 0}, ValueError, "warm_up is 0; at least 1"),
+        ("EMAHook", {"warm_up": -1}, ValueError, "warm_up is -1; a finite number, 0 or more,"),
+        ("LinearMomentumEMAHook", {"warm_up": None}, TypeError, "warm_up is None; a finite"),
+        (
+            "BaseEMAHook",
+            {"momentum_fun": 0.5},
+            TypeError,
+            "momentum_fun is 0.5; None or",
+        ),
         ("ExpMomentumEMAHook", {"total_iter": 0}, ValueError, "total_iter is 0; a finite number"),
     ],
 )

@@ -26,7 +26,7 @@ from tests.frameworks.hooks.ema_hooks import QUIET
 from tests.frameworks.originals import import_mmcv, original
 from tests.networks import conv_net, differences, generator, snapshot, train
 
-pytestmark = [QUIET, pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")]
+pytestmark = QUIET
 
 _SELFSUP = "mmselfsup==0.11.0"
 with warnings.catch_warnings():
@@ -193,8 +193,9 @@ def test_each_algorithm_of_mmselfsup_is_updated_as_by_its_own_method(
 def test_an_algorithm_that_is_not_known_updates_itself_unless_its_networks_are_named(
     tmp_path: Path,
 ) -> None:
-    with pytest.warns(SlowPathWarning, match=r"OwnUpdate is updated by its own momentum_update\("):
-        their, our = both(tmp_path / "unknown", model=OwnUpdate)
+    their, our = both(tmp_path / "unknown", model=OwnUpdate)
+    slow = [message for message in our.messages if "by its own momentum_update()" in message]
+    assert len(slow) == 1 and slow[0].startswith("OwnUpdate is updated")
     assert unequal(their, our) == []
     with warnings.catch_warnings():
         warnings.simplefilter("error", SlowPathWarning)
@@ -329,7 +330,6 @@ def test_networks_that_differ_are_refused_where_the_original_changes_a_part() ->
     ("arguments", "error", "message"),
     [
         ({"end_momentum": 1.5}, ValueError, r"end_momentum is 1\.5; a number in \[0, 1\]"),
-        ({"update_interval": 0}, ValueError, "update_interval is 0; at least 1"),
         ({"update_interval": 2.5}, TypeError, r"update_interval is 2\.5; an integer"),
         ({"networks": ("one",)}, ValueError, r"networks is \('one',\); two names"),
     ],
