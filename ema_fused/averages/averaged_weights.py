@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn, Unpack
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ema_fused.averages.kinds import ExponentialMovingAverage
 from ema_fused.averages.momenta import Momentum
@@ -130,6 +131,8 @@ class AveragedWeights(ExponentialMovingAverage):
                     self._shares.end(name, tensor, tensor)
                 else:
                     state_dict[key] = tensor
+            elif key in state_dict and is_lazy(tensor):
+                tensor.materialize(state_dict[key].shape)
             elif key in state_dict and local(tensor).is_meta and not assigns:
                 raise RuntimeError(
                     f"{name!r} of the average is on the meta device and can't take a value; give "

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from ema_fused.engine.dtensors import local, replace_local
 from ema_fused.modules.deep_copies import deep_copy
@@ -52,7 +54,7 @@ def averaged_copy(
     model = without_frameworks(model)
 
     def moved_to(tensor: Tensor) -> Tensor:
-        if id(tensor) in shared:
+        if id(tensor) in shared or is_lazy(tensor):
             return tensor
         wanted = dtype if tensor.is_floating_point() else None
         if pinned and tensor.is_cuda:
@@ -64,7 +66,9 @@ def averaged_copy(
     for name, parameter in model.named_parameters():
         refuse_partitioned(name, parameter)
         # deepcopy takes what it finds in the memo as the copy, and doesn't copy it again.
-        if share_frozen and not parameter.requires_grad:
+        if is_lazy(parameter):
+            memo[id(parameter)] = _without_elements(parameter)
+        elif share_frozen and not parameter.requires_grad:
             alias = nn.Parameter(parameter.data, requires_grad=False)
             memo[id(parameter)] = alias
             shared.add(id(alias))
@@ -73,10 +77,13 @@ def averaged_copy(
             moved = moved_to(data)
             if moved is not data:
                 memo[id(parameter)] = nn.Parameter(moved, requires_grad=False)
+    for buffer in model.buffers():
+        if is_lazy(buffer):
+            memo[id(buffer)] = _without_elements(buffer)
     module = deep_copy(model, memo)
-    # Not module.requires_grad_(), which modules compiled by TorchScript refuse.
+    # Not module.requires_grad_(), which modules compiled by TorchScript and lazy parameters refuse.
     for parameter in module.parameters():
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False
     # Not module.to(), which would give shared parameters new memory.
     module._apply(moved_to)
     return module, _names_of(shared, module)
@@ -100,6 +107,8 @@ def averaged_skeleton(
 
     def average_of(name: str, tensor: Tensor) -> Tensor:
         refuse_partitioned(name, tensor)
+        if is_lazy(tensor):
+            return _without_elements(tensor)
         is_parameter = isinstance(tensor, nn.Parameter)
         if share_frozen and is_parameter and not tensor.requires_grad:
             alias = nn.Parameter(tensor.detach(), requires_grad=False)
@@ -111,6 +120,16 @@ def averaged_skeleton(
 
     module = skeleton_of(model, average_of)
     return module, _names_of(shared, module)
+
+
+def _without_elements(tensor: Tensor) -> Tensor:
+    """The average of a lazy layer's tensor, whose shape the first forward pass tells."""
+    options: dict[str, Any] = {"device": tensor.data.device, "dtype": tensor.data.dtype}
+    if isinstance(tensor, UninitializedParameter):
+        lazy: Tensor = UninitializedParameter(requires_grad=False, **options)
+        return lazy
+    buffer: Tensor = UninitializedBuffer(requires_grad=False, **options)
+    return buffer
 
 
 def _names_of(identities: set[int], module: nn.Module) -> set[str]:
@@ -170,12 +189,14 @@ class FrozenShares:
         replace_local(averaged, own)
         self.names.discard(name)
 
-    def average_of(self, name: str, source: Tensor, dtype: torch.dtype) -> Tensor:
+    def average_of(self, name: str, source: Tensor, dtype: torch.dtype | None) -> Tensor:
         """A new average of ``source`` with its current value: a view of it if shared, else a copy.
 
         Args:
-            dtype: of the copy.
+            dtype: of the copy; None: that of a parameter that stops sharing.
         """
+        if dtype is None and source.is_floating_point():
+            dtype = self._dtype
         if name in self.names and not source.requires_grad:
             return source.detach()
         self.names.discard(name)

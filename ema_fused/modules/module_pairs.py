@@ -175,13 +175,8 @@ def _is_like(averaged: Tensor, source: Tensor) -> bool:
 
 def _check(name: str, averaged: Tensor, source: Tensor) -> None:
     refuse_partitioned(name, source)
-    if is_lazy(averaged) or is_lazy(source):
-        side = "model" if is_lazy(source) else "average"
-        raise ValueError(
-            f"{name!r} of the {side} has no elements yet: it belongs to a lazy layer, which makes "
-            f"them in its first forward pass. Run one batch through the model, then "
-            f"update_parameters(model)"
-        )
+    refuse_lazy(name, source, "model")
+    refuse_lazy(name, averaged, "average")
     check_placed_alike(name, averaged, source)
     if averaged.shape != source.shape:
         raise ValueError(
@@ -194,6 +189,16 @@ def _check(name: str, averaged: Tensor, source: Tensor) -> None:
             f"{name!r} is {averaged.dtype} in the average and {source.dtype} in the model; "
             f"{numbers_of(averaged)} and {numbers_of(source)} tensors don't pair up. Convert "
             f"the model back, or call averaged.adopt(model)"
+        )
+
+
+def refuse_lazy(name: str, tensor: Tensor, side: str) -> None:
+    """Raises ValueError for a tensor that a lazy layer will make in its first forward pass."""
+    if is_lazy(tensor):
+        raise ValueError(
+            f"{name!r} of the {side} has no elements yet: it belongs to a lazy layer, which makes "
+            f"them in its first forward pass. Run one batch through the model, then "
+            f"update_parameters(model)"
         )
 
 

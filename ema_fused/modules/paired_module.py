@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.modules import swapping
@@ -80,6 +81,7 @@ class PairedModule(WaitingModule):
         self.runs_beside = overlap or offload is not None
         self._shares = shares
         self._make = copied
+        self._awaits_shapes = _is_lazy(module)
         self.first_values = FirstValues(self._buffers)
         self._pairing: Pairing | None = None
         self._unfinished: list[Pairing] = []  # of deleted models, with unfinished updates
@@ -330,6 +332,11 @@ class PairedModule(WaitingModule):
             known.flush()
         check_model("update_parameters()", model)
         drop_gathered(model)
+        if self._awaits_shapes and not _is_lazy(model):
+            if _is_lazy(averaged):
+                self.adopt(model)
+            self._awaits_shapes = False
+            averaged = self._averages()
         if known is not None and known.holds(averaged, model, self.update_buffers):
             return known
         pairing = Pairing(
@@ -341,6 +348,7 @@ class PairedModule(WaitingModule):
             rounding=self.rounding,
             backend=self.backend,
             shares=self._shares,
+            buffers_follow=True,
             offload=self.offload is not None,
             overlap=self.overlap,
             counts_versions=self._counts_versions(),
@@ -373,6 +381,11 @@ class PairedModule(WaitingModule):
     def _save_to_state_dict(self, *arguments: Any) -> None:
         self.settle()
         super()._save_to_state_dict(*arguments)
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    """Whether any tensor of it is without elements before the first forward pass."""
+    return any(is_lazy(slot.tensor) for slot in slots_of(module).values())
 
 
 def _forget_pairing(owner: weakref.ref[PairedModule], _: object) -> None:

@@ -16,6 +16,7 @@ from ema_fused.engine.versions import VersionCounters
 from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.extra_state import ExtraState
+from ema_fused.modules.following import following_buffers
 from ema_fused.modules.known_model import KnownModel
 from ema_fused.modules.materialising import materialise
 from ema_fused.modules.module_pairs import Kind, Pair, lists_of, pair_up, plan_of, refuse_untied
@@ -44,6 +45,8 @@ class Pairing:
         arithmetic: of the averages, as in :class:`~ema_fused.Plan`; likewise ``rounding``.
         backend: as in :class:`~ema_fused.Plan`.
         shares: the parameters that share memory with ``model``.
+        buffers_follow: buffers that are copies take the model's shapes over, and new ones are
+            added to ``averaged``.
         offload: the averages are updated on the host, in a thread.
         overlap: averages on a CUDA device are updated on a separate stream.
         counts_versions: count up the version counters of the averages (see :class:`VersionCounters`
@@ -51,7 +54,6 @@ class Pairing:
         mends_buffers: averaged buffers that hold infinity or NaN don't become NaN: such elements
             take the model's value (:mod:`.non_finite`). Which buffers these are is looked up once,
             at the first update after tensors were paired.
-
         follows_extra_state: find the modules whose extra state the averaged ones take over.
 
     Attributes:
@@ -78,12 +80,14 @@ class Pairing:
         when_one_is_gone: Callable[[object], object] | None = None,
         leave: Collection[Kind] = (),
         caches_are_buffers: bool = False,
+        buffers_follow: bool = False,
         offload: bool = False,
         overlap: bool = False,
         counts_versions: bool = True,
         mends_buffers: bool = False,
         follows_extra_state: bool = False,
     ) -> None:
+        self._buffers_follow = buffers_follow
         self.update_buffers = update_buffers
         self.counts_versions = counts_versions
         self._follows_extra_state = follows_extra_state
@@ -105,6 +109,19 @@ class Pairing:
     def _prepare(self) -> None:
         averaged, model = self._averaged(), self._model.present()
         assert averaged is not None, "it is at hand wherever it is used"
+        try:
+            return self._pair(averaged, model)
+        except (KeyError, ValueError):
+            if not self._buffers_follow:
+                raise
+            with following_buffers(
+                averaged, model, update_buffers=self.update_buffers, shares=self._shares
+            ) as changed:
+                if not changed:
+                    raise
+                self._pair(averaged, model)
+
+    def _pair(self, averaged: nn.Module, model: nn.Module) -> None:
         materialise(averaged, model, self._shares)
         inside = [part for part in model.modules() if part is not model]
         watch = ModuleWatch(averaged, alone=inside)

@@ -19,9 +19,10 @@ from ema_fused.engine.keywords import arguments_of, unexpected_keyword
 from ema_fused.engine.pairs import MAX_AVERAGES
 from ema_fused.engine.plan import Plan
 from ema_fused.modules import swapping
+from ema_fused.modules.adopting import Adopted, Resize, carry_over
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.model_argument import check_model
-from ema_fused.modules.module_pairs import Pair, pair_up
+from ema_fused.modules.module_pairs import Pair, pair_up, refuse_lazy, refuse_untied
 from ema_fused.modules.sharding import converted, refuse_partitioned
 from ema_fused.modules.skeleton import skeleton_of
 from ema_fused.modules.swapping import refuse_while_swapped
@@ -157,6 +158,7 @@ class PowerFunctionEMA(nn.Module):
         watch = ModuleWatch(self.averages, model)
         each = [self._pairs(average, model) for average in self.averages]
         pairs = each[0]
+        refuse_untied(pairs)
         plan = Plan(
             [[pair.averaged for pair in one] for one in each],
             [pair.source for pair in pairs],
@@ -171,6 +173,36 @@ class PowerFunctionEMA(nn.Module):
 
     def _pairs(self, average: nn.Module, model: nn.Module) -> list[Pair]:
         return pair_up(average, model, update_buffers=False, shares=FrozenShares()).updated
+
+    @outside_graphs
+    @torch.no_grad()
+    def adopt(self, model: nn.Module, *, resize: Resize | None = None) -> Adopted:
+        """Takes over the present structure of ``model``; what is unchanged keeps its averages.
+
+        As :meth:`BaseAveragedModel.adopt`, for every width. Snapshots of different structures can't
+        be combined.
+
+        Args:
+            model: the model to average from now on; wrapped or not.
+            resize: ``resize(name, old_average, new_value)`` makes the average of a parameter whose
+                shape has changed; called for each width in turn.
+
+        Raises:
+            TypeError, ValueError: as :meth:`BaseAveragedModel.adopt`.
+            RuntimeError: the model holds swapped-in averages.
+
+        If an error is raised, the averages are unchanged.
+        """
+        refuse_while_swapped("adopt() was called", model)
+        with torch.inference_mode(False):
+            modules = [skeleton_of(model, _average_of) for _ in self.sigma_rel]
+            adopted = [
+                carry_over(new, set(), old, set(), resize=resize, update_buffers=False)
+                for new, old in zip(modules, self.averages, strict=True)
+            ]
+        self.averages = nn.ModuleList(modules)
+        self._paired = None
+        return adopted[0]
 
     def average(self, sigma_rel: float | None = None) -> dict[str, Tensor]:
         """The tensors of one average by name, like the model's ``state_dict()``; not copies.
@@ -270,6 +302,7 @@ class PowerFunctionEMA(nn.Module):
 def _average_of(name: str, tensor: Tensor) -> Tensor:
     """A copy; float32 for parameters of 16 bits or fewer, which would lose most updates."""
     refuse_partitioned(name, tensor)
+    refuse_lazy(name, tensor, "model")
     if not isinstance(tensor, nn.Parameter):
         return converted(tensor, None, None)
     is_short = tensor.is_floating_point() and tensor.itemsize <= 2

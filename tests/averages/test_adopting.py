@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize
 
-from ema_fused import AveragedWeights, ExponentialMovingAverage, attach
+from ema_fused import AveragedWeights, ExponentialMovingAverage, PowerFunctionEMA, attach
 from ema_fused.averages.base import BaseAveragedModel
 from tests.networks import Tied, conv_net, differences, generator, run, snapshot, train
 
@@ -383,3 +384,41 @@ def test_a_model_that_is_the_same_keeps_everything() -> None:
     before = snapshot(averaged)
     assert averaged.adopt(model) == (len(model.state_dict()), [], [], [])
     assert differences(snapshot(averaged), before) == []
+
+
+def test_power_function_averages_adopt_at_every_width(tmp_path: Path) -> None:
+    model = net()
+    ema = PowerFunctionEMA(model, (0.05, 0.1))
+    for step in range(4):
+        train(model, generator(step))
+        ema.update_parameters(model)
+    before = [{name: t.clone() for name, t in ema.average(width).items()} for width in (0.05, 0.1)]
+    grow(model)
+    append(model)
+    with pytest.raises((KeyError, ValueError), match=r"averaged\.adopt\(model\)"):
+        ema.update_parameters(model)
+    with pytest.raises(ValueError, match="shape"):
+        ema.adopt(model, resize=wrong_shape)
+    assert ema.averages[0].get_parameter("embedding.weight").shape == (5, 3)
+    adopted = ema.adopt(model, resize=lambda name, old, new: torch.cat([old, new[len(old) :]]))
+    assert adopted[1:] == (["points.2"], ["embedding.weight"], [])
+    for width, kept in zip((0.05, 0.1), before, strict=True):
+        now = ema.average(width)
+        assert torch.equal(now["embedding.weight"][:5], kept["embedding.weight"])
+        assert torch.equal(now["layer.weight"], kept["layer.weight"])
+    ema.update_parameters(model)
+    assert ema.steps == 5
+    ema.save_snapshot(tmp_path)
+
+
+def test_power_function_averages_name_what_is_untied_or_lazy() -> None:
+    model = Tied()
+    ema = PowerFunctionEMA(model)
+    ema.update_parameters(model)
+    model.decoder.weight = nn.Parameter(model.encoder.weight.detach() + 1.0)
+    with pytest.raises(ValueError, match="are one tensor in the average and two in the model"):
+        ema.update_parameters(model)
+    ema.adopt(model)
+    ema.update_parameters(model)
+    with pytest.raises(ValueError, match=r"'0\.weight' of the model has no elements yet"):
+        PowerFunctionEMA(nn.Sequential(nn.LazyLinear(3)))
