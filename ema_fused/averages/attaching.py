@@ -30,25 +30,20 @@ class Averaged(Protocol):
 class Attachment:
     """The link between an average and its optimizer; a context manager that detaches at its end.
 
-    It keeps the average alive. The optimizer doesn't: an average that nobody holds is let go.
+    It doesn't keep the average alive, nor does the optimizer: an average that nobody else holds
+    can't be read, and is let go.
 
     Args:
-        averaged: the average, kept alive until the end.
-        following: what updates it.
+        following: what updates the average.
     """
 
-    def __init__(self, averaged: Averaged, following: _Following) -> None:
-        self._averaged: Averaged | None = averaged
+    def __init__(self, following: _Following) -> None:
         self._following = following
 
     def detach(self) -> None:
         """Ends the updates. Further calls do nothing."""
         self._following.end_round()
-        self._end()
-
-    def _end(self) -> None:
         self._following.stop()
-        self._averaged = None
 
     def __enter__(self) -> Attachment:
         return self
@@ -62,7 +57,7 @@ class Attachment:
         if error is None:
             self.detach()
         else:
-            self._end()
+            self._following.stop()
 
 
 def attach(optimizer: Any | Sequence[Any], model: nn.Module, averaged: Averaged) -> Attachment:
@@ -90,7 +85,7 @@ def attach(optimizer: Any | Sequence[Any], model: nn.Module, averaged: Averaged)
 
     The optimizer's ``state_dict`` is unchanged. A pickled or copied optimizer isn't attached:
     attach the copy if it should update an average too. The optimizer doesn't keep the average
-    alive: hold the average, or what is returned.
+    alive: one that nobody else holds is let go (of a notebook's cell that was run again, say).
 
     Args:
         optimizer: of ``torch.optim``, or a wrapper of one; or a list of them.
@@ -135,7 +130,7 @@ def attach(optimizer: Any | Sequence[Any], model: nn.Module, averaged: Averaged)
         before_loading = register(model, wait, with_module=True)
         following.ends += [before_steps.remove, before_loading.remove]
     following.watch_for_changes(model, innermost, " and ".join(_names_of(optimizers)))
-    return Attachment(averaged, following)
+    return Attachment(following)
 
 
 class _Following:
@@ -158,10 +153,13 @@ class _Following:
         self.ends: list[Callable[[], None]] = []
         self._rounds: Rounds | None = None
         self._on_gradients: Any = None
-        # A user may keep a part of the average alone, and would wait for updates in vain.
-        module = averaged._averages() if isinstance(averaged, BaseAveragedModel) else averaged
-        tensor = next(module.parameters(), None) if isinstance(module, nn.Module) else None
-        self._part = (lambda: None) if tensor is None else weakref.ref(tensor)
+        # A user may keep the averaged module alone, and would wait for updates in vain.
+        inside: nn.Module | None = None
+        if isinstance(averaged, BaseAveragedModel):
+            inside = averaged._averages()
+        elif isinstance(averaged, nn.Module):
+            inside = next(averaged.children(), None)
+        self._part = None if inside is None else weakref.ref(inside)
         _followings.add(self)
 
     def listen(self, each: list[RealSteps]) -> None:
@@ -192,8 +190,10 @@ class _Following:
 
     def update(self, found_inf: Tensor | None) -> None:
         averaged, model = self.averaged(), self.model
-        if averaged is None or model is None:
+        if averaged is None:
             return self._say_what_is_lost()
+        if model is None:
+            return
         self._stop_looking()
         with torch.no_grad():
             if isinstance(averaged, BaseAveragedModel):
@@ -234,16 +234,15 @@ class _Following:
                 return
 
     def _say_what_is_lost(self) -> None:
-        if self._part() is not None:
+        part, self._part = self._part, None
+        if part is not None and part() is not None:
             gc.collect()  # reference cycles may keep it
-        if self._part() is not None:
+        if part is not None and part() is not None:
             warnings.warn(
                 "the averaged model that was attached to the optimizer is gone and isn't updated "
-                "any more, but a part of it is still in use (its module, or its weights): keep "
-                "the averaged model itself, or what attach() returned",
+                "any more, but its module is still in use: keep the averaged model itself",
                 stacklevel=2,
             )
-        self._part = lambda: None
 
 
 # Those that are attached; they live in the hooks of their optimizers.

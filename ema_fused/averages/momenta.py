@@ -88,6 +88,8 @@ class MomentumByName:
     def check(self, averaged: nn.Module, update_buffers: Buffers, shared: Collection[str]) -> None:
         """Raises ValueError unless each averaged tensor has a momentum, and each pattern a tensor.
 
+        Nothing is asked of a module without any.
+
         Args:
             averaged: the module with the averages.
             shared: names that aren't averaged at present, and need no momentum.
@@ -110,7 +112,7 @@ class MomentumByName:
                     f"the first and {two!r} for the second; give both the same"
                 )
         for place, pattern in enumerate(self._patterns):
-            if place not in used:
+            if names and place not in used:
                 raise ValueError(
                     f"momentum: {pattern!r} counts for no averaged tensor: it is found in none of "
                     f"their names, or an earlier pattern is found in the same; the names are: "

@@ -78,7 +78,9 @@ class RealSteps:
     def _sort(self, optimizer: Any) -> None:
         if any(optimizer is known for known in (*self._wrappers, *self.innermost)):
             return
-        held = _held_by(optimizer)
+        # Not those around it, which an optimizer may know too.
+        around = {id(known) for known in self._wrappers}
+        held = [one for one in _held_by(optimizer) if id(one) not in around]
         inside = {number for one in held for number in _parameters_of(one)}
         if not held or not _parameters_of(optimizer) <= inside:
             self.innermost.append(optimizer)

@@ -43,10 +43,15 @@ def take_over_changes(pairs: Sequence[Pair], own: Sequence[Tensor]) -> None:
 
 def _changed(pair: Pair) -> Tensor:
     """One flag for each element: whether it has other bits than the rounded average."""
-    averaged, source = _real(pair.averaged), _real(pair.source)
-    put = averaged.to(source.dtype)
-    bits = _BITS[source.dtype.itemsize]
-    return put.view(bits) != source.to(put.device).view(bits)
+    source = pair.source.detach()
+    put = pair.averaged.detach().to(source.dtype)
+    return bits_of(put) != bits_of(source.to(put.device))
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """The elements of ``tensor`` as integers of their bits; complex ones as pairs."""
+    real = _real(tensor)
+    return real.view(_BITS[real.dtype.itemsize])
 
 
 def _real(tensor: Tensor) -> Tensor:

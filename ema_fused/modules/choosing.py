@@ -54,11 +54,12 @@ def is_chosen(choice: Buffers, name: str, buffer: Tensor) -> bool:
     return any(re.search(pattern, plain) for pattern in choice)
 
 
-def checked_buffers(choice: object, buffers: Callable[[], Sequence[str]]) -> Buffers:
+def checked_buffers(choice: object, buffers: Callable[[], Sequence[str] | None]) -> Buffers:
     """``choice`` as :func:`is_chosen` takes it.
 
     Args:
-        buffers: returns the plain names that can be chosen.
+        buffers: returns the plain names that can be chosen; None of a model without any tensors,
+            such as stands for one that isn't there yet.
 
     Raises:
         TypeError: it is none of the kinds of ``Buffers``.
@@ -77,7 +78,7 @@ def checked_buffers(choice: object, buffers: Callable[[], Sequence[str]]) -> Buf
     names = buffers()
     for pattern in patterns:
         expression = compiled("update_buffers", pattern)
-        if not any(expression.search(name) for name in names):
+        if names is not None and not any(expression.search(name) for name in names):
             raise ValueError(
                 f"update_buffers: {pattern!r} is found in the name of no buffer that can be "
                 f"averaged (persistent, floating-point); there are: {naming._list(list(names))}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -14,10 +15,9 @@ from torch.overrides import TorchFunctionMode
 _logger = logging.getLogger("ema_fused")
 
 # The classes whose plain tensors a line in the log has named.
-_told: set[type[nn.Module]] = set()
+_told: weakref.WeakSet[type[nn.Module]] = weakref.WeakSet()
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -106,10 +106,12 @@ def _is_copied(value: object, memo: dict[int, Any]) -> bool:
 
 def _tell_of_plain_tensors(model: nn.Module) -> None:
     """Logs, once for each class, which tensors of its modules an average doesn't follow."""
+    registered = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     found: dict[type[nn.Module], dict[str, None]] = {}
     for _, module, name, value in _own_attributes(model):
-        if type(module) in _told or name in _OF_EVERY_MODULE or not isinstance(value, Tensor):
+        if not isinstance(value, Tensor) or id(value) in registered or type(module) in _told:
             continue
+        # Those that a forward pass computes: the old norms, pruning, stored outputs.
         computed = {f"{name}_orig", f"{name}_g"} & module._parameters.keys()
         if value.is_floating_point() and value.grad_fn is None and not computed:
             found.setdefault(type(module), {})[name] = None

@@ -25,9 +25,9 @@ class ExtraState:
         self.is_old = False
 
     @classmethod
-    def between(cls, averaged: nn.Module, model: nn.Module) -> ExtraState | None:
+    def between(cls, copied: nn.Module, model: nn.Module) -> ExtraState | None:
         """That of the modules that both have by the same name; None if there are none."""
-        ours = _modules_with_state(averaged)
+        ours = _modules_with_state(copied)
         theirs = _modules_with_state(model) if ours else {}
         if not theirs:
             return None
@@ -37,10 +37,13 @@ class ExtraState:
             return None
         return cls([(ours[name], theirs[partner]) for name, partner in names.items()])
 
+    def take_over_if_old(self) -> None:
+        """Copies it, if the model has been averaged since the last time."""
+        if self.is_old:
+            self.take_over()
+
     def take_over(self) -> None:
-        """Copies it, if the model has been averaged since the last time and still exists."""
-        if not self.is_old:
-            return
+        """Copies it, if the model still exists."""
         self.is_old = False
         for our_reference, their_reference in self._pairs:
             ours, theirs = our_reference(), their_reference()

@@ -114,11 +114,14 @@ def has_average(tensor: Tensor) -> bool:
     return numbers_of(tensor) in ("floating-point", "complex")
 
 
-def names_of_buffers(model: nn.Module) -> list[str]:
-    """The plain names of the buffers that can be averaged."""
+def names_of_buffers(model: nn.Module) -> list[str] | None:
+    """The plain names of the buffers that can be averaged; None of a model without tensors."""
+    slots = slots_of(model)
+    if not slots:
+        return None
     return [
         without_wrappers(name)
-        for name, slot in slots_of(model).items()
+        for name, slot in slots.items()
         if slot.kind is Kind.BUFFER and has_average(slot.tensor)
     ]
 

@@ -18,6 +18,7 @@ from ema_fused.modules.adopting import Adopted, Resize, carry_over
 from ema_fused.modules.advice import Advice
 from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.extra_state import ExtraState
 from ema_fused.modules.first_values import FirstValues
 from ema_fused.modules.model_argument import check_model
 from ema_fused.modules.module_pairs import is_averaged, slots_of
@@ -129,7 +130,7 @@ class PairedModule(WaitingModule):
         if self._pairing is not None:
             self._pairing.flush()
             if self._pairing.extra_state is not None:
-                self._pairing.extra_state.take_over()
+                self._pairing.extra_state.take_over_if_old()
 
     @outside_graphs
     def wait_until_read(self) -> None:
@@ -164,13 +165,19 @@ class PairedModule(WaitingModule):
     def copy_to(self, model: nn.Module) -> None:
         """Writes the averaged weights and buffers into ``model``, in the model's dtypes.
 
+        A copy of the module also gives the model its extra state (``get_extra_state``).
+
         Raises:
             KeyError, ValueError, TypeError, RuntimeError: as :meth:`update_parameters`; nothing is
                 written then.
         """
         check_model("copy_to()", model)
         refuse_while_swapped("copy_to() was called", self, model)
-        swapping.copy_to(self._averages(), model, shares=self._shares, backend=self.backend)
+        averaged = self._averages()
+        swapping.copy_to(averaged, model, shares=self._shares, backend=self.backend)
+        extra_state = ExtraState.between(model, averaged)
+        if extra_state is not None:
+            extra_state.take_over()
 
     @outside_graphs
     @torch.no_grad()

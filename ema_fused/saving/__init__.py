@@ -1,9 +1,9 @@
 """Files of averages: sharded checkpoints, and safetensors for inference; all written atomically.
 
 Users call :mod:`.checkpoints` and :mod:`.export`, which use :mod:`.whole_files`,
-:mod:`.safetensors_files` and :mod:`.first_process`. May import ``engine`` and ``modules``. Public
-names are loaded when they are first used, because ``torch.distributed.checkpoint`` takes most of a
-second to import.
+:mod:`.safetensors_files`, :mod:`.replicas` and :mod:`.first_process`. May import ``engine`` and
+``modules``. Public names are loaded when they are first used, because
+``torch.distributed.checkpoint`` takes most of a second to import.
 """
 
 from __future__ import annotations

@@ -36,10 +36,9 @@ from ema_fused.modules.sharding import is_flattened
 from ema_fused.modules.swapping import refuse_while_swapped
 from ema_fused.saving import whole_files
 from ema_fused.saving.first_process import by_the_first
+from ema_fused.saving.replicas import MODULE, averages_in, refuse_differing
 
 __all__ = ["averaged_state_dict", "exists", "load", "load_averaged_state_dict", "save"]
-
-MODULE = "module."  # prefix of the averaged tensors in a state
 
 
 def save(
@@ -47,6 +46,7 @@ def save(
     path: str | os.PathLike[str],
     *,
     process_group: dist.ProcessGroup | None = None,
+    check_replicas: bool = True,
 ) -> None:
     """``torch.distributed.checkpoint.save``, but atomic: the directory is complete or absent.
 
@@ -57,8 +57,17 @@ def save(
         state_dict: as for torch's function.
         path: the directory, on a file system shared by all processes. Replaced if it exists.
         process_group: the processes that save; None: all.
+        check_replicas: refuse averages of plain tensors (not DTensors) that differ between the
+            processes: the first process's would come back in all of them. Integers and batch norm's
+            statistics may differ.
+
+    Raises:
+        RuntimeError: averages differ between processes, as those of experts of each process do;
+            nothing is written.
     """
     goal = Path(path)
+    if check_replicas:
+        refuse_differing(averages_in(state_dict), group=process_group)
     with by_the_first(process_group) as is_first:
         if is_first:
             whole_files.begin_beside(goal)

@@ -24,8 +24,8 @@ from ema_fused.modules.sharding import drop_gathered, is_flattened
 from ema_fused.modules.skeleton import wrapped_by
 from ema_fused.modules.swapping import refuse_while_swapped
 from ema_fused.saving import whole_files
-from ema_fused.saving.checkpoints import MODULE
 from ema_fused.saving.first_process import by_the_first
+from ema_fused.saving.replicas import MODULE, refuse_differing
 from ema_fused.saving.safetensors_files import safetensors
 
 __all__ = ["export_safetensors", "model_state_dict"]
@@ -98,6 +98,7 @@ def export_safetensors(
     *,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 10**9,
+    check_replicas: bool = True,
 ) -> list[Path]:
     """Writes ``weights`` into ``directory``: ``model.safetensors``, or several files and an index.
 
@@ -117,6 +118,8 @@ def export_safetensors(
         dtype: of the floating-point tensors in the files; None: their own.
         max_shard_bytes: largest total size of the tensors in one file, in bytes; a larger tensor
             gets a file of its own.
+        check_replicas: refuse plain tensors that differ between the processes: only the first
+            process's would be written. Integers and batch norm's statistics may differ.
 
     Returns:
         The paths of the files with weights, in order, in every process.
@@ -128,11 +131,13 @@ def export_safetensors(
         FileExistsError: ``directory`` holds something other than an export.
         ImportError: safetensors is not installed.
         RuntimeError: another process raised one of these, or couldn't write; or the processes pass
-            different DTensors. The directory is unchanged then.
+            different DTensors, or different plain tensors. The directory is unchanged then.
     """
     goal = Path(directory)
     tensors = _of_the_model(weights)
     _agree_on(tensors, dtype, max_shard_bytes)
+    if check_replicas:
+        refuse_differing(tensors)
     with by_the_first() as is_first:
         if is_first:
             _refuse_to_replace(goal)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import warnings
 import weakref
 from collections.abc import Callable
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.optim import swa_utils
 
 from ema_fused import AveragedWeights, ExponentialMovingAverage, attach
@@ -150,6 +153,25 @@ def test_offloaded_averages_of_two_optimizers() -> None:
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
+def test_compiled_steps_of_several_optimizers_are_compiled_once() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    model = network()
+    two, averaged = split(model), latest(model)
+    attach(list(two), model, averaged)
+    compiled = [torch.compile(optimizer.step, backend="eager") for optimizer in two]
+    frames = []
+    for count in range(1, 5):
+        model.zero_grad()
+        backward(model)
+        for step in compiled:
+            step()
+        frames.append(counters["frames"]["total"])
+        assert averaged.steps == count and equals(averaged, model)
+    assert frames[1] == frames[-1]
+    torch._dynamo.reset()
+
+
 def test_an_error_in_between_leaves_the_round_out() -> None:
     model = network()
     two, averaged = split(model), latest(model)
@@ -215,26 +237,21 @@ def test_a_cell_that_is_run_again_lets_its_average_go(kind: Callable[[nn.Module]
     assert steps == 1
 
 
-def test_what_attach_returns_keeps_the_average() -> None:
+def test_what_attach_returns_keeps_no_average() -> None:
+    """A notebook keeps what the last line of a cell returned."""
     model = network()
     optimizer = sgd(model)
-    attachment = attach(optimizer, model, ExponentialMovingAverage(model, 0.5))
-    alone = attach(optimizer, model, averaged := latest(model))
+    attachment = attach(optimizer, model, averaged := latest(model))
     known = weakref.ref(averaged)
     del averaged
     gc.collect()
+    assert known() is None
     backward(model)
     optimizer.step()
-    averaged = known()
-    assert averaged is not None and averaged.steps == 1
-    del averaged
-    alone.detach()
-    gc.collect()
-    assert known() is None, "what is detached keeps nothing"
     attachment.detach()
 
 
-def test_a_part_that_is_kept_alone_is_told_of_once() -> None:
+def test_a_module_that_is_kept_alone_is_told_of_once() -> None:
     model = network()
     optimizer = sgd(model)
 
@@ -273,6 +290,33 @@ def test_nothing_outlives_the_optimizer_and_the_average() -> None:
         assert [type(one()).__name__ for one in living if one() is not None] == []
     finally:
         gc.enable()
+
+
+def test_model_and_average_may_be_converted_by_swapping_tensors() -> None:
+    """Which torch refuses where something refers to a tensor weakly, or to its gradient's node."""
+    model = network()
+    optimizer, averaged = sgd(model), ExponentialMovingAverage(model, 0.5)
+    attach(optimizer, model, averaged)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        averaged.double()
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert next(averaged.parameters()).dtype == next(model.parameters()).dtype == torch.float64
+
+
+def test_an_attached_model_is_copied_and_pickled_as_ever() -> None:
+    model = network()
+    optimizer, averaged = sgd(model), latest(model)
+    attach(optimizer, model, averaged)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for _ in range(5):
+                backward(other)
+                sgd(other).step()
+    assert averaged.steps == 0
 
 
 def test_an_average_without_weak_references_is_kept() -> None:

@@ -303,6 +303,16 @@ def test_copies_of_a_wrapper_are_not_attached() -> None:
     assert averaged.steps == 1
 
 
+def test_an_inner_optimizer_may_know_its_wrapper() -> None:
+    model = network()
+    optimizer, averaged = SAM(model.parameters()), latest(model)
+    optimizer.base_optimizer.outer = optimizer  # type: ignore[attr-defined]
+    attach(optimizer, model, averaged)
+    backward(model)
+    optimizer.step(lambda: None)
+    assert averaged.steps == 1 and equals(averaged, model)
+
+
 def test_an_optimizer_that_holds_another_for_other_parameters_steps_itself() -> None:
     class Holding(torch.optim.SGD):
         """SGD of the matrices; the vectors have an optimizer of their own inside."""

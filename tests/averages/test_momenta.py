@@ -299,6 +299,15 @@ def test_other_kinds_take_a_number_alone() -> None:
         OneByOne(conv_net(), BY_NAME)
 
 
+def test_a_model_without_tensors_stands_for_any() -> None:
+    for kind in KINDS:
+        kind(nn.Identity(), BY_NAME, update_buffers=["running", "scale"])
+        with pytest.raises(ValueError, match="is no regular expression"):
+            kind(nn.Identity(), BY_NAME, update_buffers="(")
+        with pytest.raises(ValueError, match=r"a number in \[0, 1\]"):
+            kind(nn.Identity(), {"": 3})
+
+
 def test_a_large_one_is_taken_for_a_mistake() -> None:
     with pytest.warns(UserWarning, match=r"would be momentum=0\.001"):
         ExponentialMovingAverage(conv_net(), {"head": 0.999, "": 0.001})

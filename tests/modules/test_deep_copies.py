@@ -212,6 +212,8 @@ class _Normaliser(nn.Module):
         self.mean = torch.zeros(3)
         self.std = torch.ones(3)
         self.order = torch.arange(3)
+        self.register_buffer("scale", torch.ones(3))
+        self.same_as_scale = self.scale
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")

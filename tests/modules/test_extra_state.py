@@ -181,6 +181,9 @@ def test_a_copy_takes_the_extra_state_over_when_it_is_looked_at() -> None:
     _trained(model, 16.0)
     averaged.copy_from(model)
     assert copy.deepcopy(averaged).module.linear.amax == {"input": 16.0}
+    fresh = Model()
+    averaged.copy_to(nn.DataParallel(fresh))
+    assert fresh.linear.amax == {"input": 16.0} and fresh.linear.amax is not model.linear.amax
 
 
 @pytest.mark.parametrize(
