@@ -321,14 +321,14 @@ class Pairing:
         self._everything.copy_()
         # Wait for errors now: without this first copy the average would have no valid values.
         self._flush()
+        if self._non_finite is not None:
+            self._non_finite.copy_()
+        self._look_at_buffers()  # now, as the next update may be captured into a graph
         self._count()
 
     def _count(self) -> None:
         if self.counts_versions:
             self._versions.increment()
-        if self._non_finite is not None:
-            self._non_finite.copy_()
-        self._look_at_buffers()  # now, as the next update may be captured into a graph
 
     def average_(
         self,
