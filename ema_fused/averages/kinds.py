@@ -96,6 +96,11 @@ class ExponentialMovingAverage(BaseAveragedModel):
             return super()._weights_at(steps)
         momenta = self._momenta
         if momenta is None or not momenta.is_of(momentum):
+            refuse_momenta(
+                type(self).__name__,
+                {"offload": self.offload, "capturable": self.capturable},
+                one_by_one=self._one_by_one,
+            )
             momenta = MomentumByName(momentum)
             momenta.check(self._averages(), self.update_buffers, self.shared_names)
             self._momenta = momenta

@@ -292,6 +292,22 @@ def test_options_for_one_number_are_refused(option: dict[str, Any]) -> None:
         ExponentialMovingAverage(conv_net(), BY_NAME, **option)
 
 
+@pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")
+def test_they_are_refused_for_such_options_later_too() -> None:
+    model = conv_net()
+    averaged = ExponentialMovingAverage(model, 0.5, offload="cpu")
+    run(averaged, model, 2)
+    before = averaged.module.conv.weight.clone()
+    averaged.momentum = {"": 0.1}
+    with pytest.raises(ValueError, match="a momentum by name with offload='cpu'"):
+        run(averaged, model, 1)
+    assert torch.equal(averaged.module.conv.weight, before)
+    assert averaged.steps == 2
+    averaged.momentum = 0.25
+    run(averaged, model, 1)
+    assert averaged.steps == 3
+
+
 def test_other_kinds_take_a_number_alone() -> None:
     with pytest.raises(TypeError, match=r"a number in \(0, 1\) is expected"):
         MomentumAnnealingEMA(conv_net(), BY_NAME)  # type: ignore[arg-type]
