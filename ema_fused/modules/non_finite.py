@@ -49,7 +49,7 @@ class NonFiniteBuffers:
     """Updates buffers of which some elements may be infinite or NaN.
 
     Args:
-        pairs: the buffers; on any devices.
+        pairs: the buffers; on any devices. Likewise the attribute.
         arithmetic: of the finite elements, as in :class:`~ema_fused.Plan`; likewise ``rounding``
             and ``backend``.
     """
@@ -57,10 +57,10 @@ class NonFiniteBuffers:
     def __init__(
         self, pairs: Sequence[Pair], *, arithmetic: str, rounding: str, backend: str | None
     ) -> None:
-        self._pairs = list(pairs)
+        self.pairs = list(pairs)
         self._is_random = rounding == "stochastic"
         self._plan = Plan(
-            **lists_of(self._pairs), arithmetic=arithmetic, rounding=rounding, backend=backend
+            **lists_of(self.pairs), arithmetic=arithmetic, rounding=rounding, backend=backend
         )
 
     def are_as_planned(self) -> bool:
@@ -92,7 +92,7 @@ class NonFiniteBuffers:
 
         If either side wasn't finite, the average isn't either.
         """
-        for pair in self._pairs:
+        for pair in self.pairs:
             averaged = pair.averaged.data
             stays = averaged.isfinite()
             if found_inf is not None:

@@ -148,7 +148,7 @@ class Pairing:
         # Assigned only now, so that an error above leaves the pairing as it was.
         self._slots = watch.slots
         self._slots_changed = watch.changed
-        self._pairs = self._in_plan = pairs
+        self._pairs = pairs
         self._shared = [(pair.averaged, pair.source) for pair in shared]
         self._run_by(*planned)
         self._unseen = averaged_buffers(pairs) if self._mends_buffers else []
@@ -159,15 +159,16 @@ class Pairing:
         self._followers: Plan | None = None
         self._versions = VersionCounters(pair.held[0] for pair in pairs)
         self._parameters: list[nn.Parameter] | None = None
-        self._listed: tuple[Callable[[str], float], list[float], list[float]] | None = None
         rounded = pairs if self._rounding == "nearest" else []
         halves = {pair.averaged.dtype for pair in rounded if _is_half(pair)}
         # With a smaller weight even a change as large as the average is rounded away: it is below
         # half a unit in the last place.
         self.lossy_below = max((torch.finfo(dtype).eps / 2 for dtype in halves), default=0.0)
 
-    def _planned(self, pairs: list[Pair]) -> tuple[Plan | OffloadedPlan, Plan | None]:
-        """The plan that updates ``pairs``, and one that copies the buffers that it reads."""
+    def _planned(self, pairs: list[Pair]) -> tuple[Plan | OffloadedPlan, list[Pair], Plan | None]:
+        """The plan that updates ``pairs``, its own pairs, and one that copies the buffers that it
+        reads.
+        """
         runs_beside = self._offload or self.stream is not None
         snapshot, planned = _with_snapshots(pairs, self._backend) if runs_beside else (None, pairs)
         kind = OffloadedPlan if self._offload else Plan
@@ -177,10 +178,14 @@ class Pairing:
             rounding=self._rounding,
             backend=self._backend,
         )
-        return everything, snapshot
+        return everything, planned, snapshot
 
-    def _run_by(self, everything: Plan | OffloadedPlan, snapshot: Plan | None) -> None:
+    def _run_by(
+        self, everything: Plan | OffloadedPlan, planned: list[Pair], snapshot: Plan | None
+    ) -> None:
         self._everything = everything
+        self._in_plan = planned
+        self._listed: tuple[Callable[[str], float], list[float], list[float]] | None = None
         self._snapshot = snapshot
         # A plan on a device orders its streams, so waiting for the averages and waiting for the
         # reads of the model are the same.
@@ -208,9 +213,7 @@ class Pairing:
         if apart:
             self.flush()
             names = {pair.name for pair in apart}
-            self._in_plan = [pair for pair in self._pairs if pair.name not in names]
-            self._run_by(*self._planned(self._in_plan))
-            self._listed = None
+            self._run_by(*self._planned([pair for pair in self._pairs if pair.name not in names]))
             self._non_finite = NonFiniteBuffers(
                 apart,
                 arithmetic=self._arithmetic,
@@ -402,8 +405,7 @@ class Pairing:
         with the same function.
         """
         if self._listed is None or self._listed[0] is not weight_of:
-            inside = {pair.name for pair in self._in_plan}
-            apart = [pair for pair in self._pairs if pair.name not in inside]
+            apart = [] if self._non_finite is None else self._non_finite.pairs
             each, others = (
                 # Pairs that are copied have none.
                 [weight_of(pair.name) if pair.averages else 1.0 for pair in pairs]
