@@ -7,10 +7,11 @@ distributed checkpoints don't have it, and nothing is said of them.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor
+
+from ema_fused.engine.notices import warn
 
 MEAN = "mean"
 """The next weight is 1 / (n + 1): it takes the average for the mean of n values."""
@@ -54,4 +55,4 @@ def warn_of_another_kind(
             f"the state is of a mean of all values, and {name} goes on from it by its momentum, as "
             f"from any one value. Load it into the class that saved it, unless that is meant"
         )
-    warnings.warn(message, stacklevel=5)
+    warn(message)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from torch import Tensor
+
+from ema_fused.engine.notices import warn
 
 # By then every warm-up falls.
 _SETTLED = 10
@@ -122,11 +123,10 @@ def _question(averaged: Any, weight: float, steps: int) -> None:
     if weight == 1.0 or getattr(averaged, "_is_questioned", False):
         return
     if float(averaged.momentum_at(steps - 1)) <= weight:
-        warnings.warn(
+        warn(
             f"{type(averaged).__name__} has momentum {weight:.6g} at step {steps}, and it doesn't "
             f"fall: nearly all of the average is the model's present values. Momentum is their "
             f"weight; a schedule of the average's weight, a decay, is "
             f"momentum=lambda step: 1 - decay(step)",
-            stacklevel=5,
         )
     averaged._is_questioned = True
