@@ -28,6 +28,7 @@ from torch import nn
 
 from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.frameworks import missing
+from ema_fused.posthoc.power_function import PowerFunctionEMA
 
 try:
     from accelerate import Accelerator
@@ -37,7 +38,9 @@ except ImportError as error:
 __all__ = ["update_average"]
 
 
-def update_average(accelerator: Any, average: BaseAveragedModel, model: nn.Module) -> bool:
+def update_average(
+    accelerator: Any, average: BaseAveragedModel | PowerFunctionEMA, model: nn.Module
+) -> bool:
     """Updates ``average`` with ``model`` if the optimizer has just made a step.
 
     The optimizer makes no step while gradients are accumulated, or if the gradient scaler found an
@@ -45,7 +48,8 @@ def update_average(accelerator: Any, average: BaseAveragedModel, model: nn.Modul
 
     Args:
         accelerator: an ``accelerate.Accelerator``.
-        average: the average of ``model``.
+        average: the average of ``model``; or its averages, a
+            :class:`~ema_fused.PowerFunctionEMA`, whose time is counted in steps then.
         model: the model, wrapped by ``prepare`` or not.
 
     Returns:
@@ -59,7 +63,7 @@ def update_average(accelerator: Any, average: BaseAveragedModel, model: nn.Modul
         raise TypeError(
             f"accelerator is a {type(accelerator).__name__}; an accelerate.Accelerator is expected"
         )
-    if not isinstance(average, BaseAveragedModel):
+    if not isinstance(average, BaseAveragedModel | PowerFunctionEMA):
         raise TypeError(
             f"average is a {type(average).__name__}; an averaged model is expected, say "
             f"ema_fused.ExponentialMovingAverage(model)"

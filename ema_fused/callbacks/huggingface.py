@@ -20,17 +20,18 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.averages.kinds import ExponentialMovingAverage
 from ema_fused.frameworks import missing
+from ema_fused.posthoc.power_function import PowerFunctionEMA
 
 try:
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-    from transformers import PreTrainedModel, TrainerCallback
+    from transformers import TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
+
+    from ema_fused.callbacks.huggingface_files import Average, adapters_in, read, write
 except ImportError as error:
     raise missing("transformers", "transformers", error) from error
 
@@ -38,8 +39,6 @@ __all__ = ["AVERAGED", "EMACallback"]
 
 AVERAGED = "averaged"
 """The folder inside each checkpoint."""
-_STATE = "average_state.safetensors"
-_WEIGHTS = "model*.safetensors"
 
 # Attributes that are set on a Trainer that shards the model, and how it does.
 _SHARDING = {
@@ -62,7 +61,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
       evaluation use ``with callback.swapped():``.
     * ``save_model()``, and so each checkpoint, writes the model's own weights to the usual place,
       and the average into the folder ``averaged`` beside them:
-      ``from_pretrained("checkpoint-500/averaged")`` is the averaged model.
+      ``from_pretrained("checkpoint-500/averaged")`` is the averaged model. With PEFT's adapters in
+      the model the folder has the averaged adapters alone:
+      ``PeftModel.from_pretrained(base, "checkpoint-500/averaged")``. Resume such a run with the
+      callback: without it the Trainer takes the folder for a second adapter.
     * ``train(resume_from_checkpoint=...)`` resumes the average from that folder, bit for bit.
     * With ``load_best_model_at_end`` both the model and its average are those of the best
       checkpoint when ``train()`` returns. ``trainer.model`` then still has its own weights;
@@ -70,14 +72,19 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     * ``trainer.remove_callback(callback)`` ends all of this.
 
     Args:
-        average: the kind of average: a class of ema_fused, or a function that takes the model and
-            returns an averaged model.
+        average: the kind of average: a class of ema_fused, :class:`~ema_fused.PowerFunctionEMA`
+            among them, or a function that takes the model and returns an average.
+        evaluated_sigma_rel: which of the averages of a ``PowerFunctionEMA`` is evaluated, and
+            written for ``from_pretrained``; may be omitted if it keeps only one. The state beside
+            it holds all. Snapshots to make others from are yours to write:
+            ``callback.average.save_snapshot(folder)``.
         **arguments: its arguments: ``momentum=0.001``, ``update_buffers=True``,
             ``averaged_dtype=torch.float32``, ... With batch norm in the model, ``update_buffers``
             averages its statistics too; otherwise the average uses the model's latest statistics.
 
     Attributes:
-        average: the averaged model; None before ``train()``.
+        average: the averages; None before ``train()``.
+        evaluated_sigma_rel: as given.
 
     Raises:
         TypeError, ValueError, RuntimeError: ``average`` can't be called, or has no such arguments.
@@ -85,7 +92,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        average: Callable[..., BaseAveragedModel] = ExponentialMovingAverage,
+        average: Callable[..., Average] = ExponentialMovingAverage,
+        *,
+        evaluated_sigma_rel: float | None = None,
         **arguments: Any,
     ) -> None:
         if not callable(average):
@@ -94,13 +103,17 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 f"that takes a model and returns an averaged model (momentum goes by name: "
                 f"EMACallback(momentum=0.001))"
             )
+        self.evaluated_sigma_rel = evaluated_sigma_rel
+        # Raises for wrong arguments now instead of when training starts.
         if isinstance(average, type) and issubclass(average, BaseAveragedModel):
-            # Raises for wrong arguments now instead of when training starts.
-            average(nn.Identity(), **{**arguments, "device": None})
-        self.average: BaseAveragedModel | None = None
+            self._check(average(nn.Identity(), **{**arguments, "device": None}))
+        elif isinstance(average, type) and issubclass(average, PowerFunctionEMA):
+            self._check(average(nn.Identity(), **arguments))
+        self.average: Average | None = None
         self._make_average = functools.partial(average, **arguments)
         self._trainer: Any = None
         self._resumed_from: str | None = None
+        self._adapters_before: set[str] = set()
 
     def attach(self, trainer: Any) -> Self:
         """Connects the callback to the evaluations, checkpoints and resuming of ``trainer``.
@@ -162,29 +175,61 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         """
         if self.average is None:
             raise RuntimeError("there is no average before trainer.train() of the attached trainer")
+        if isinstance(self.average, PowerFunctionEMA):
+            model = self._trainer.model
+            return self.average.swapped(model, sigma_rel=self.evaluated_sigma_rel)
         return self.average.swapped(self._trainer.model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Makes the average, and loads it if training is resumed.
 
         Raises:
-            RuntimeError: the callback isn't attached, or the average doesn't match the model.
+            RuntimeError: the callback isn't attached, the average doesn't match the model, or the
+                model has an adapter of the folder's name.
             TypeError: ``average`` returned something else.
+            ValueError: it returned averages of several widths, without the one to evaluate.
         """
         if self._trainer is None:
             raise RuntimeError(
                 "EMACallback was passed to a Trainer and not attached to it, so evaluations would "
                 "run without the averages: call callback.attach(trainer) before trainer.train()"
             )
-        average = self._make_average(self._model())
-        if not isinstance(average, BaseAveragedModel):
+        model = self._model()
+        if AVERAGED in self._adapters_before:
+            raise RuntimeError(
+                f"the model has an adapter called {AVERAGED!r}, and the Trainer saves it into the "
+                f"folder of the average; give the adapter another name"
+            )
+        if AVERAGED in adapters_in(model):
+            # The Trainer has found the average in the checkpoint, and takes it for an adapter.
+            model.delete_adapter(AVERAGED)  # type: ignore[operator]
+        average = self._make_average(model)
+        self._check(average)
+        self.average = average
+        if self._resumed_from is not None:
+            self._load(self._resumed_from)
+
+    def _check(self, average: object) -> None:
+        """Raises unless it is an average, of which one can be told to be evaluated."""
+        wanted = self.evaluated_sigma_rel
+        if isinstance(average, BaseAveragedModel):
+            if wanted is not None:
+                raise TypeError(
+                    f"evaluated_sigma_rel goes with PowerFunctionEMA, which keeps averages of "
+                    f"several widths, and {type(average).__name__} keeps one: leave it out"
+                )
+        elif isinstance(average, PowerFunctionEMA):
+            widths = average.sigma_rel
+            if wanted not in widths and (wanted is not None or len(widths) > 1):
+                raise ValueError(
+                    f"evaluated_sigma_rel is {wanted}, and averages of "
+                    f"{', '.join(map(str, widths))} are kept; say which of them is evaluated"
+                )
+        else:
             raise TypeError(
                 f"the function given to EMACallback returned a {type(average).__name__}; an "
                 f"averaged model is expected, say ema_fused.ExponentialMovingAverage(model)"
             )
-        self.average = average
-        if self._resumed_from is not None:
-            self._load(self._resumed_from)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Updates the average with the model, unless the step was skipped."""
@@ -204,6 +249,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if folder is True:
             folder = get_last_checkpoint(self._trainer.args.output_dir)
         self._resumed_from = folder or None
+        self._adapters_before = adapters_in(self._model())
         try:
             yield
         finally:
@@ -231,7 +277,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         yield
         if self.average is not None and self._trainer.args.should_save:
             folder = arguments.get("output_dir") or self._trainer.args.output_dir
-            _write(self.average, Path(folder) / AVERAGED)
+            at = Path(folder) / AVERAGED
+            write(self.average, self._model(), at, sigma_rel=self.evaluated_sigma_rel)
 
     def _model(self) -> nn.Module:
         """The model without wrappers: the average's copy needs its ``save_pretrained``."""
@@ -243,7 +290,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         assert self.average is not None
         folder = Path(checkpoint) / AVERAGED
         if folder.is_dir():
-            _read(self.average, folder)
+            read(self.average, self._model(), folder, sigma_rel=self.evaluated_sigma_rel)
         else:
             warnings.warn(
                 f"{checkpoint} has no folder {AVERAGED!r}, so it was saved without an average: the "
@@ -273,72 +320,3 @@ def _call_inside(
             return method(*positional, **named)
 
     setattr(trainer, name, inside)
-
-
-def _write(average: BaseAveragedModel, folder: Path) -> None:
-    """Writes the weights for ``from_pretrained``, and the rest of the state in another file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(average.module, PreTrainedModel):
-        # With the model's own names: otherwise some architectures are saved in an older format, and
-        # would have to be converted back bit for bit.
-        average.module.save_pretrained(folder, save_original_format=False)
-    else:
-        weights = _but_ties(average.module.state_dict(), {})
-        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    state = average.state_dict()
-    written = {name: state.pop(name) for name in _names_written(folder) if name in state}
-    # The number of updates, and tensors that save_pretrained leaves out.
-    save_file(_but_ties(state, written), folder / _STATE)
-
-
-def _read(average: BaseAveragedModel, folder: Path) -> None:
-    """Loads what ``_write`` wrote.
-
-    Raises:
-        RuntimeError: the files are incomplete, or don't match the average.
-    """
-    if not (folder / _STATE).is_file():
-        raise RuntimeError(
-            f"{folder} has no {_STATE}: it is incomplete, or was not written by EMACallback. "
-            f"Resume from another checkpoint, or remove the folder to start a new average"
-        )
-    state = load_file(folder / _STATE)
-    for file in folder.glob(_WEIGHTS):
-        state.update({f"module.{name}": tensor for name, tensor in load_file(file).items()})
-    present = average.state_dict()
-    # Tied tensors are written once.
-    by_memory = {_memory(tensor): state[name] for name, tensor in present.items() if name in state}
-    for name, tensor in present.items():
-        if name not in state and _memory(tensor) in by_memory:
-            state[name] = by_memory[_memory(tensor)]
-    try:
-        average.load_state_dict(state)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"the average in {folder} doesn't match the model in training: {error}"
-        ) from error
-
-
-def _names_written(folder: Path) -> list[str]:
-    """The names, in an averaged model's state, of the tensors that ``save_pretrained`` wrote."""
-    names: list[str] = []
-    for file in folder.glob(_WEIGHTS):
-        with safe_open(file, framework="pt") as opened:
-            names += [f"module.{name}" for name in opened.keys()]  # noqa: SIM118
-    return names
-
-
-def _but_ties(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``tensors`` for safetensors: contiguous, each tied one once, none tied to ``others``."""
-    seen = {_memory(tensor) for tensor in others.values()}
-    kept = {}
-    for name, tensor in tensors.items():
-        if _memory(tensor) not in seen:
-            seen.add(_memory(tensor))
-            kept[name] = tensor.contiguous()
-    return kept
-
-
-def _memory(tensor: Tensor) -> object:
-    """A key that is equal for tensors that are the same view of the same memory."""
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

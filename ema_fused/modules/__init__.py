@@ -3,8 +3,9 @@
 :mod:`.naming` knows the names (wrappers), :mod:`.module_pairs` finds the pairs (tied weights,
 buffers), :mod:`.pairing` keeps the plan for them and makes a new one when tensors are replaced
 (:mod:`.watch`), :mod:`.paired_module` is the module that owns a pairing, :mod:`.swapping` puts
-averages into the model, :mod:`.copying` makes the averaged copy, :mod:`.sharding` handles FSDP and
-ZeRO-3. May import ``engine`` and ``offloading``.
+averages into the model, :mod:`.copying` makes the averaged copy (:mod:`.deep_copies`, or a
+:mod:`.skeleton` of bare modules), :mod:`.extra_state` takes over what modules keep beside tensors,
+:mod:`.sharding` handles FSDP and ZeRO-3. May import ``engine`` and ``offloading``.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import os
 import uuid
 import weakref
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +131,7 @@ class PowerFunctionEMA(nn.Module):
 
         If an error is raised, the averages are unchanged.
         """
-        refuse_while_swapped("update_parameters() was called", model)
+        refuse_while_swapped("update_parameters() was called", self, model)
         samples = check_integer("samples", samples, least=1)
         time = self.time + samples
         weights = [momentum_between(gamma, self.time, time) for gamma in self._gammas]
@@ -230,9 +231,45 @@ class PowerFunctionEMA(nn.Module):
             ValueError: also if no average of this width is kept.
         """
         check_model("copy_to()", model)
-        refuse_while_swapped("copy_to() was called", model)
+        refuse_while_swapped("copy_to() was called", self, model)
         average = self._average_of(sigma_rel)
         swapping.copy_to(average, model, shares=FrozenShares(), backend=self.backend)
+
+    @outside_graphs
+    def copy_from(self, model: nn.Module) -> None:
+        """Sets every average to the current weights of ``model``; ``time`` is unchanged.
+
+        Raises:
+            KeyError, ValueError, TypeError, RuntimeError: as :meth:`update_parameters`.
+        """
+        refuse_while_swapped("copy_from() was called", self, model)
+        self._paired = None  # its plan may be of other dtypes
+        self._planned_with(model).copy_()
+
+    def swapped(
+        self, model: nn.Module, *, sigma_rel: float | None = None
+    ) -> AbstractContextManager[nn.Module]:
+        """``with ema.swapped(model):`` runs ``model`` with the weights and buffers of one average.
+
+        They are swapped out again at the end of the block, even if it raises. Where the dtypes
+        differ, copies of the model's tensors are kept during the block. Inside it, saving, loading
+        and updating both is refused, and so is swapping again.
+
+        Args:
+            model: as for :meth:`update_parameters`.
+            sigma_rel: as :meth:`average`.
+
+        Returns:
+            A context manager that yields ``model``.
+
+        Raises:
+            KeyError, TypeError: as :meth:`update_parameters`; nothing is swapped then.
+            ValueError: also if no average of this width is kept.
+            RuntimeError: a refused action; or, at the end of the block, the model's weights can't
+                be put back because their dtypes, shapes or names were changed inside it.
+        """
+        average = self._average_of(sigma_rel)
+        return swapping.swapped(self, average, model, shares=FrozenShares(), backend=self.backend)
 
     def _average_of(self, sigma_rel: float | None) -> nn.Module:
         if sigma_rel is None and len(self.sigma_rel) == 1:
@@ -296,6 +333,7 @@ class PowerFunctionEMA(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled is everything but the plan, which refers to the model itself."""
+        refuse_while_swapped("the averaged model was copied or pickled", self)
         return self.__dict__ | {"_paired": None}
 
 

@@ -27,6 +27,7 @@ from tests.networks import (
     conv_net,
     differences,
     generator,
+    snapshot,
     train,
 )
 
@@ -297,6 +298,66 @@ def test_copy_to_puts_one_average_into_a_model(dtype: torch.dtype) -> None:
     ema.copy_to(target, sigma_rel=0.1)
     expected = {name: one.to(target.state_dict()[name]) for name, one in ema.average(0.1).items()}
     assert differences(dict(target.state_dict()), expected) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_swapped_runs_the_model_with_the_average_that_is_named(dtype: torch.dtype) -> None:
+    model = conv_net(dtype=dtype)
+    ema = PowerFunctionEMA(model, WIDTHS)
+    run(ema, model, 5)
+    state, held = snapshot(model), {w: snapshot_of(ema, w) for w in WIDTHS}
+    for width in WIDTHS:
+        with ema.swapped(model, sigma_rel=width) as inside:
+            assert inside is model
+            for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+                assert torch.equal(tensor, held[width][name].to(tensor.dtype)), name
+            refused: list[Callable[[], object]] = [
+                lambda: ema.update_parameters(model),
+                lambda: ema.copy_to(model, sigma_rel=0.05),
+                lambda: ema.copy_from(model),
+                lambda: ema.average(0.05),
+                lambda: ema.swapped(conv_net(dtype=dtype), sigma_rel=0.05).__enter__(),
+                lambda: ema.save_snapshot("nowhere"),
+                lambda: copy.deepcopy(ema),
+                ema.state_dict,
+            ]
+            for action in refused:
+                with pytest.raises(RuntimeError, match="while averaged weights are swapped in"):
+                    action()
+    with pytest.raises(OSError), ema.swapped(model, sigma_rel=0.05):
+        raise OSError
+    assert differences(snapshot(model), state) == []
+    for width in WIDTHS:
+        assert differences(snapshot_of(ema, width), held[width]) == []
+    assert ema.steps == 5
+
+
+def snapshot_of(ema: PowerFunctionEMA, width: float) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in ema.average(width).items()}
+
+
+def test_a_width_that_is_not_kept_is_not_swapped_in() -> None:
+    model = conv_net()
+    ema = PowerFunctionEMA(model, WIDTHS)
+    with pytest.raises(ValueError, match=r"sigma_rel is 0\.3, and averages of 0\.05"):
+        ema.swapped(model, sigma_rel=0.3)
+
+
+def test_copy_from_sets_all_averages_and_no_time() -> None:
+    model, other = conv_net(), conv_net(seed=1)
+    ema = PowerFunctionEMA(model, WIDTHS)
+    run(ema, model, 5)
+    ema.copy_from(other)
+    assert (ema.time, ema.steps) == (5, 5)
+    for width in WIDTHS:
+        assert differences(ema.average(width), snapshot(other)) == []
+    model.double()
+    ema.copy_from(model)  # the plan was one for float32
+    for width in WIDTHS:
+        expected = {name: value.float() for name, value in snapshot(model).items()}
+        assert {n: v.float() for n, v in ema.average(width).items()}.keys() == expected.keys()
+        for name, value in ema.average(width).items():
+            assert torch.equal(value.float(), expected[name]), name
 
 
 @pytest.mark.parametrize("sigma_rel", [None, 0.07])

@@ -39,12 +39,12 @@ HOMES = {
     "numpy": ("engine.reference", "bench"),
     "pytorch_lightning": (),
     "rich": ("bench",),
-    "safetensors": ("callbacks.huggingface",),
+    "safetensors": ("callbacks.huggingface_files",),
     "sklearn": (),
     "timm": ("adapters.timm",),
     "torch_ema": ("adapters.torch_ema",),
     "tqdm": (),
-    "transformers": ("callbacks.huggingface",),
+    "transformers": ("callbacks.huggingface", "callbacks.huggingface_files"),
 }
 
 

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ema_fused import ExponentialMovingAverage
+from ema_fused import ExponentialMovingAverage, PowerFunctionEMA
 from ema_fused.callbacks.accelerate import update_average
 from tests import processes
 from tests.digits import digits
@@ -85,6 +85,37 @@ def test_wrapped_models_are_averaged_and_swapped() -> None:
         assert update_average(training.accelerator, training.average, wrapped)
     assert training.average.steps == 2
     assert differences(own(training.average.module), own(training.plain_model)) == []
+
+
+def test_several_widths_are_averaged_saved_and_resumed(tmp_path: Path) -> None:
+    """A ``PowerFunctionEMA`` beside the average of the loop, in the same checkpoints."""
+    training, by_hand = Training(), None
+    ema = PowerFunctionEMA(training.plain_model)
+    training.accelerator.register_for_checkpointing(ema)
+    steps = []
+    for batch, was_updated in training.epoch():
+        steps += [batch] * update_average(training.accelerator, ema, training.model)
+        if was_updated:
+            by_hand = by_hand or PowerFunctionEMA(training.plain_model)
+            by_hand.update_parameters(training.plain_model)
+    assert steps == [2, 5, 8, 9]
+    assert by_hand is not None and (ema.steps, ema.time) == (4, 4)
+    for width in ema.sigma_rel:
+        assert differences(ema.average(width), by_hand.average(width)) == []
+    training.accelerator.save_state(str(tmp_path))
+    again = Training()
+    loaded = PowerFunctionEMA(again.plain_model)
+    again.accelerator.register_for_checkpointing(loaded)
+    again.accelerator.load_state(str(tmp_path))
+    assert (loaded.steps, loaded.time, loaded.run) == (4, 4, ema.run)
+    for width in ema.sigma_rel:
+        assert differences(loaded.average(width), ema.average(width)) == []
+    weights = own(again.plain_model)
+    with loaded.swapped(again.model, sigma_rel=0.1):
+        inside = {name: p.clone() for name, p in again.plain_model.named_parameters()}
+    held = loaded.average(0.1)
+    assert differences(inside, {name: held[name] for name in inside}) == []
+    assert differences(own(again.plain_model), weights) == []
 
 
 def test_a_killed_run_is_resumed_to_the_bit(tmp_path: Path) -> None:

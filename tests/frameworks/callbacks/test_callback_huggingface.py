@@ -273,7 +273,8 @@ def test_a_trainer_of_another_class_keeps_its_methods(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("package", ["transformers", "safetensors"])
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    monkeypatch.delitem(sys.modules, "ema_fused.callbacks.huggingface")
+    for module in ("huggingface", "huggingface_files"):
+        monkeypatch.delitem(sys.modules, f"ema_fused.callbacks.{module}")
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ImportError, match=r"pip install 'ema_fused\[transformers\]'"):
         importlib.import_module("ema_fused.callbacks.huggingface")
