@@ -147,11 +147,13 @@ def swapped_bytes(averaged: float, source: float) -> float:
     """Of putting averages in and taking them out again, an element.
 
     One dtype: both sides read and written, twice. Two dtypes: the source is kept aside (read,
-    written), overwritten (average read, source written) and put back (read, written).
+    written), overwritten (average read, source written), compared with the average (that read and
+    written in the source's dtype, both read, a flag written and read) and put back (read, written).
     """
     if averaged == source:
         return 2 * 2 * (averaged + source)
-    return 2 * source + (averaged + source) + 2 * source
+    compared = averaged + 3 * source + 2
+    return 2 * source + (averaged + source) + compared + 2 * source
 
 
 def step_seconds(parameters: float, trained: float, a: Assumptions) -> float:

@@ -19,7 +19,8 @@ from ema_fused.modules.module_pairs import (
     slots_of,
 )
 from ema_fused.modules.naming import common_names
-from ema_fused.modules.sharding import converted
+from ema_fused.modules.parametrized import carry_computed
+from ema_fused.modules.sharding import converted as converted_to
 
 Resize = Callable[[str, Tensor, Tensor], Tensor]
 
@@ -32,12 +33,15 @@ class Adopted(NamedTuple):
         started: names of new ones, or of another kind, which start with the model's values.
         resized: names of those whose shape has changed.
         dropped: names that the model has lost, and the average now too.
+        converted: names of those whose average follows from others': a parametrization was put on
+            or taken off.
     """
 
     kept: int
     started: list[str]
     resized: list[str]
     dropped: list[str]
+    converted: list[str]
 
 
 def carry_over(
@@ -86,7 +90,7 @@ def carry_over(
         if equal is not None:
             tensor = before[equal].tensor
             if id(tensor) in taken:  # tied in the old average alone
-                tensor = _registered(converted(tensor, None, None, pinned=pinned), slot)
+                tensor = _registered(converted_to(tensor, None, None, pinned=pinned), slot)
             taken.add(id(tensor))
             shared.difference_update(group)
         elif own and averages and name not in shared:
@@ -94,8 +98,12 @@ def carry_over(
         for each in group:
             _place(tensor, slots[each])
 
+    unknown = {name for name in slots if name not in before and name not in shared}
+    converted = carry_computed(new, old, unknown)
     started, resized, kept = [], [], 0
     for name, slot in slots_of(new).items():
+        if name in converted:
+            continue
         if name not in before or not _is_alike(slot, before[name]):
             started.append(name)
         elif slot.tensor.shape != before[name].tensor.shape:
@@ -104,7 +112,7 @@ def carry_over(
             kept += 1
     partners = set(common.values())
     dropped = [name for name in slots_before if name not in partners]
-    return Adopted(kept, started, resized, dropped)
+    return Adopted(kept, started, resized, dropped, converted)
 
 
 def _is_alike(slot: Slot, before: Slot) -> bool:
@@ -155,4 +163,4 @@ def _resized(name: str, slot: Slot, old: Tensor, resize: Resize | None, *, pinne
                 f"model's shape is expected: {tuple(slot.tensor.shape)}"
             )
     device = None if local(value).is_meta else old.device
-    return _registered(converted(value, device, old.dtype, pinned=pinned), slot)
+    return _registered(converted_to(value, device, old.dtype, pinned=pinned), slot)

@@ -20,7 +20,7 @@ from ema_fused.modules.module_pairs import (
     numbers_of,
     slots_of,
 )
-from ema_fused.modules.naming import WRAPPERS, common_names
+from ema_fused.modules.naming import common_names, plain_path
 from ema_fused.modules.sharding import converted
 
 
@@ -51,11 +51,11 @@ def following_buffers(
             if _follows(partner, source, update_buffers) and _differs_in_shape(slot, source):
                 new = converted(source.tensor, slot.tensor.device, slot.tensor.dtype)
                 _put(new, slot.owner, slot.key, changed)
-        parts = {_plain(path): part for path, part in averaged.named_modules()}
+        parts = {plain_path(path): part for path, part in averaged.named_modules()}
         known = set(common.values())
         for partner in (name for name in theirs if name not in known):
             source, path = theirs[partner], partner.rpartition(".")[0]
-            owner = parts.get(_plain(path))
+            owner = parts.get(plain_path(path))
             # An ordinary attribute of that name would hide it.
             is_free = owner is not None and source.key not in vars(owner)
             if owner is not None and is_free and _follows(partner, source, update_buffers):
@@ -95,8 +95,3 @@ def _put(
     buffers = owner._buffers
     changed.append((buffers, key, buffers.get(key), key in buffers))
     buffers[key] = new
-
-
-def _plain(path: str) -> str:
-    """The path of a module without wrappers' components; of these the innermost comes last."""
-    return ".".join(part for part in path.split(".") if part not in WRAPPERS)

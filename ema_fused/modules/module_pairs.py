@@ -156,6 +156,8 @@ def pair_up(
         if slot.kind is Kind.CACHE and not _is_like(slot.tensor, source):
             continue
         _check(name, slot.tensor, source)
+        if local(source).is_meta and (name not in shares.names or source.requires_grad):
+            _refuse_offloaded(source_name, theirs[source_name].owner)
         averages = is_averaged(name, slot, update_buffers) and has_average(slot.tensor)
         trains = source.requires_grad
         held = slot.tensor, source
@@ -220,6 +222,18 @@ def refuse_untied(pairs: list[Pair]) -> None:
                 f"so they were tied and aren't any more; averaged.adopt(model) gives each an "
                 f"average of its own"
             )
+
+
+def _refuse_offloaded(name: str, owner: nn.Module) -> None:
+    """Raises ValueError for a tensor on the meta device whose values accelerate keeps elsewhere."""
+    if getattr(owner, "_hf_hook", None) is not None:
+        raise ValueError(
+            f"{name!r} of the model is on the meta device: accelerate keeps the weights of this "
+            f"{type(owner).__name__} elsewhere between passes (cpu_offload, device_map). Average "
+            f"the model before it is offloaded, or take it back: "
+            f"accelerate.hooks.remove_hook_from_submodules(model); weights that aren't trained may "
+            f"stay where they are with share_frozen=True"
+        )
 
 
 def lists_of(pairs: list[Pair]) -> dict[str, Any]:

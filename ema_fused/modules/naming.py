@@ -52,6 +52,11 @@ def named_once(modules: Mapping[str, object]) -> list[str]:
     ]
 
 
+def plain_path(path: str) -> str:
+    """The path of a module without wrappers' components; a wrapper has that of what it wraps."""
+    return ".".join(part for part in path.split(".") if part not in WRAPPERS)
+
+
 def match_names(averaged: Mapping[str, bool], source: Mapping[str, bool]) -> dict[str, str]:
     """Pairs the names of two modules, one to one.
 

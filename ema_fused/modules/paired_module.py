@@ -186,8 +186,10 @@ class PairedModule(WaitingModule):
 
         For a model that has changed since: an embedding that has grown, layers or parameters added
         or removed, weights that are no longer tied, a parametrization put on or taken off. Tensors
-        with the name, shape and kind of before keep their averages. The rest starts with the
-        model's values; what the model has lost is dropped. :attr:`steps` goes on.
+        with the name, shape and kind of before keep their averages. Of a weight whose
+        parametrization came or went, the average is converted (by a copy of the module, not by
+        ``AveragedWeights``). The rest starts with the model's values; what the model has lost is
+        dropped. :attr:`steps` goes on.
 
         :attr:`module` is a new object afterwards, a copy of ``model`` as it is now; its averaged
         tensors are the old ones where they were kept. What refers to the old module must take the
@@ -202,7 +204,7 @@ class PairedModule(WaitingModule):
                 ``new_value``, the model's value. Both arguments are copies.
 
         Returns:
-            What was kept (a number), started, resized and dropped (names).
+            What was kept (a number), started, resized, dropped and converted (names).
 
         Raises:
             TypeError: the model can't be averaged; or ``resize`` returned no tensor of the kind of

@@ -102,14 +102,17 @@ def test_what_is_unchanged_keeps_its_average_and_the_rest_starts(
         averaged.update_parameters(model)
     adopted = averaged.adopt(model)
     names = [*model.state_dict()]
-    assert adopted == (len(names) - len(started) - len(resized), started, resized, dropped)
+    converted = started if change is parametrized and kind is ExponentialMovingAverage else []
+    started = [name for name in started if name not in converted]
+    kept = len(names) - len(started) - len(resized) - len(converted)
+    assert adopted == (kept, started, resized, dropped, converted)
     assert int(averaged.steps) == 4
     assert [*averaged.module.state_dict()] == names
     now, theirs = snapshot(averaged.module), snapshot(model)
     for name in names:
         if name in started + resized:
             assert torch.equal(now[name], theirs[name].to(now[name].dtype))
-        else:
+        elif name not in converted:
             assert torch.equal(now[name], before[name])
             if name in tensors:
                 assert averaged.avg_parameters[name] is tensors[name]
@@ -134,11 +137,60 @@ def test_the_averaged_module_has_the_models_layers() -> None:
     averaged.copy_to(model)
     tokens = torch.tensor([0, 4, 2])
     assert torch.equal(averaged(tokens), model.eval()(tokens))
-    parametrize.remove_parametrizations(model.layer, "weight")
+
+
+@pytest.mark.parametrize(
+    "put_on",
+    [parametrizations.weight_norm, parametrizations.spectral_norm, parametrizations.orthogonal],
+)
+@pytest.mark.parametrize("options", [{}, {"averaged_dtype": torch.float64}])
+def test_a_parametrization_put_on_or_taken_off_keeps_the_average(
+    put_on: Callable[..., nn.Module], options: dict[str, Any]
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2))
+    averaged = ExponentialMovingAverage(model, 0.25, **options)
+    run(averaged, model, 3)
+    before = averaged.module[0].weight.clone()
+    put_on(model[0])
     adopted = averaged.adopt(model)
-    assert (adopted.started, adopted.dropped) == (["layer.weight"], ORIGINALS)
-    with averaged.swapped(model):
-        model(tokens)
+    assert (adopted.started, adopted.dropped) == (
+        [name for name, _ in model.named_buffers()],
+        ["0.weight"],
+    )
+    averaged.module.eval()
+    model.eval()
+    if put_on is parametrizations.weight_norm:
+        assert torch.allclose(averaged.module[0].weight, before)
+    run(averaged, model, 3)
+    expected, theirs = averaged.module[0].weight.clone(), model[0].weight.clone()
+    frozen = snapshot(averaged.module)
+    parametrize.remove_parametrizations(model[0], "weight")
+    old = averaged.module
+    adopted = averaged.adopt(model)
+    assert adopted.converted == ["0.weight"] and adopted.started == []
+    assert differences(snapshot(old), frozen) == []
+    assert torch.allclose(averaged.module[0].weight, expected)
+    assert not torch.allclose(averaged.module[0].weight, theirs.to(expected.dtype))
+    averaged.update_parameters(model)
+
+
+def squared(model: nn.Module) -> nn.Module:
+    class Square(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            return value.square()
+
+    parametrize.register_parametrization(model, "weight", Square())
+    return model
+
+
+def test_a_parametrization_without_an_inverse_starts_with_the_models_values() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    averaged = ExponentialMovingAverage(model, 0.25)
+    run(averaged, model, 3)
+    squared(model[0])
+    adopted = averaged.adopt(model)
+    assert (adopted.started, adopted.converted) == (["0.parametrizations.weight.original"], [])
+    assert torch.equal(averaged.module[0].weight, model[0].weight)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -238,7 +290,7 @@ def test_weights_that_are_untied_are_named_and_adopted(
     with pytest.raises(ValueError, match=message), averaged.swapped(model):
         pass
     assert differences(snapshot(averaged), before) == []
-    assert averaged.adopt(model) == (2, [], [], [])
+    assert averaged.adopt(model) == (2, [], [], [], [])
     weights = averaged.avg_parameters
     assert torch.equal(weights["encoder.weight"], weights["decoder.weight"])
     expected = torch.lerp(weights["decoder.weight"], model.decoder.weight.detach(), 0.25)
@@ -249,7 +301,7 @@ def test_weights_that_are_untied_are_named_and_adopted(
     model.decoder.weight = model.encoder.weight
     averaged.update_parameters(model)
     first = averaged.avg_parameters["encoder.weight"]
-    assert averaged.adopt(model) == (2, [], [], [])
+    assert averaged.adopt(model) == (2, [], [], [], [])
     module = averaged.module
     assert module.get_parameter("decoder.weight") is module.get_parameter("encoder.weight")
     assert module.get_parameter("decoder.weight") is first
@@ -382,7 +434,7 @@ def test_a_model_that_is_the_same_keeps_everything() -> None:
     averaged: BaseAveragedModel = ExponentialMovingAverage(model, 0.25)
     run(averaged, model, 2)
     before = snapshot(averaged)
-    assert averaged.adopt(model) == (len(model.state_dict()), [], [], [])
+    assert averaged.adopt(model) == (len(model.state_dict()), [], [], [], [])
     assert differences(snapshot(averaged), before) == []
 
 
@@ -401,7 +453,7 @@ def test_power_function_averages_adopt_at_every_width(tmp_path: Path) -> None:
         ema.adopt(model, resize=wrong_shape)
     assert ema.averages[0].get_parameter("embedding.weight").shape == (5, 3)
     adopted = ema.adopt(model, resize=lambda name, old, new: torch.cat([old, new[len(old) :]]))
-    assert adopted[1:] == (["points.2"], ["embedding.weight"], [])
+    assert adopted[1:] == (["points.2"], ["embedding.weight"], [], [])
     for width, kept in zip((0.05, 0.1), before, strict=True):
         now = ema.average(width)
         assert torch.equal(now["embedding.weight"][:5], kept["embedding.weight"])

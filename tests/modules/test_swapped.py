@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -225,6 +227,44 @@ def test_inside_the_block_it_is_refused_and_outside_it_works(action: str) -> Non
     assert differences(snapshot(model), raw) == []
     assert differences(snapshot(averaged.module), average) == []
     REFUSED[action](averaged, model)
+
+
+@pytest.mark.parametrize("action", ["update", "swap-again", "save-model", "copy_from"])
+def test_another_thread_is_refused_too(action: str) -> None:
+    """An evaluation in one thread while another trains."""
+    model, averaged = trained()
+    raw, average = snapshot(model), snapshot(averaged.module)
+    raised: list[BaseException] = []
+
+    def act() -> None:
+        try:
+            REFUSED[action](averaged, model)
+        except RuntimeError as error:
+            raised.append(error)
+
+    with averaged.swapped(model):
+        thread = threading.Thread(target=act)
+        thread.start()
+        thread.join()
+    assert "while averaged weights are swapped in" in str(raised[0])
+    assert differences(snapshot(model), raw) == []
+    assert differences(snapshot(averaged.module), average) == []
+    assert averaged.steps == 3
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_has_a_block_of_its_own() -> None:
+    """As the workers of a data loader that is iterated inside."""
+    model, averaged = trained()
+    raw, average = snapshot(model), snapshot(averaged.module)
+    with averaged.swapped(model):
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if differences(snapshot(model), average) == [] else 1)
+        _, status = os.waitpid(child, 0)
+    assert status == 0
+    assert differences(snapshot(model), raw) == []
+    assert differences(snapshot(averaged.module), average) == []
 
 
 def test_nothing_stays_behind_on_the_modules() -> None:
