@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.engine.memory import memory_of
 from ema_fused.posthoc.power_function import PowerFunctionEMA
 
 Average = BaseAveragedModel | PowerFunctionEMA
@@ -86,10 +87,12 @@ def read(average: Average, model: nn.Module, folder: Path, *, sigma_rel: float |
         if name != _EXTRA  # it isn't a tensor
     }
     # Tied tensors are written once.
-    by_memory = {_memory(tensor): state[name] for name, tensor in present.items() if name in state}
+    by_memory = {
+        memory_of(tensor): state[name] for name, tensor in present.items() if name in state
+    }
     for name, tensor in present.items():
-        if name not in state and _memory(tensor) in by_memory:
-            state[name] = by_memory[_memory(tensor)]
+        if name not in state and memory_of(tensor) in by_memory:
+            state[name] = by_memory[memory_of(tensor)]
     if has_adapters(model):
         frozen = _frozen(average, model)
         state = {name: present[name] for name in frozen if name in present} | state
@@ -162,15 +165,10 @@ def _names_written(folder: Path) -> list[str]:
 
 def _but_ties(tensors: dict[str, Tensor], others: dict[str, Tensor]) -> dict[str, Tensor]:
     """``tensors`` for safetensors: contiguous, each tied one once, none tied to ``others``."""
-    seen = {_memory(tensor) for tensor in others.values()}
+    seen = {memory_of(tensor) for tensor in others.values()}
     kept = {}
     for name, tensor in tensors.items():
-        if _memory(tensor) not in seen:
-            seen.add(_memory(tensor))
+        if memory_of(tensor) not in seen:
+            seen.add(memory_of(tensor))
             kept[name] = tensor.contiguous()
     return kept
-
-
-def _memory(tensor: Tensor) -> object:
-    """A key that is equal for tensors that are the same view of the same memory."""
-    return tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import torch
 
+from ema_fused.engine.memory import is_wrapper
 from ema_fused.engine.pairs import label, overlap_error
 from ema_fused.engine.parts import ListedPart, Part, Task, Update
 
@@ -20,6 +21,8 @@ def _refuse_overlaps(tasks: Sequence[Task], names: Sequence[str] | None) -> None
     spans = []
     for task in tasks:
         tensor = task.averaged
+        if is_wrapper(tensor):
+            continue
         last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
         begin = tensor.data_ptr()
         spans.append((str(tensor.device), begin, begin + (last + 1) * tensor.itemsize, task.pair))

@@ -5,12 +5,14 @@ It also states readably what the native kernels compute; tests compare the two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from ema_fused.engine.pairs import can_average
+from ema_fused.engine.memory import is_wrapper
+from ema_fused.engine.pairs import can_average, label
 from ema_fused.engine.parts import ListedPart, Task, Update
 from ema_fused.engine.rounding import HALVES, random_halves, round_stochastically
 
@@ -28,7 +30,8 @@ def _average_same(
 ) -> None:
     """Pairs of equal dtypes, by the operations that define each arithmetic."""
     if arithmetic in ("lerp", "stochastic"):
-        if all(weight == weights[0] for weight in weights):
+        # A subclass of tensors may have lerp_ and no _foreach_lerp_.
+        if len(weights) > 1 and all(weight == weights[0] for weight in weights):
             torch._foreach_lerp_(averaged, source, weights[0])
         else:
             for a, s, weight in zip(averaged, source, weights, strict=True):
@@ -37,6 +40,8 @@ def _average_same(
     for a, s, weight in zip(averaged, source, weights, strict=True):
         if arithmetic == "axpby":
             a.mul_(1 - weight).add_(s, alpha=weight)
+        elif arithmetic == "products" and (is_wrapper(a) or is_wrapper(s)):
+            a.copy_(a * (1 - weight) + s * weight)
         elif arithmetic == "products":
             a.mul_(1 - weight).add_(s * weight)
         else:
@@ -113,9 +118,27 @@ def squared_distances(tasks: Sequence[Task], averages: int) -> list[Tensor]:
 
 
 class ForeachPart(ListedPart):
-    """Pairs updated by torch's functions on the device where they are."""
+    """Pairs updated by torch's functions on the device where they are.
+
+    Wrappers (tensors of subclasses that keep their elements in other tensors) are updated one by
+    one, by the functions that everybody calls, which their class answers.
+    """
 
     backend = "foreach"
+
+    def __init__(
+        self, tasks: Sequence[Task], arithmetic: str, names: Sequence[str] | None = None
+    ) -> None:
+        super().__init__(tasks, arithmetic)
+        self._names = names
+        # One of each combination of classes, to try an operation on before it writes anything.
+        self._examples = {
+            (type(t.averaged), type(t.source), t.averaged.dtype, t.source.dtype, t.only_copy): t
+            for t in reversed(tasks)
+            if is_wrapper(t.averaged) or is_wrapper(t.source)
+        }
+        self.has_wrappers = bool(self._examples)
+        self._tried: set[str] = set()
 
     @torch.no_grad()
     def average(self, update: Update) -> bool:
@@ -123,10 +146,23 @@ class ForeachPart(ListedPart):
             return False
         if update.is_skipped():
             return True
+        self._try("average", lambda task: self._average_each([task], update))
         tasks = self._distinct()
         if update.distances is not None:
             update.distances.extend(squared_distances(tasks, len(update.weights)))
-        same: dict[tuple[torch.device, torch.dtype], list[Task]] = {}
+        self._average_each(tasks, update)
+        return True
+
+    def copy(self) -> bool:
+        self._try("copy", _copy)
+        return super().copy()
+
+    def swap(self) -> bool:
+        self._try("copy", _copy)
+        return super().swap()
+
+    def _average_each(self, tasks: Sequence[Task], update: Update) -> None:
+        same: dict[tuple[object, ...], list[Task]] = {}
         for task in tasks:
             a, s = task.averaged, task.source
             if task.only_copy or not can_average(a, s):
@@ -134,7 +170,8 @@ class ForeachPart(ListedPart):
             elif self._arithmetic == "stochastic" and a.dtype in HALVES:
                 _average_stochastically(task, update.weight_of(task), update.seed, int(update.step))
             elif a.dtype == s.dtype and (a.dtype in HALVES or a.dtype.itemsize > 2):
-                same.setdefault((a.device, a.dtype), []).append(task)
+                alone = task.pair if is_wrapper(a) or is_wrapper(s) else None
+                same.setdefault((a.device, a.dtype, alone), []).append(task)
             else:
                 _average_mixed(a, s, update.weight_of(task), self._arithmetic)
         for alike in same.values():
@@ -144,4 +181,30 @@ class ForeachPart(ListedPart):
                 [update.weight_of(task) for task in alike],
                 self._arithmetic,
             )
-        return True
+
+    @torch.no_grad()
+    def _try(self, operation: str, run: Callable[[Task], None]) -> None:
+        """Runs ``operation`` on copies of one average of each class; all are left unchanged.
+
+        Raises:
+            TypeError: a class doesn't take part in it.
+        """
+        if not self._examples or operation in self._tried:
+            return
+        for task in self._examples.values():
+            try:
+                run(task._replace(averaged=task.averaged.detach().clone()))
+            except Exception as error:  # whatever a class raises
+                classes = dict.fromkeys(type(t).__name__ for t in (task.averaged, task.source))
+                reason = textwrap.shorten(str(error), 200)
+                raise TypeError(
+                    f"{label(task.pair, self._names)}: {' and '.join(classes)} can't "
+                    f"{operation}: {type(error).__name__}: {reason}. Another arithmetic asks for "
+                    f"other operations: AveragedWeights(model, arithmetic='delta'); frozen "
+                    f"parameters can be shared with the model instead: share_frozen=True"
+                ) from error
+        self._tried.add(operation)
+
+
+def _copy(task: Task) -> None:
+    task.averaged.copy_(task.source)

@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from ema_fused.engine.memory import memory_of
 from ema_fused.engine.pairs import can_average
 from ema_fused.engine.undisturbed import undisturbed
 
@@ -123,11 +124,7 @@ class ListedPart:
         for task in self._tasks:
             if task.averaged.numel() == 0:
                 continue
-            # The device is a part of the key: addresses on two devices may be equal.
-            sides = [
-                (t.device, t.data_ptr(), t.dtype, t.shape, t.stride())
-                for t in (task.averaged, task.source)
-            ]
+            sides = [memory_of(tensor) for tensor in (task.averaged, task.source)]
             key = (task.average, *sides)
             if sides[0] == sides[1] or key in seen:
                 continue

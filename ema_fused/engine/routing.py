@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from ema_fused.engine import backends
 from ema_fused.engine.across_devices import MovedPart
 from ema_fused.engine.foreach import ForeachPart
+from ema_fused.engine.memory import is_wrapper
 from ema_fused.engine.native import NativePart
 from ema_fused.engine.pairs import check_pair, label
 from ema_fused.engine.parts import Part, Task
@@ -70,7 +71,9 @@ def split(
         here = functools.partial(split, arithmetic=arithmetic, backend=pin, names=None)
         parts.append(MovedPart([tasks[i] for i in moved], arithmetic, here, names))
     if refusals:
-        parts.append(ForeachPart([tasks[i] for i in refusals], arithmetic))
+        others = ForeachPart([tasks[i] for i in refusals], arithmetic, names)
+        # First, where a subclass of tensors may refuse an operation: nothing is updated yet then.
+        parts.insert(0 if others.has_wrappers else len(parts), others)
     if carried:
         parts.append(SparsePart(carried, arithmetic))
     return parts
@@ -103,8 +106,13 @@ def _inspect(
                 groups[name] = places
         refusals = dict(sorted(refusals.items()))
     for i in refusals:
-        if not is_carried(tasks[i]):
-            check_pair(tasks[i].averaged, tasks[i].source, label(tasks[i].pair, names))
+        if is_carried(tasks[i]):
+            continue
+        averaged, source = tasks[i].averaged, tasks[i].source
+        check_pair(averaged, source, label(tasks[i].pair, names))
+        for tensor in (source, averaged):
+            if is_wrapper(tensor):
+                refusals[i] = f"only the own operations of {type(tensor).__name__} can update it"
     return groups, refusals
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 
 from ema_fused.engine.dtensors import local, replace_local
+from ema_fused.engine.memory import memory_of
 from ema_fused.modules.deep_copies import deep_copy
 from ema_fused.modules.sharding import (
     Device,
@@ -205,10 +206,4 @@ class FrozenShares:
 
 def is_view_of(averaged: Tensor, source: Tensor) -> bool:
     """Whether both are the same elements in the same memory."""
-    return (
-        averaged.data_ptr() == source.data_ptr()
-        and averaged.device == source.device
-        and averaged.dtype == source.dtype
-        and averaged.shape == source.shape
-        and averaged.stride() == source.stride()
-    )
+    return averaged is source or memory_of(averaged) == memory_of(source)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.engine.dtensors import local
+from ema_fused.engine.memory import starts_in_one_place
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.versions import VersionCounters
 from ema_fused.modules.choosing import Buffers
@@ -523,7 +524,7 @@ def _check_own_memory(pair: Pair) -> None:
     name, averaged, source, averages, _, trains, *_ = pair
     if not averages or not trains or averaged.device != source.device:
         return
-    if averaged.numel() and averaged.data_ptr() == source.data_ptr():
+    if averaged.numel() and starts_in_one_place(averaged, source):
         raise ValueError(
             f"{name!r} of the average is the model's own memory, so it can't differ from it; give "
             f"the average tensors of its own (load_state_dict(..., assign=True) takes over the "

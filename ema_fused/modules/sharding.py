@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ema_fused.engine.dtensors import class_if_imported, local, placed_as
 from ema_fused.engine.host_memory import host_memory
+from ema_fused.engine.memory import is_wrapper, starts_in_one_place
 
 Device = torch.device | str | int | None
 
@@ -83,6 +84,9 @@ def converted(
     """
     source = local(tensor.detach())
     if not pinned:
-        return placed_as(tensor, source.to(device=device, dtype=dtype, copy=True))
+        copied = source.to(device=device, dtype=dtype, copy=True)
+        if is_wrapper(copied) and starts_in_one_place(copied, source):
+            copied = source.clone()  # a class may leave ``copy`` unheard
+        return placed_as(tensor, copied)
     copied = host_memory(source, dtype)
     return placed_as(tensor, copied.copy_(source) if not source.is_meta else copied.to("meta"))

@@ -17,6 +17,7 @@ from ema_fused.engine.arguments import as_flag, as_weights, check_distance
 from ema_fused.engine.backends import SlowPathWarning
 from ema_fused.engine.checks import as_integer, check_integer
 from ema_fused.engine.host_memory import host_memory
+from ema_fused.engine.memory import is_wrapper
 from ema_fused.engine.notices import warn
 from ema_fused.engine.pairs import can_average, label, refuse_average
 from ema_fused.engine.parts import kind_of
@@ -150,6 +151,13 @@ class OffloadedPlan:
                     raise ValueError(
                         f"{label(i, self._options.names)}: the {which} is on {tensor.device}; an "
                         f"OffloadedPlan takes it on {' or '.join(devices)}; use a Plan for others"
+                    )
+                if is_wrapper(tensor):
+                    raise TypeError(
+                        f"{label(i, self._options.names)}: the {which} is a "
+                        f"{type(tensor).__name__}, whose elements are in other tensors; an "
+                        f"OffloadedPlan takes plain tensors; keep this average where the model is "
+                        f"(offload=None)"
                     )
         only_copy = self._options.only_copy
         self._no_average = next(
