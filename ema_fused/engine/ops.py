@@ -7,6 +7,7 @@ tensors alive. The look-up takes some 20 nanoseconds per tensor, about what a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -18,9 +19,10 @@ from ema_fused.engine.arguments import as_weights
 from ema_fused.engine.dtensors import is_sharded, shards_of
 from ema_fused.engine.native import NativePart
 from ema_fused.engine.pairs import check_lists, check_pair, label, without_average
-from ema_fused.engine.parts import Update
+from ema_fused.engine.parts import Update, swap_all
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.plan_cache import Kind, PlanCache
+from ema_fused.engine.undisturbed import undisturbed
 
 _plans = PlanCache()
 
@@ -181,8 +183,10 @@ def _swap(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         plan.swap_()
         _plans.keep(kind, plan.give_up())
         return
-    for part in parts:
-        part.swap()
+    if len(parts) > 1:
+        undisturbed(functools.partial(swap_all, parts, NativePart.swap))
+    else:
+        parts[0].swap()
 
 
 def _kind(

@@ -18,7 +18,7 @@ from tests.networks import differences, snapshot
 
 def main() -> None:
     torch.set_num_threads(1)
-    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(20)))
+    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))  # swaps take a while
     averaged = ExponentialMovingAverage(model, 0.25)
     averaged.update_parameters(model)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def main() -> None:
     end = time.monotonic() + 3
     while time.monotonic() < end:
         try:
-            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-4, 5e-3))
+            signal.setitimer(signal.ITIMER_REAL, random.uniform(1e-3, 2e-2))
             for _ in range(100):
                 with averaged.swapped(model):
                     time.sleep(0)

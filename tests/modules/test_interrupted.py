@@ -6,6 +6,7 @@ import _thread
 import gc
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -16,6 +17,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ema_fused.averages.kinds import ExponentialMovingAverage
+from ema_fused.engine.backends import SlowPathWarning
+from ema_fused.engine.plan import Plan
 from ema_fused.engine.undisturbed import certainly, undisturbed
 from ema_fused.modules import swapping
 from tests.interrupting import Interruption
@@ -319,3 +322,21 @@ def test_interrupted_at_random_again_and_again() -> None:
     lines = run("tests/modules/interrupted_run.py").stdout.split()
     assert lines[0] == "held"
     assert int(lines[1]) > 10
+
+
+def test_a_swap_of_several_parts_is_done_as_one() -> None:
+    """Here a part of the native kernels and one of torch's functions (for what isn't dense)."""
+    averaged = [torch.zeros(2), torch.zeros(2, 2)[:, 0]]
+    source = [torch.ones(2), torch.ones(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SlowPathWarning)
+        plan = Plan(averaged, source)
+
+    def check(raised: BaseException | None, where: str) -> None:
+        assert isinstance(raised, KeyboardInterrupt), where
+        values = {float(tensor[0]) for tensor in averaged}
+        assert len(values) == 1, where
+        assert {float(tensor[0]) for tensor in source} == {1 - value for value in values}, where
+
+    functions = (*HOLDING, "Plan._swap_parts", "swap_all", "_swap_part", "_swap")
+    assert everywhere(plan.swap_, functions, check) > 50
