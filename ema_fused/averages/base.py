@@ -38,11 +38,13 @@ from ema_fused.modules.waiting import reads_beside
 class BaseAveragedModel(PairedModule):
     """A copy of ``model`` whose weights are a running average of the model's.
 
-    The first :meth:`update_parameters` copies everything; later ones average when
-    ``steps % interval == 0``. Tensors that aren't averaged are copied from the model at every call:
-    integer tensors always, buffers unless ``update_buffers``. Extra state (``get_extra_state``) is
-    taken over from the model when the copy is called, looked at or saved. Other attributes of its
-    modules, plain tensors too, stay as they were when the copy was made.
+    The first :meth:`update_parameters` copies everything, unless averages were loaded before it:
+    then ``steps`` becomes 1, and it averages. Later ones average when ``steps % interval == 0``.
+    Tensors that aren't averaged are copied from the model at every call: integer tensors always,
+    buffers unless ``update_buffers``. Extra state (``get_extra_state``) is taken over from the
+    model when the copy is called, looked at or saved. Other attributes of its modules, plain
+    tensors too, stay as they were when the copy was made. A model that has gained or lost
+    parameters is taken over by :meth:`adopt`.
 
     A subclass defines how to average in one of two ways; the first in its method resolution order
     is used:

@@ -19,6 +19,7 @@ from ema_fused.modules.sharding import (
     refuse_deepcopy,
     refuse_partitioned,
 )
+from ema_fused.modules.shared_parameter import has_own_class, protect, release, shared
 from ema_fused.modules.skeleton import skeleton_of, without_frameworks
 
 
@@ -40,7 +41,7 @@ def averaged_copy(
         device: of the copy; None keeps each tensor where it is.
         dtype: of floating-point parameters and buffers; None keeps theirs.
         share_frozen: parameters of ``model`` that need no gradient are not copied: those of the
-            copy are views of the same memory.
+            copy are in the same memory (:func:`~ema_fused.modules.shared_parameter.shared`).
         pinned: in host memory, pinned if CUDA is available.
 
     Returns:
@@ -55,7 +56,7 @@ def averaged_copy(
     model = without_frameworks(model)
 
     def moved_to(tensor: Tensor) -> Tensor:
-        if id(tensor) in shared or is_lazy(tensor):
+        if id(tensor) in aliases or is_lazy(tensor):
             return tensor
         wanted = dtype if tensor.is_floating_point() else None
         if pinned and tensor.is_cuda:
@@ -63,16 +64,16 @@ def averaged_copy(
         return tensor.to(device=device, dtype=wanted)
 
     memo: dict[int, object] = {}
-    shared: set[int] = set()
+    aliases: set[int] = set()
     for name, parameter in model.named_parameters():
         refuse_partitioned(name, parameter)
         # deepcopy takes what it finds in the memo as the copy, and doesn't copy it again.
         if is_lazy(parameter):
             memo[id(parameter)] = _without_elements(parameter)
         elif share_frozen and not parameter.requires_grad:
-            alias = nn.Parameter(parameter.data, requires_grad=False)
+            alias = shared(parameter)
             memo[id(parameter)] = alias
-            shared.add(id(alias))
+            aliases.add(id(alias))
         elif type(parameter) is nn.Parameter:
             data = parameter.data
             moved = moved_to(data)
@@ -87,7 +88,7 @@ def averaged_copy(
         parameter.requires_grad = False
     # Not module.to(), which would give shared parameters new memory.
     module._apply(moved_to)
-    return module, _names_of(shared, module)
+    return module, _names_of(aliases, module)
 
 
 def averaged_skeleton(
@@ -104,7 +105,7 @@ def averaged_skeleton(
         TypeError: the parameters are partitioned by ZeRO-3.
     """
     drop_gathered(model)
-    shared: set[int] = set()
+    aliases: set[int] = set()
 
     def average_of(name: str, tensor: Tensor) -> Tensor:
         refuse_partitioned(name, tensor)
@@ -112,15 +113,15 @@ def averaged_skeleton(
             return _without_elements(tensor)
         is_parameter = isinstance(tensor, nn.Parameter)
         if share_frozen and is_parameter and not tensor.requires_grad:
-            alias = nn.Parameter(tensor.detach(), requires_grad=False)
-            shared.add(id(alias))
+            alias = shared(tensor)
+            aliases.add(id(alias))
             return alias
         wanted = dtype if tensor.is_floating_point() else None
         average = converted(tensor, device, wanted, pinned=pinned)
         return nn.Parameter(average, requires_grad=False) if is_parameter else average
 
     module = skeleton_of(model, average_of)
-    return module, _names_of(shared, module)
+    return module, _names_of(aliases, module)
 
 
 def _without_elements(tensor: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ class FrozenShares:
         self._pinned = pinned
 
     def settle(self, name: str, averaged: Tensor, source: Tensor) -> bool:
-        """Makes ``averaged`` a view of ``source`` again if either has been moved.
+        """Makes ``averaged`` a view of ``source`` again if either has been moved or written.
 
         If the source has become trainable, the sharing ends: the average gets its own memory with
         the source's current value.
@@ -182,12 +183,20 @@ class FrozenShares:
             return False
         if not is_view_of(local(averaged), local(source)):
             replace_local(averaged, local(source).data)
+        protect(averaged)
         return True
 
     def end(self, name: str, averaged: Tensor, source: Tensor) -> None:
         """Gives ``averaged`` its own memory, with the current value of ``source``."""
+        if averaged is source and has_own_class(source):
+            raise ValueError(
+                f"{name!r} is shared with the model as the very {type(source).__name__} "
+                f"(share_frozen) and has become trainable, or a state is loaded into it; a "
+                f"parameter of the average's own is expected. Build a new average of the model"
+            )
         own = converted(local(source), self._device, self._dtype, pinned=self._pinned)
         replace_local(averaged, own)
+        release(averaged)
         self.names.discard(name)
 
     def average_of(self, name: str, source: Tensor, dtype: torch.dtype | None) -> Tensor:

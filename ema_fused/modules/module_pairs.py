@@ -13,9 +13,10 @@ from torch.nn.parameter import is_lazy
 from ema_fused.engine.dtensors import check_placed_alike, local
 from ema_fused.engine.plan import Plan
 from ema_fused.modules.choosing import Buffers, is_chosen
-from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.copying import FrozenShares, is_view_of
 from ema_fused.modules.naming import match_names, named_once, without_wrappers
 from ema_fused.modules.sharding import refuse_partitioned
+from ema_fused.modules.shared_parameter import has_own_class, shared
 
 
 class Kind(enum.Enum):
@@ -153,6 +154,7 @@ def pair_up(
     pairs: list[Pair] = []
     for number, (name, source_name) in enumerate(names.items()):
         slot, source = ours[name], theirs[source_name].tensor
+        slot = _follow_shared(name, slot, source, shares)
         if slot.kind is Kind.CACHE and not _is_like(slot.tensor, source):
             continue
         _check(name, slot.tensor, source)
@@ -172,6 +174,16 @@ def pair_up(
             in_shards = pair._replace(averaged=local(pair.averaged), source=local(pair.source))
             updated.setdefault((id(pair.averaged), id(pair.source)), in_shards)
     return Pairs(list(updated.values()), shared)
+
+
+def _follow_shared(name: str, slot: Slot, source: Tensor, shares: FrozenShares) -> Slot:
+    """Shares a parameter of a class of its own anew where the model's is another one now."""
+    if name not in shares.names or source.requires_grad or not has_own_class(source):
+        return slot
+    if is_view_of(slot.tensor, source):
+        return slot
+    alias = slot.owner._parameters[slot.key] = shared(source)
+    return slot._replace(tensor=alias)
 
 
 def _is_like(averaged: Tensor, source: Tensor) -> bool:

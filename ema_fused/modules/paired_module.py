@@ -180,7 +180,6 @@ class PairedModule(WaitingModule):
             extra_state.take_over()
 
     @outside_graphs
-    @torch.no_grad()
     def adopt(self, model: nn.Module, *, resize: Resize | None = None) -> Adopted:
         """Takes over the present structure of ``model``; what is unchanged keeps its average.
 
@@ -223,7 +222,7 @@ class PairedModule(WaitingModule):
         while type(old) is not type(model) and (inside := wrapped_by(model)) is not None:
             model = inside
         was_written = self.first_values.look(old)
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             module, shared = self._make(model)
             adopted = carry_over(
                 module,

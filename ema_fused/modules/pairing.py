@@ -242,7 +242,8 @@ class Pairing:
     def _shares_hold(self) -> bool:
         """Whether the shared parameters are still frozen, and in the model's memory."""
         return not any(
-            source.requires_grad or local(alias).data_ptr() != local(source).data_ptr()
+            source.requires_grad
+            or (alias is not source and local(alias).data_ptr() != local(source).data_ptr())
             for alias, source in self._shared
         )
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ema_fused.engine.memory import memory_of
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.undisturbed import certainly, undisturbed
 from ema_fused.engine.versions import VersionCounters
@@ -55,10 +56,14 @@ def _refuse_loading(module: nn.Module, *_: Any) -> None:
 
 
 def _each_source_once(pairs: Iterable[Pair]) -> list[Pair]:
-    """Each source once: one with several averages, being tied more often, keeps the first."""
-    distinct: dict[int, Pair] = {}
+    """Each source once: one with several averages, being tied more often, keeps the first.
+
+    Tied are two of the same memory too (``decoder.weight.data = encoder.weight.data``); updates
+    from one memory have kept their averages equal.
+    """
+    distinct: dict[object, Pair] = {}
     for pair in pairs:
-        distinct.setdefault(id(pair.source), pair)
+        distinct.setdefault(memory_of(pair.source), pair)
     return list(distinct.values())
 
 

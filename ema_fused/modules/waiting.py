@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Averages with updates that may still be reading their models.
@@ -95,6 +96,18 @@ class WaitingModule(nn.Module):
         self._give_away()
         super()._save_to_state_dict(*arguments)
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
         self.flush()
-        super()._load_from_state_dict(*arguments)
+        if local_metadata.get("assign_to_params_buffers", False):
+            _leave_inference(state_dict)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def _leave_inference(state_dict: dict[str, Any]) -> None:
+    """Copies inference tensors, which could never be updated outside inference mode."""
+    with torch.inference_mode(False):
+        for name, value in state_dict.items():
+            if isinstance(value, Tensor) and value.is_inference():
+                state_dict[name] = value.clone()

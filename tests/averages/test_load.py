@@ -382,6 +382,7 @@ class Run:
             # Wrappers have come and gone, and are in the names of a copied module.
             saved = {plain(name): tensor for name, tensor in state.items()}
             state = {name: saved[plain(name)] for name in self.averaged.state_dict()}
+        before = {name: tensor.clone() for name, tensor in tensors_of(self.model).items()}
         missing, unexpected = self.averaged.load_state_dict(state, strict=False)
         left_out: set[str] = set()
         if self.kind is AveragedWeights:
@@ -393,9 +394,8 @@ class Run:
         model = tensors_of(self.model)
         for name in new.values.keys() - left_out - {"cache"}:
             new.values[name] = contiguous_copy(old.values[name], new.values[name].dtype)
-            if name in new.shared:  # written through to the model
-                assert torch.equal(model[name], new.values[name]), f"{name!r} loaded"
-                new.values[name] = model[name].detach()
+            if name in new.shared:  # until the next update, which shares it with the model again
+                assert torch.equal(model[name], before[name]), f"{name!r} of the model"
         new.steps, new.exact = old.steps, old.exact
         self.reference = new
         self.compare()
@@ -487,3 +487,20 @@ def test_ten_thousand_updates_of_a_model_that_changes_in_every_way(
     assert {now.weak_references for now in half} == {looks[1].weak_references}
     assert half[-1].objects - half[0].objects < OBJECTS
     assert half[-1].resident - half[0].resident < RESIDENT
+
+
+@pytest.mark.parametrize("kind", [ExponentialMovingAverage, AveragedWeights])
+def test_a_state_assigned_in_inference_mode_can_be_updated(
+    kind: type[ExponentialMovingAverage],
+) -> None:
+    model = nn.Linear(2, 2)
+    averaged = kind(model, momentum=0.5)
+    averaged.update_parameters(model)
+    with torch.inference_mode():
+        state = {name: tensor + 1 for name, tensor in averaged.state_dict().items()}
+        averaged.load_state_dict(state, assign=True)
+    expected = torch.lerp(model.weight.detach() + 1, model.weight.detach(), 0.5)
+    averaged.update_parameters(model)
+    assert torch.equal(dict(averaged.module.named_parameters())["weight"], expected)
+    assert averaged.steps.item() == 3
+    averaged.copy_to(model)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
+from ema_fused.engine import checks
 from tests import ROOT
 
 PACKAGE = ROOT / "ema_fused"
@@ -183,13 +184,17 @@ def is_named(parameter: str, text: str) -> bool:
 
 
 def raised_in(function: Function) -> set[str]:
-    """The exceptions that stand in a function's own ``raise`` statements."""
+    """The exceptions that stand in a function's own ``raise`` statements.
+
+    Those of ``checks``, which are assertions too, by the error that a caller knows them as.
+    """
     names = set()
     for node in ast.walk(function):
         if isinstance(node, ast.Raise) and node.exc is not None:
             error = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
             if isinstance(error, ast.Name) and error.id[0].isupper():
-                names.add(error.id)
+                ours = getattr(checks, error.id, None)
+                names.add(error.id if ours is None else ours.__base__.__name__)
     return names
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ema_fused.averages.averaged_weights import AveragedWeights
 from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.averages.kinds import ExponentialMovingAverage, StochasticWeightAverage
 from ema_fused.engine import backends
@@ -459,3 +460,26 @@ def test_an_exchange_follows_a_dtype_that_was_changed_in_place(part: str) -> Non
     exchange.take_out()
     assert differences(snapshot(model), own) == []
     assert all(bool((p == 7.0).all()) for p in averaged.module.parameters())
+
+
+@pytest.mark.parametrize("kind", [ExponentialMovingAverage, AveragedWeights])
+def test_parameters_tied_through_data_are_swapped_and_copied_once(
+    kind: type[ExponentialMovingAverage],
+) -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    model[1].weight.data = model[0].weight.data
+    averaged = kind(model, momentum=0.5)
+    averaged.update_parameters(model)
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    averaged.update_parameters(model)
+    own = model[0].weight.detach().clone()
+    expected = averaged.module.state_dict()["1.weight"].clone()
+    assert torch.equal(averaged.module.state_dict()["0.weight"], expected)
+    with averaged.swapped(model):
+        assert torch.equal(model[1].weight, expected)
+        assert model[0].weight.data_ptr() == model[1].weight.data_ptr()
+    assert torch.equal(model[0].weight, own)
+    assert torch.equal(averaged.module.state_dict()["0.weight"], expected)
+    averaged.copy_to(model)
+    assert torch.equal(model[1].weight, expected)

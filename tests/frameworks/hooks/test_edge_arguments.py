@@ -13,6 +13,7 @@ import logging
 import math
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,7 @@ from torch import nn
 from ema_fused.engine.checks import plain
 from ema_fused.hooks import mmdet, mmengine, mmpretrain
 from tests.frameworks.hooks.ema_hooks import COSINE, EXP, INVERTED, QUIET
-from tests.frameworks.hooks.mmcv_runs import SIDES
+from tests.frameworks.hooks.mmcv_runs import SIDES, assert_same, run, run_both
 from tests.frameworks.originals import original
 
 pytestmark = [
@@ -373,3 +374,21 @@ def test_a_number_of_another_type_is_kept_as_a_plain_one(kind: str) -> None:
                 assert hook.momentum == 0.3**3
             found = getattr(hook, name, value)
             assert type(found) is type(value) and found == value, (name, number, found)
+
+
+def test_without_a_warm_up_in_mmcv_s_own_runner(tmp_path: Path) -> None:
+    run(SIDES["theirs"].EMAHook(momentum=0.5), epochs=1, work_dir=tmp_path)
+    arguments = {"momentum": 0.5, "warm_up": 0, "resume_from": str(tmp_path / "epoch_1.pth")}
+    assert_same(*run_both("EMAHook", arguments))
+    arguments = {"momentum": 0.5, "warm_up": 0, "interval": 2}
+    assert_same(*run_both("LinearMomentumEMAHook", arguments), stale_integers=True)
+
+
+@pytest.mark.parametrize("side", ["theirs", "ours"])
+def test_a_model_without_what_the_hook_needs_fails_an_assertion(side: str) -> None:
+    model: Any = nn.Linear(1, 1)
+    wrapped = types.SimpleNamespace(module=model) if side == "theirs" else model
+    with pytest.raises(AssertionError, match="momentum"):
+        made(ALL["momentum-hook"], side, {})().before_train_iter(a_runner(wrapped))
+    with pytest.raises(AssertionError):
+        made(ALL["teacher"], side, {})().before_train(a_runner(model))

@@ -282,6 +282,38 @@ def test_unexpected_parameters_raise_where_theirs_are_ignored() -> None:
         our.update_parameters(model)
 
 
+def test_loaded_values_are_kept_where_theirs_are_copied_over() -> None:
+    model = nn.Linear(2, 2)
+    our, their = (kind.ExponentialMovingAverage(model, 0.5) for kind in (ours, theirs))
+    for averaged in (our, their):
+        averaged.module.load_state_dict(
+            {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+        )
+    their.update_parameters(model)
+    with pytest.warns(UserWarning, match="values were loaded into an average"):
+        our.update_parameters(model)
+    assert torch.equal(their.module.weight, model.weight)
+    assert torch.equal(our.module.weight, model.weight / 2)
+
+
+def test_copied_buffers_follow_where_theirs_raise_or_are_ignored() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    model.register_buffer("first", torch.zeros(2))
+    our, their = (kind.ExponentialMovingAverage(model, 0.5) for kind in (ours, theirs))
+    for averaged in (our, their):
+        averaged.update_parameters(model)
+    model.register_buffer("later", torch.ones(2))
+    for averaged in (our, their):
+        averaged.update_parameters(model)
+    assert our.module.later.tolist() == [1.0, 1.0]
+    assert not hasattr(their.module, "later")
+    model.first = torch.arange(3.0)
+    our.update_parameters(model)
+    assert our.module.first.tolist() == [0.0, 1.0, 2.0]
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        their.update_parameters(model)
+
+
 def test_buffers_pair_by_name_where_theirs_pair_by_order() -> None:
     class Two(nn.Module):
         def __init__(self, names: list[str]) -> None:
