@@ -43,8 +43,13 @@ def buffers_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: buffer.clone() for name, buffer in module.named_buffers()}
 
 
+def _named(choice: object) -> str:
+    """Without the address of a function, which differs between the processes of a test run."""
+    return str(getattr(choice, "__name__", choice))
+
+
 @pytest.mark.parametrize("kind", [ExponentialMovingAverage, AveragedWeights, OneByOne])
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("choice", CHOICES, ids=_named)
 def test_what_is_chosen_is_averaged_and_the_rest_copied(kind: Any, choice: Any) -> None:
     arguments = {} if kind is OneByOne else {"momentum": 0.5}
     model, whole = conv_net(), conv_net()
@@ -67,7 +72,7 @@ def test_what_is_chosen_is_averaged_and_the_rest_copied(kind: Any, choice: Any) 
     )
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("choice", CHOICES, ids=_named)
 def test_an_exchange_of_averages_and_their_dict_have_what_is_chosen(choice: Any) -> None:
     model = conv_net()
     averaged = StochasticWeightAverage(model, update_buffers=choice)
@@ -117,7 +122,7 @@ def test_a_function_is_asked_when_pairs_are_made_alone() -> None:
     assert set(asked) == {*STATISTICS, "norm.num_batches_tracked", "scale"}
 
 
-@pytest.mark.parametrize("choice", CHOICES[:-1], ids=str)
+@pytest.mark.parametrize("choice", CHOICES[:-1], ids=_named)
 def test_the_pairing_is_kept(choice: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Pairing] = []
     prepare = Pairing._prepare
@@ -139,7 +144,7 @@ def test_it_may_be_changed_while_training() -> None:
     assert torch.equal(averaged.module.norm.running_mean, model.norm.running_mean)
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("choice", CHOICES, ids=_named)
 def test_copies_and_pickles_keep_it(choice: Any) -> None:
     averaged = ExponentialMovingAverage(conv_net(), 0.5, update_buffers=choice)
     for other in (copy.deepcopy(averaged), pickle.loads(pickle.dumps(averaged))):

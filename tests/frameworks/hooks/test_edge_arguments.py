@@ -300,7 +300,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "name", "value"), CASES)
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    CASES,
+    ids=[f"{kind}-{name}-{getattr(value, '__name__', value)}" for kind, name, value in CASES],
+)
 def test_an_edge_value_does_what_it_does_in_the_original(kind: str, name: str, value: Any) -> None:
     replaced = ALL[kind]
     arguments = {**replaced.usual, name: value}
