@@ -19,7 +19,13 @@ from ema_fused.modules.sharding import (
     refuse_deepcopy,
     refuse_partitioned,
 )
-from ema_fused.modules.shared_parameter import has_own_class, protect, release, shared
+from ema_fused.modules.shared_parameter import (
+    copy_of_own_class,
+    has_own_class,
+    protect,
+    release,
+    shared,
+)
 from ema_fused.modules.skeleton import skeleton_of, without_frameworks
 
 
@@ -48,7 +54,8 @@ def averaged_copy(
         The copy, and the names of the parameters that share memory with ``model``.
 
     Raises:
-        TypeError: ``model`` is sharded by FSDP, or its parameters are partitioned by ZeRO-3.
+        TypeError: ``model`` is sharded by FSDP, or its parameters are partitioned by ZeRO-3, or
+            are of a class that can't be copied.
         Exception: of the class that ``copy.deepcopy`` raises, if an attribute of a module can't be
             copied; the message names it.
     """
@@ -79,6 +86,8 @@ def averaged_copy(
             moved = moved_to(data)
             if moved is not data:
                 memo[id(parameter)] = nn.Parameter(moved, requires_grad=False)
+        elif has_own_class(parameter):
+            memo[id(parameter)] = copy_of_own_class(name, parameter, memo)
     for buffer in model.buffers():
         if is_lazy(buffer):
             memo[id(buffer)] = _without_elements(buffer)

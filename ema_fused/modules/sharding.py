@@ -84,9 +84,10 @@ def converted(
     """
     source = local(tensor.detach())
     if not pinned:
-        copied = source.to(device=device, dtype=dtype, copy=True)
-        if is_wrapper(copied) and starts_in_one_place(copied, source):
-            copied = source.clone()  # a class may leave ``copy`` unheard
-        return placed_as(tensor, copied)
+        if not is_wrapper(source):
+            return placed_as(tensor, source.to(device=device, dtype=dtype, copy=True))
+        # A class may refuse ``copy``, or leave it unheard.
+        moved = source if device is None and dtype is None else source.to(device, dtype)
+        return moved.clone() if starts_in_one_place(moved, source) else moved
     copied = host_memory(source, dtype)
     return placed_as(tensor, copied.copy_(source) if not source.is_meta else copied.to("meta"))

@@ -1,7 +1,9 @@
-"""A frozen parameter in the memory of another: what writes to it gets memory of its own first."""
+"""Averaged parameters in the model's memory, or of a class of their own."""
 
 from __future__ import annotations
 
+import copy
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -130,6 +132,31 @@ def shared(parameter: Tensor) -> nn.Parameter:
     alias: nn.Parameter = Tensor._make_subclass(type(parameter), _plain(parameter), False)
     vars(alias).update(vars(parameter))
     return alias
+
+
+def copy_of_own_class(name: str, parameter: nn.Parameter, memo: dict[int, Any]) -> Tensor:
+    """A deep copy of a parameter that :func:`has_own_class`, of that class, with its attributes.
+
+    Raises:
+        TypeError: the class can't be copied.
+    """
+    kind = type(parameter)
+    standard = kind.__deepcopy__ in (nn.Parameter.__deepcopy__, Tensor.__deepcopy__)
+    if standard and not is_wrapper(parameter):
+        # Tensor's __deepcopy__ asks for a new_empty() of that class, and Parameter's calls a
+        # constructor of its own arguments and leaves attributes out.
+        copied = Tensor._make_subclass(kind, _plain(parameter).clone(), False)
+        vars(copied).update(copy.deepcopy(vars(parameter), memo))
+        return copied
+    try:
+        return copy.deepcopy(parameter, memo)
+    except Exception as error:  # whatever a class raises
+        raise TypeError(
+            f"{name!r} is a {kind.__name__}, which can't be copied: "
+            f"{textwrap.shorten(str(error), 200)}. Keep its average without a copy of the module: "
+            f"ema_fused.AveragedWeights(model, ...); frozen parameters can be shared with the "
+            f"model instead: share_frozen=True"
+        ) from error
 
 
 def protect(parameter: Tensor) -> None:

@@ -158,6 +158,55 @@ def test_parameters_of_other_classes_keep_class_and_attributes(
     expect_shared()
 
 
+class Tagged(nn.Parameter):
+    """A trained parameter with an attribute and a constructor of its own."""
+
+    tag: str
+
+    def __new__(cls, data: Tensor, tag: str) -> Tagged:
+        made = Tensor._make_subclass(cls, data, True)
+        made.tag = tag
+        return made
+
+
+class Plain(Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [Tagged(torch.ones(2, 3), "expert"), nn.Parameter(torch.ones(2, 3).as_subclass(Plain))],
+    ids=["parameter", "tensor"],
+)
+def test_trained_parameters_of_other_classes_are_copied_and_averaged(weight: Any) -> None:
+    model = nn.Linear(3, 2)
+    model.weight = weight
+    averaged = ExponentialMovingAverage(model, momentum=0.25)
+    averaged.update_parameters(model)
+    with torch.no_grad():
+        weight.add_(1.0)
+    averaged.update_parameters(model)
+    copied: Any = averaged.module.weight
+    assert type(copied) is type(weight)
+    assert getattr(copied, "tag", None) == getattr(weight, "tag", None)
+    assert copied.tolist() == [[1.25] * 3] * 2
+    with averaged.swapped(model):
+        assert weight.tolist() == [[1.25] * 3] * 2
+
+
+class WithoutClone(Wrapped):
+    refused = ("clone",)
+
+
+def test_a_class_that_cannot_be_copied_is_named() -> None:
+    model = nn.Linear(3, 2)
+    model.weight = nn.Parameter(WithoutClone(torch.ones(2, 3)))
+    with pytest.raises(TypeError, match=r"'weight' is a WithoutClone, .*share_frozen=True"):
+        ExponentialMovingAverage(model)
+    model.requires_grad_(False)
+    ExponentialMovingAverage(model, share_frozen=True).update_parameters(model)
+
+
 @pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")
 def test_a_shared_wrapper_that_trains_again_is_refused_by_name() -> None:
     model = adapted()

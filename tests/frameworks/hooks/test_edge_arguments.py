@@ -293,18 +293,14 @@ def made(replaced: Replaced, side: str, arguments: dict[str, Any]) -> Any:
 
 
 CASES = [
-    pytest.param(kind, name, value, id=f"{kind}-{name}-{value!r}")
+    pytest.param(kind, name, value, id=f"{kind}-{name}-{getattr(value, '__name__', repr(value))}")
     for kind, replaced in ALL.items()
     for name in replaced.tried
     for value in FEWER.get(name, VALUES)
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "name", "value"),
-    CASES,
-    ids=[f"{kind}-{name}-{getattr(value, '__name__', value)}" for kind, name, value in CASES],
-)
+@pytest.mark.parametrize(("kind", "name", "value"), CASES)
 def test_an_edge_value_does_what_it_does_in_the_original(kind: str, name: str, value: Any) -> None:
     replaced = ALL[kind]
     arguments = {**replaced.usual, name: value}
