@@ -11,7 +11,7 @@ from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.ops import update_
 from ema_fused.engine.versions import VersionCounters
 from ema_fused.frameworks import missing
-from ema_fused.modules.swapping import tell_of_writes
+from ema_fused.modules.exchanging import tell_of_writes
 
 try:
     from diffusers import training_utils as original

@@ -16,8 +16,8 @@ from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.versions import VersionCounters
 from ema_fused.frameworks import missing
+from ema_fused.modules.exchanging import tell_of_writes
 from ema_fused.modules.naming import match_names
-from ema_fused.modules.swapping import tell_of_writes
 from ema_fused.modules.watch import ModuleWatch
 
 try:

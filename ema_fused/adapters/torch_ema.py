@@ -10,7 +10,7 @@ from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.ops import update_
 from ema_fused.engine.versions import VersionCounters
 from ema_fused.frameworks import missing
-from ema_fused.modules.swapping import tell_of_writes
+from ema_fused.modules.exchanging import tell_of_writes
 
 try:
     from torch_ema import ema as original

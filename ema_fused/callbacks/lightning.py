@@ -26,8 +26,8 @@ from ema_fused.engine.checks import as_integer, check_fraction, check_integer
 from ema_fused.engine.versions import VersionCounters
 from ema_fused.frameworks import missing
 from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.exchanging import Exchange
 from ema_fused.modules.module_pairs import Pair, pair_up, plan_of
-from ema_fused.modules.swapping import Exchange
 
 __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 

@@ -32,7 +32,7 @@ from ema_fused.hooks.on_mmengine import (
 )
 from ema_fused.hooks.registering import register_beside, unwrapped
 from ema_fused.modules.copying import FrozenShares
-from ema_fused.modules.swapping import Exchange, copy_to, exchange_of_averages
+from ema_fused.modules.exchanging import Exchange, copy_to, exchange_of_averages
 
 __all__ = [
     "BYOLHook",

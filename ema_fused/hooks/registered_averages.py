@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.undisturbed import certainly, undisturbed
 from ema_fused.engine.versions import VersionCounters
-from ema_fused.modules.swapping import tell_of_writes
+from ema_fused.modules.exchanging import tell_of_writes
 from ema_fused.modules.watch import ModuleWatch
 
 # The buffers that a hook has registered in a model; a second run removes them.

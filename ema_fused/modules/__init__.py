@@ -2,16 +2,18 @@
 
 :mod:`.naming` knows the names (wrappers), :mod:`.module_pairs` finds the pairs (tied weights,
 buffers), :mod:`.pairing` keeps the plan for them and makes a new one when tensors are replaced
-(:mod:`.watch`), :mod:`.paired_module` is the module that owns a pairing, :mod:`.swapping` puts
-averages into the model, :mod:`.copying` makes the averaged copy (:mod:`.deep_copies`, or a
-:mod:`.skeleton` of bare modules), :mod:`.extra_state` takes over what modules keep beside tensors,
-:mod:`.sharding` handles FSDP and ZeRO-3. May import ``engine`` and ``offloading``.
+(:mod:`.watch`), :mod:`.paired_module` is the module that owns a pairing. :mod:`.exchanging` puts
+averages into the model, :mod:`.swapping` for the duration of a block, :mod:`.stepping` tells of
+optimizers. :mod:`.copying` makes the averaged copy (:mod:`.deep_copies`, or a :mod:`.skeleton` of
+bare modules), :mod:`.adopting` takes over a changed structure, :mod:`.extra_state` what modules
+keep beside tensors. :mod:`.sharding` handles FSDP and ZeRO-3. May import ``engine`` and
+``offloading``.
 """
 
 from __future__ import annotations
 
+from ema_fused.modules.exchanging import Exchange
 from ema_fused.modules.paired_module import PairedModule
 from ema_fused.modules.pairing import Pairing
-from ema_fused.modules.swapping import Exchange
 
 __all__ = ["Exchange", "PairedModule", "Pairing"]

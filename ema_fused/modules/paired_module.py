@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ema_fused.engine.graphs import outside_graphs
-from ema_fused.modules import swapping
+from ema_fused.modules import exchanging, swapping
 from ema_fused.modules.adopting import Adopted, Resize, carry_over
 from ema_fused.modules.advice import Advice
 from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.exchanging import Exchange
 from ema_fused.modules.extra_state import ExtraState
 from ema_fused.modules.first_values import FirstValues
 from ema_fused.modules.model_argument import check_model
@@ -25,7 +26,7 @@ from ema_fused.modules.module_pairs import is_averaged, slots_of
 from ema_fused.modules.pairing import Pairing
 from ema_fused.modules.sharding import drop_gathered
 from ema_fused.modules.skeleton import wrapped_by
-from ema_fused.modules.swapping import Exchange, refuse_while_swapped
+from ema_fused.modules.swapping import refuse_while_swapped
 from ema_fused.modules.waiting import WaitingModule
 
 
@@ -174,7 +175,7 @@ class PairedModule(WaitingModule):
         check_model("copy_to()", model)
         refuse_while_swapped("copy_to() was called", self, model)
         averaged = self._averages()
-        swapping.copy_to(averaged, model, shares=self._shares, backend=self.backend)
+        exchanging.copy_to(averaged, model, shares=self._shares, backend=self.backend)
         extra_state = ExtraState.between(model, averaged)
         if extra_state is not None:
             extra_state.take_over()
@@ -294,7 +295,7 @@ class PairedModule(WaitingModule):
         """
         check_model("exchange_with()", model)
         if averages_alone:
-            return swapping.exchange_of_averages(
+            return exchanging.exchange_of_averages(
                 self._averages(),
                 model,
                 update_buffers=self.update_buffers,
@@ -302,7 +303,7 @@ class PairedModule(WaitingModule):
                 backend=self.backend,
                 first_values=self.first_values,
             )
-        return swapping.exchange_of_everything(
+        return exchanging.exchange_of_everything(
             self._averages(),
             model,
             shares=self._shares,

@@ -1,29 +1,21 @@
-"""Puts averaged weights into the model: for the duration of a block, or for good."""
+"""Averaged weights in a model for the duration of a block, in which nothing is lost by mistake."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ContextDecorator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ema_fused.engine.memory import memory_of
-from ema_fused.engine.plan import Plan
 from ema_fused.engine.undisturbed import certainly, undisturbed
-from ema_fused.engine.versions import VersionCounters
-from ema_fused.modules.changes import take_over_changes
-from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.exchanging import Exchange, exchange_of_everything
 from ema_fused.modules.first_values import FirstValues
-from ema_fused.modules.module_pairs import Pair, pair_up, plan_of, refuse_untied
-from ema_fused.modules.sharding import drop_gathered, drop_gathered_in, parts_of_fsdp
 from ema_fused.modules.stepping import before_steps_of
 from ema_fused.modules.waiting import wait_until_all_have_read
-from ema_fused.modules.watch import ModuleWatch
 
 # The modules whose weights are swapped at the moment.
 _swapped: set[nn.Module] = set()
@@ -53,246 +45,6 @@ def _refuse_saving(module: nn.Module, *_: Any) -> None:
 
 def _refuse_loading(module: nn.Module, *_: Any) -> None:
     refuse_while_swapped("load_state_dict() was called", module)
-
-
-def _each_source_once(pairs: Iterable[Pair]) -> list[Pair]:
-    """Each source once: one with several averages, being tied more often, keeps the first.
-
-    Tied are two of the same memory too (``decoder.weight.data = encoder.weight.data``); updates
-    from one memory have kept their averages equal.
-    """
-    distinct: dict[object, Pair] = {}
-    for pair in pairs:
-        distinct.setdefault(memory_of(pair.source), pair)
-    return list(distinct.values())
-
-
-def _pairs(averaged: nn.Module, model: nn.Module, shares: FrozenShares) -> list[Pair]:
-    """The pairs of all tensors that the average holds."""
-    pairs = pair_up(averaged, model, update_buffers=False, shares=shares).updated
-    return _each_source_once(pairs)
-
-
-def copy_to(
-    averaged: nn.Module, model: nn.Module, *, shares: FrozenShares, backend: str | None
-) -> None:
-    """Copies every averaged tensor into ``model``, converting dtypes."""
-    wait_until_all_have_read()
-    drop_gathered(model)
-    pairs = _pairs(averaged, model, shares)
-    Plan(
-        [pair.source for pair in pairs],
-        [pair.averaged for pair in pairs],
-        only_copy=[not pair.averages for pair in pairs],
-        backend=backend,
-        names=[pair.name for pair in pairs],
-    ).copy_()
-    tell_of_writes(VersionCounters(pair.held[1] for pair in pairs))
-
-
-def tell_of_writes(written: VersionCounters) -> None:
-    """Tells torch that weights of a model were written: autograd, and autocast.
-
-    Autocast keeps the weights that it has cast until its region ends, and would go on with those of
-    the values before.
-    """
-    written.increment()
-    torch.clear_autocast_cache()
-
-
-class Exchange:
-    """Swaps averages into a model and out again; planned once, used any number of times.
-
-    Pairs of one dtype are swapped in place. Where the dtypes differ, a swap would lose bits: the
-    model's tensor is saved on the average's device and then overwritten. What is written into the
-    model meanwhile (recomputed statistics) is in the average afterwards, in both cases.
-
-    Each exchange is done or not done, even if Ctrl-C or another signal arrives meanwhile: its
-    handler is called afterwards.
-
-    Args:
-        averaged: the module with the averages.
-        model: the module to put them into.
-        find_pairs: returns the pairs to exchange, each source once. Called again after tensors were
-            replaced.
-        backend: as in :class:`~ema_fused.Plan`.
-        first_values: what tells whether other code has written ``averaged``: swaps don't count.
-
-    Attributes:
-        is_in: whether the model holds the averages at the moment.
-    """
-
-    def __init__(
-        self,
-        averaged: nn.Module,
-        model: nn.Module,
-        find_pairs: Callable[[], list[Pair]],
-        *,
-        backend: str | None,
-        first_values: FirstValues | None = None,
-    ) -> None:
-        self._modules = (averaged, model)
-        self._model = model
-        self._find_pairs = find_pairs
-        self._backend = backend
-        self._first_values = FirstValues({}) if first_values is None else first_values
-        self._kept: dict[str, Tensor] = {}
-        self.is_in = False
-        self._prepare()
-
-    @property
-    def overwrites(self) -> list[str]:
-        """Names of the tensors that are saved and overwritten instead of swapped."""
-        return [pair.name for pair in self._overwrites]
-
-    def _prepare(self) -> None:
-        self._parts_of_fsdp = parts_of_fsdp(self._model)
-        drop_gathered_in(self._parts_of_fsdp)
-        slots_changed = ModuleWatch(*self._modules).changed
-        pairs = self._find_pairs()
-        refuse_untied(pairs)
-        self._swaps = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
-        self._overwrites = [pair for pair in pairs if pair.averaged.dtype != pair.source.dtype]
-        self._swap = plan_of(self._swaps, backend=self._backend)
-        self._overwrite = self._plan_overwriting([pair.averaged for pair in self._overwrites])
-        self._written = _written(self._swaps, self._overwrites)
-        self._slots_changed = slots_changed
-
-    def _plan_overwriting(self, values: list[Tensor]) -> Plan:
-        return Plan(
-            [pair.source for pair in self._overwrites],
-            values,
-            only_copy=[not pair.averages for pair in self._overwrites],
-            backend=self._backend,
-            names=[pair.name for pair in self._overwrites],
-        )
-
-    def put_in(self) -> None:
-        """Swaps the averages into the model; does nothing if they are in it.
-
-        Raises:
-            KeyError, TypeError, ValueError: as ``pair_up``.
-            If an error is raised, of whatever kind, nothing has been exchanged.
-        """
-        if self.is_in:
-            return
-        wait_until_all_have_read()
-        # If FSDP has come to the model since, its parameters are other objects.
-        drop_gathered_in(self._parts_of_fsdp)
-        if self._slots_changed() or not self._is_as_planned():
-            self._prepare()
-        kept = {
-            pair.name: pair.source.detach().to(pair.averaged.device, copy=True)
-            for pair in self._overwrites
-        }
-        self._first_values.look(self._modules[0])
-        undisturbed(functools.partial(self._put, kept), self._put_back_unchanged)
-
-    def _put(self, kept: dict[str, Tensor]) -> None:
-        self._swap.swap_()
-        self._kept = kept
-        self.is_in = True
-        if self._overwrites:
-            try:
-                self._overwrite.copy_()
-            except BaseException:
-                self._put_back_unchanged()
-                raise
-        tell_of_writes(self._written)
-
-    def _is_as_planned(self) -> bool:
-        """Whether dtypes and shapes are still those planned; ``module.double()`` changes them."""
-        return self._swap.is_as_planned() and self._overwrite.is_as_planned()
-
-    def take_out(self) -> None:
-        """Swaps the averages out of the model again; does nothing if they aren't in it.
-
-        Raises:
-            RuntimeError: dtypes, shapes or names have changed since; or an offloaded update failed,
-                in which case the weights are swapped back nevertheless.
-        """
-        try:
-            wait_until_all_have_read()
-        finally:
-            certainly(self._put_back)
-
-    def _put_back(self, *, is_unchanged: bool = False) -> None:
-        if not self.is_in:
-            return
-        drop_gathered_in(self._parts_of_fsdp)
-        try:
-            if self._slots_changed():
-                drop_gathered(self._model)
-                self._find_again()
-            own = [self._kept[pair.name] for pair in self._overwrites]
-            restore = self._plan_overwriting(own) if own else None
-            self._swap.swap_()
-        except (KeyError, TypeError, ValueError) as error:
-            raise RuntimeError(
-                f"the model's own weights can't be put back, because the model was changed while "
-                f"averaged weights were in it: {error}. They are in averaged.module now; leave "
-                f"names, dtypes and shapes as they are in between"
-            ) from error
-        try:
-            if own and not is_unchanged:
-                take_over_changes(self._overwrites, own)
-        finally:
-            if restore is not None:
-                restore.copy_()
-            self._kept = {}
-            self.is_in = False
-            tell_of_writes(self._written)
-            self._first_values.renew(self._modules[0])
-
-    def _put_back_unchanged(self) -> None:
-        self._put_back(is_unchanged=True)
-
-    def _find_again(self) -> None:
-        """Finds the same pairs again, by name, after tensors in the modules were replaced."""
-        found = {pair.name: pair for pair in self._find_pairs()}
-        self._swaps = [found[pair.name] for pair in self._swaps]
-        self._overwrites = [found[pair.name] for pair in self._overwrites]
-        self._swap = plan_of(self._swaps, backend=self._backend)
-        self._overwrite = self._plan_overwriting([pair.averaged for pair in self._overwrites])
-        self._written = _written(self._swaps, self._overwrites)
-        self._slots_changed = ModuleWatch(*self._modules).changed
-
-
-def _written(swaps: list[Pair], overwrites: list[Pair]) -> VersionCounters:
-    """The counters of the tensors that an exchange writes."""
-    both_sides = [tensor for pair in swaps for tensor in pair.held]
-    return VersionCounters(both_sides + [pair.held[1] for pair in overwrites])
-
-
-def exchange_of_everything(
-    averaged: nn.Module,
-    model: nn.Module,
-    *,
-    shares: FrozenShares,
-    backend: str | None,
-    first_values: FirstValues | None = None,
-) -> Exchange:
-    """An :class:`Exchange` of all tensors that the average holds."""
-    find_pairs = functools.partial(_pairs, averaged, model, shares)
-    return Exchange(averaged, model, find_pairs, backend=backend, first_values=first_values)
-
-
-def exchange_of_averages(
-    averaged: nn.Module,
-    model: nn.Module,
-    *,
-    update_buffers: Buffers,
-    shares: FrozenShares,
-    backend: str | None,
-    first_values: FirstValues | None = None,
-) -> Exchange:
-    """An :class:`Exchange` of averaged tensors only, buffers as ``update_buffers`` says."""
-
-    def find_pairs() -> list[Pair]:
-        pairs = pair_up(averaged, model, update_buffers=update_buffers, shares=shares).updated
-        return _each_source_once(pair for pair in pairs if pair.averages)
-
-    return Exchange(averaged, model, find_pairs, backend=backend, first_values=first_values)
 
 
 def swapped(

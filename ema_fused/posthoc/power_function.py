@@ -19,7 +19,7 @@ from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.keywords import arguments_of, unexpected_keyword
 from ema_fused.engine.pairs import MAX_AVERAGES
 from ema_fused.engine.plan import Plan
-from ema_fused.modules import swapping
+from ema_fused.modules import exchanging, swapping
 from ema_fused.modules.adopting import Adopted, Resize, carry_over
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.model_argument import check_model
@@ -233,7 +233,7 @@ class PowerFunctionEMA(nn.Module):
         check_model("copy_to()", model)
         refuse_while_swapped("copy_to() was called", self, model)
         average = self._average_of(sigma_rel)
-        swapping.copy_to(average, model, shares=FrozenShares(), backend=self.backend)
+        exchanging.copy_to(average, model, shares=FrozenShares(), backend=self.backend)
 
     @outside_graphs
     def copy_from(self, model: nn.Module) -> None:

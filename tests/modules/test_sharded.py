@@ -25,7 +25,7 @@ from ema_fused import AveragedWeights, ExponentialMovingAverage, attach
 from ema_fused.averages import schedules
 from ema_fused.engine.dtensors import is_sharded, local
 from ema_fused.modules.copying import FrozenShares
-from ema_fused.modules.swapping import exchange_of_everything
+from ema_fused.modules.exchanging import exchange_of_everything
 from tests.modules.sharded_beside import Beside, differing
 from tests.ranks import Ranks
 from tests.sharded_models import WAYS, perceptron, spread, train, trainer, whole, whole_weights

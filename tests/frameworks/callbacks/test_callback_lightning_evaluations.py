@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor
 
 from ema_fused.callbacks import lightning as ours
-from ema_fused.modules.swapping import Exchange
+from ema_fused.modules.exchanging import Exchange
 from tests.frameworks.callbacks.lightning_cases import (
     BOTH,
     QUIET,

@@ -11,7 +11,7 @@ from mmengine.hooks import EMAHook, Hook
 from mmengine.runner import Runner
 from torch import nn
 
-from ema_fused.modules import swapping
+from ema_fused.modules import exchanging
 from tests.frameworks.hooks.ema_hooks import (
     KINDS,
     LOOPS,
@@ -142,8 +142,10 @@ def test_averages_are_swapped_in_place_and_planned_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairings = []
-    pair_up = swapping.pair_up
-    monkeypatch.setattr(swapping, "pair_up", lambda *a, **b: pairings.append(a) or pair_up(*a, **b))
+    pair_up = exchanging.pair_up
+    monkeypatch.setattr(
+        exchanging, "pair_up", lambda *a, **b: pairings.append(a) or pair_up(*a, **b)
+    )
     hook = {"type": OURS, **KINDS["ema"]}
     run = trained(hook, tmp_path, epochs=4, hooks=[{"type": Addresses}])
     found = run.hook(Addresses)
