@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,10 @@ from ema_fused.engine import backends
 from tests import ranks
 from tests.ranks import Ranks
 from tests.threads import on_threads
+
+# A run in the background ignores Ctrl-C, and so would the programs that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _NO_GPU = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
 

@@ -68,7 +68,7 @@ class AveragedWeights(ExponentialMovingAverage):
     ) -> None:
         if arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic {arithmetic!r} is none of {', '.join(ARITHMETICS)}")
-        flattened = is_flattened(model)
+        flattened = isinstance(model, nn.Module) and is_flattened(model)
         if flattened and options.get("skip_nonfinite"):
             raise ValueError(
                 "skip_nonfinite=True with FSDP1: each process would decide by its own pieces, and "
@@ -91,7 +91,12 @@ class AveragedWeights(ExponentialMovingAverage):
         return dict(self.module.state_dict())
 
     def adopt(self, model: nn.Module, *, resize: Resize | None = None) -> Adopted:
-        """As :meth:`BaseAveragedModel.adopt`; no module is copied."""
+        """As :meth:`BaseAveragedModel.adopt`; no module is copied.
+
+        Args:
+            model: the model to average from now on; wrapped or not.
+            resize: makes the average of a tensor whose shape has changed.
+        """
         adopted = super().adopt(model, resize=resize)
         self._is_flattened = is_flattened(model)
         return adopted

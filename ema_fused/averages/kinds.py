@@ -209,9 +209,9 @@ class CosineEMA(ExponentialMovingAverage):
         end_momentum = check_fraction("end_momentum", end_momentum)
         if max_iters is not None:
             max_iters = check_integer("max_iters", max_iters, least=1)
-        elif type(self).total_steps is CosineEMA.total_steps:
-            raise self._without_length()  # now, not at the first average
         super().__init__(model, momentum, *shared, **options)
+        if max_iters is None and type(self).total_steps is CosineEMA.total_steps:
+            raise self._without_length()  # now, not at the first average
         self.end_momentum = end_momentum
         self.max_iters = max_iters
 

@@ -24,10 +24,12 @@ def is_wrapper(tensor: Tensor) -> bool:
 def memory_of(tensor: Tensor) -> tuple[object, ...]:
     """Equal for two tensors that are the same elements in the same memory, read in the same way.
 
-    Compare it only while both tensors are alive: of a wrapper that doesn't say what is inside
-    (``__tensor_flatten__``), the object itself stands for its memory.
+    Compare it only while both tensors are alive: of a sparse tensor, and of a wrapper that doesn't
+    say what is inside (``__tensor_flatten__``), the object itself stands for its memory.
     """
     place: object
+    if tensor.layout != torch.strided:
+        return (id(tensor),)
     if not is_wrapper(tensor):
         place = tensor.data_ptr()
     elif is_traceable_wrapper_subclass(tensor):

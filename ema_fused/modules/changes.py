@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ema_fused.modules.module_pairs import Pair
 
+_PIECE = 2**20  # elements, or a row if that has more: what is compared takes memory of its own
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -16,35 +17,46 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 def take_over_changes(pairs: Sequence[Pair], own: Sequence[Tensor]) -> None:
     """Writes into each average the elements of its source that aren't the rounded average any more.
 
-    The others keep the bits that rounding to the source's dtype would lose. Needs the memory of two
-    of the largest tensor. Waits once for each device of the averages.
+    The others keep the bits that rounding to the source's dtype would lose. Needs a few megabytes.
+    Waits once for each device of the averages.
 
     Args:
         pairs: whose averages were copied into their sources.
         own: what the sources held before. One that has another dtype or shape by now was converted;
-            then its elements tell nothing.
+            then its elements tell nothing. Sparse ones are copied from the model anyway.
     """
     alike = [
         pair
         for pair, kept in zip(pairs, own, strict=True)
-        if pair.source.dtype == kept.dtype and pair.source.shape == kept.shape
+        if pair.source.dtype == kept.dtype
+        and pair.source.shape == kept.shape
+        and pair.source.layout == torch.strided
     ]
-    by_device: dict[torch.device, list[Pair]] = {}
+    by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
     for pair in alike:
-        by_device.setdefault(pair.averaged.device, []).append(pair)
-    for there in by_device.values():
-        flags = torch.stack([_changed(pair).any() for pair in there]).tolist()
-        for pair, has_changed in zip(there, flags, strict=True):
+        by_device.setdefault(pair.averaged.device, []).extend(_pieces(pair))
+    for pieces in by_device.values():
+        flags = torch.stack([_changed(*piece).any() for piece in pieces]).tolist()
+        for (averaged, source), has_changed in zip(pieces, flags, strict=True):
             if has_changed:
-                averaged = _real(pair.averaged)
-                source = _real(pair.source).to(averaged.device, averaged.dtype)
-                averaged.copy_(torch.where(_changed(pair), source, averaged))
+                changed = _changed(averaged, source)
+                real = _real(averaged)
+                real.copy_(torch.where(changed, _real(source).to(real.device, real.dtype), real))
 
 
-def _changed(pair: Pair) -> Tensor:
+def _pieces(pair: Pair) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views of both tensors, cut along their first dimension."""
+    averaged, source = pair.averaged.detach(), pair.source.detach()
+    if averaged.numel() <= _PIECE:
+        yield averaged, source
+        return
+    rows = max(1, _PIECE * len(averaged) // averaged.numel())
+    yield from zip(averaged.split(rows), source.split(rows), strict=True)
+
+
+def _changed(averaged: Tensor, source: Tensor) -> Tensor:
     """One flag for each element: whether it has other bits than the rounded average."""
-    source = pair.source.detach()
-    put = pair.averaged.detach().to(source.dtype)
+    put = averaged.to(source.dtype)
     return bits_of(put) != bits_of(source.to(put.device))
 
 

@@ -102,7 +102,7 @@ class OffloadedPlan:
         numbers: Sequence[int] | None = None,
         staging_bytes: int = 64 * 2**20,
     ) -> None:
-        check_integer("staging_bytes", staging_bytes, least=LEAST_BYTES)
+        staging_bytes = check_integer("staging_bytes", staging_bytes, least=LEAST_BYTES)
         self._arguments: dict[str, Any] = {
             "arithmetic": arithmetic,
             "only_copy": only_copy,
@@ -127,7 +127,7 @@ class OffloadedPlan:
             list(range(pairs)) if numbers is None else list(numbers),
             None if names is None else list(names),
         )
-        self._staging = Staging(operator.index(staging_bytes))
+        self._staging = Staging(staging_bytes)
         self._worker: Worker | None = None
         self._ending: weakref.finalize[Any, Any] | None = None
         self._update: OffloadedUpdate | None = None

@@ -242,6 +242,7 @@ class PowerFunctionEMA(nn.Module):
         Raises:
             KeyError, ValueError, TypeError, RuntimeError: as :meth:`update_parameters`.
         """
+        check_model("copy_from()", model)
         refuse_while_swapped("copy_from() was called", self, model)
         self._paired = None  # its plan may be of other dtypes
         self._planned_with(model).copy_()
@@ -268,6 +269,7 @@ class PowerFunctionEMA(nn.Module):
             RuntimeError: a refused action; or, at the end of the block, the model's weights can't
                 be put back because their dtypes, shapes or names were changed inside it.
         """
+        check_model("swapped()", model)
         average = self._average_of(sigma_rel)
         return swapping.swapped(self, average, model, shares=FrozenShares(), backend=self.backend)
 

@@ -111,5 +111,8 @@ def test_it_takes_the_bytes_that_the_page_promises(kind: Any, name: str) -> None
     measured = bytes_a_parameter(kind, OPTIONS[name])
     for what, promise in promised()[name].items():
         # 0.05: scalars, and the tables of plans, which are larger beside so small a model.
-        assert measured[what] <= promise + 0.05, (what, measured)
+        beside = 0.05
+        if what == "swapped" and promise:  # what was written in the block is told by 3 bytes each,
+            beside += 3 / LAYERS  # of a layer at a time (of a million elements at most)
+        assert measured[what] <= promise + beside, (what, measured)
         assert measured[what] >= promise - 0.05, (what, measured)

@@ -72,6 +72,7 @@ INTERNAL = {
     "ema_fused.hooks.on_mmengine",
     "ema_fused.hooks.registered_averages",
     "ema_fused.hooks.registering",
+    "ema_fused.hooks.run_log",
 }
 
 

@@ -54,7 +54,7 @@ def test_an_unknown_answer_is_an_error_and_not_a_crash() -> None:
         f"a tuple: {no_list}",
         f"no capsules: {no_capsule}",
         "an error: LookupError: no handles",
-        f"one of them no capsule: {no_capsule}",
+        f"one of them no capsule: {no_list}",
         "7: ValueError",
         "None: ValueError",
     ]

@@ -262,7 +262,7 @@ def test_bad_arguments_are_refused() -> None:
     meta = [torch.ones(10, device="meta")]
     cases: list[tuple[type[Exception], str, Callable[[], object]]] = [
         (ValueError, "at least 1024", lambda: OffloadedPlan(one, other, staging_bytes=1023)),
-        (TypeError, "staging_bytes", lambda: OffloadedPlan(one, other, staging_bytes=2e6)),  # type: ignore[arg-type]
+        (TypeError, "staging_bytes", lambda: OffloadedPlan(one, other, staging_bytes=2e6 + 0.5)),  # type: ignore[arg-type]
         (ValueError, "must pair up", lambda: OffloadedPlan(one, [])),
         (ValueError, "must be equal", lambda: OffloadedPlan(one, [torch.ones(9)])),
         (ValueError, "meta device", lambda: OffloadedPlan(one, meta)),
