@@ -39,6 +39,16 @@ EMA_FUSED_HD Compute multiply_add(Compute x, Compute y, Compute z) {
 #endif
 }
 
+// x + sign * y of two tensors; `sign` is 1 or -1. Of complex numbers torch forms that product too.
+template <typename Compute>
+EMA_FUSED_HD Compute sum_of(Compute x, Compute y, typename WeightOf<Compute>::Type sign) {
+  if constexpr (kIsComplex<Compute>) {
+    return multiply_add(sign, y, x);
+  } else {
+    return sign > 0 ? x + y : x - y;
+  }
+}
+
 // What all functors are, but for those that say otherwise.
 struct FunctorTraits {
   static constexpr bool kReadsAveraged = true;
@@ -51,14 +61,17 @@ template <typename A, typename S>
 struct Lerp : FunctorTraits {
   static constexpr bool kHasTwoEnds = true;
   using Compute = ComputeType<A, S>;
-  Compute coefficient;
+  using Weight = typename WeightOf<Compute>::Type;
+  Weight coefficient;
   bool from_averaged;
 
   EMA_FUSED_HD explicit Lerp(double weight) {
-    const Compute w = static_cast<Compute>(weight);
-    from_averaged = (w < Compute(0) ? -w : w) < Compute(0.5);
-    // -(1 - w), which is -0 at w = 1, as where torch writes it as a subtraction.
-    coefficient = from_averaged ? w : -(Compute(1) - w);
+    const Weight w = static_cast<Weight>(weight);
+    from_averaged = (w < Weight(0) ? -w : w) < Weight(0.5);
+    // -(1 - w), which is -0 at w = 1, as where torch writes it as a subtraction. For complex
+    // numbers it writes w - 1.
+    const Weight from_source = kIsComplex<Compute> ? w - Weight(1) : -(Weight(1) - w);
+    coefficient = from_averaged ? w : from_source;
   }
   EMA_FUSED_HD Compute mean(const A& averaged, const S& source) const {
     const Compute a = to_compute<Compute>(averaged);
@@ -86,12 +99,13 @@ using StochasticLerp = std::conditional_t<kIs16Bits<A>, RandomlyRoundedLerp<A, S
 template <typename A, typename S>
 struct Axpby : FunctorTraits {
   using Compute = ComputeType<A, S>;
-  Compute keep;
-  Compute take;
+  using Weight = typename WeightOf<Compute>::Type;
+  Weight keep;
+  Weight take;
 
   // 1 - w in double, as Python computes it.
   EMA_FUSED_HD explicit Axpby(double weight)
-      : keep(static_cast<Compute>(1.0 - weight)), take(static_cast<Compute>(weight)) {}
+      : keep(static_cast<Weight>(1.0 - weight)), take(static_cast<Weight>(weight)) {}
   EMA_FUSED_HD void operator()(A& averaged, S& source) const {
     // mul_ writes its product back into the averaged tensor, so it is rounded to that type.
     const A kept = from_compute<A>(to_compute<Compute>(averaged) * keep);
@@ -103,12 +117,13 @@ struct Axpby : FunctorTraits {
 template <typename A, typename S>
 struct Delta : FunctorTraits {
   using Compute = ComputeType<A, S>;
-  Compute take;
+  using Weight = typename WeightOf<Compute>::Type;
+  Weight take;
 
-  EMA_FUSED_HD explicit Delta(double weight) : take(static_cast<Compute>(weight)) {}
+  EMA_FUSED_HD explicit Delta(double weight) : take(static_cast<Weight>(weight)) {}
   EMA_FUSED_HD void operator()(A& averaged, S& source) const {
     const Compute a = to_compute<Compute>(averaged);
-    Compute difference = to_compute<Compute>(source) - a;
+    Compute difference = sum_of(to_compute<Compute>(source), a, Weight(-1));
     if constexpr (std::is_same_v<A, S>) {
       // The difference is a tensor of its own there, rounded to the common type.
       difference = to_compute<Compute>(from_compute<A>(difference));
@@ -120,18 +135,19 @@ struct Delta : FunctorTraits {
 template <typename A, typename S>
 struct Products : FunctorTraits {
   using Compute = ComputeType<A, S>;
-  Compute keep;
-  Compute take;
+  using Weight = typename WeightOf<Compute>::Type;
+  Weight keep;
+  Weight take;
 
   // 1 - w in double, as Python computes it.
   EMA_FUSED_HD explicit Products(double weight)
-      : keep(static_cast<Compute>(1.0 - weight)), take(static_cast<Compute>(weight)) {}
+      : keep(static_cast<Weight>(1.0 - weight)), take(static_cast<Weight>(weight)) {}
   EMA_FUSED_HD void operator()(A& averaged, S& source) const {
     // Both products are tensors of their own there, rounded to the averaged type.
     const Compute kept = to_compute<Compute>(averaged) * keep;
     const Compute taken = to_compute<Compute>(source) * take;
-    averaged = from_compute<A>(to_compute<Compute>(from_compute<A>(kept)) +
-                               to_compute<Compute>(from_compute<A>(taken)));
+    averaged = from_compute<A>(sum_of(to_compute<Compute>(from_compute<A>(kept)),
+                                      to_compute<Compute>(from_compute<A>(taken)), Weight(1)));
   }
 };
 

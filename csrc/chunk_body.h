@@ -166,6 +166,8 @@ EMA_FUSED_HD Compute load_widened(const void* source, DType dtype, std::uint32_t
     case DType::kFloat8E5M2:
       return to_compute<Compute>(load_streaming(static_cast<const Float8E5M2*>(source) + i));
     case DType::kFloat64:  // never widened
+    case DType::kComplex64:
+    case DType::kComplex128:
     case DType::kBytes:
       return Compute(0);
   }
@@ -222,6 +224,7 @@ struct Range {
 
 template <typename Measure>
 struct ChunkBody {
+  static constexpr bool kServesComplex = false;
   const Chunk* entries;
   const Chunk& chunk;
   const Launch& launch;

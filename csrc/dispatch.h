@@ -83,9 +83,19 @@ EMA_FUSED_HD void with_source(DType source, Run&& run) {
     case DType::kFloat8E5M2:
       break;
     case DType::kBytes:
+    case DType::kComplex64:
+    case DType::kComplex128:
       return;
   }
   return run(Types<A, Widened<ComputeType<A, float>>, F>{});
+}
+
+// Complex numbers: only where the loop serves them (Run::kServesComplex), else nothing is done.
+template <template <typename, typename> class F, typename T, typename Run>
+EMA_FUSED_HD void with_complex(Run&& run) {
+  if constexpr (std::decay_t<Run>::kServesComplex && !kIsCopiedBySize<F<Complex<T>, Complex<T>>>) {
+    run(Types<Complex<T>, Complex<T>, F>{});
+  }
 }
 
 template <template <typename, typename> class F, bool kCommon, typename Run>
@@ -99,6 +109,10 @@ EMA_FUSED_HD void with_types(const Chunk& chunk, Run&& run) {
       return with_source<F, kCommon, BFloat16>(chunk.source_dtype, run);
     case DType::kFloat16:
       return with_source<F, kCommon, Float16>(chunk.source_dtype, run);
+    case DType::kComplex64:
+      return with_complex<F, float>(run);
+    case DType::kComplex128:
+      return with_complex<F, double>(run);
     case DType::kFloat8E4M3:
     case DType::kFloat8E5M2:
     case DType::kBytes:
@@ -106,10 +120,20 @@ EMA_FUSED_HD void with_types(const Chunk& chunk, Run&& run) {
   }
 }
 
-// Equal types are copied and swapped as bits: by size alone, so that seven types need four loops.
+// The size of the largest element.
+struct Bits128 {
+  std::uint64_t halves[2];
+};
+
+// Equal types are copied and swapped as bits: by size alone, so that nine types need five loops.
 template <template <typename, typename> class F, typename Run>
 EMA_FUSED_HD void with_size(const Chunk& chunk, Run&& run) {
   switch (item_size(chunk.averaged_dtype)) {
+    case 16:
+      if constexpr (std::decay_t<Run>::kServesComplex) {
+        run(Types<Bits128, Bits128, F>{});
+      }
+      return;
     case 8:
       return run(Types<std::uint64_t, std::uint64_t, F>{});
     case 4:

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "complex_numbers.h"
 #include "macros.h"
 
 #if defined(__CUDACC__)
@@ -16,7 +17,8 @@
 namespace ema_fused {
 
 // kBytes stands for every other type: such tensors are copied and swapped bit for bit, counted in
-// bytes, and never averaged. The 8-bit floats are sources only.
+// bytes, and never averaged. The 8-bit floats are sources only. Complex numbers pair with their own
+// type and have kernels on the CPU only.
 enum class DType : std::uint8_t {
   kFloat64 = 0,
   kFloat32 = 1,
@@ -24,10 +26,18 @@ enum class DType : std::uint8_t {
   kFloat16 = 3,
   kBytes = 4,
   kFloat8E4M3 = 5,  // torch.float8_e4m3fn: no infinity
-  kFloat8E5M2 = 6
+  kFloat8E5M2 = 6,
+  kComplex64 = 7,
+  kComplex128 = 8
 };
 
-EMA_FUSED_HD constexpr bool can_be_averaged(DType dtype) { return dtype < DType::kBytes; }
+EMA_FUSED_HD constexpr bool is_complex(DType dtype) {
+  return dtype == DType::kComplex64 || dtype == DType::kComplex128;
+}
+
+EMA_FUSED_HD constexpr bool can_be_averaged(DType dtype) {
+  return dtype < DType::kBytes || is_complex(dtype);
+}
 
 struct BFloat16 {
   std::uint16_t bits;
@@ -47,7 +57,10 @@ constexpr bool kIs16Bits = std::is_same_v<T, BFloat16> || std::is_same_v<T, Floa
 
 EMA_FUSED_HD constexpr std::int64_t item_size(DType dtype) {
   switch (dtype) {
+    case DType::kComplex128:
+      return 16;
     case DType::kFloat64:
+    case DType::kComplex64:
       return 8;
     case DType::kFloat32:
       return 4;
@@ -64,9 +77,10 @@ EMA_FUSED_HD constexpr std::int64_t item_size(DType dtype) {
 
 // torch's opmath: 16-bit types compute in float32. A pair computes in the wider of its two.
 template <typename Averaged, typename Source>
-using ComputeType =
+using ComputeType = std::conditional_t<
+    kIsComplex<Averaged>, Averaged,
     std::conditional_t<std::is_same_v<Averaged, double> || std::is_same_v<Source, double>, double,
-                       float>;
+                       float>>;
 
 template <typename To, typename From>
 EMA_FUSED_HD To bit_cast(From from) {
@@ -173,7 +187,7 @@ EMA_FUSED_HD Float16 narrow_to_float16(float value, std::uint32_t random) {
 // to_compute<C>(x): x in the compute type. from_compute<T>(c): c rounded to the element type.
 template <typename Compute, typename T>
 EMA_FUSED_HD Compute to_compute(T value) {
-  if constexpr (std::is_floating_point_v<T>) {
+  if constexpr (std::is_floating_point_v<T> || kIsComplex<T>) {
     return static_cast<Compute>(value);
   } else {
     return static_cast<Compute>(widen(value));
@@ -182,7 +196,7 @@ EMA_FUSED_HD Compute to_compute(T value) {
 
 template <typename T, typename Compute>
 EMA_FUSED_HD T from_compute(Compute value) {
-  if constexpr (std::is_floating_point_v<T>) {
+  if constexpr (std::is_floating_point_v<T> || kIsComplex<T>) {
     return static_cast<T>(value);
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     return narrow_to_bfloat16(static_cast<float>(value));

@@ -77,6 +77,14 @@ bool same_strides(const TensorFacts& a, const TensorFacts& b) {
   return true;
 }
 
+// Whether our complex numbers have torch's bits: elsewhere the compiler of torch's loops may have
+// contracted products and sums.
+#if defined(__x86_64__)
+constexpr bool kHasComplexKernel = true;
+#else
+constexpr bool kHasComplexKernel = false;
+#endif
+
 bool is_host(const dlpack::Device& device) {
   return device.type == dlpack::kCpu || device.type == dlpack::kCudaHost;
 }
@@ -106,7 +114,12 @@ std::string refusal_of(PyObject* tensor, const char* which, TensorFacts& facts) 
     return "the " + name + " has no memory of its own";
   }
   if (facts.exact_dtype.code == dlpack::kComplex) {
-    return "complex tensors have no kernel";
+    if (torch_doors::is_conjugated(tensor)) {
+      return "the " + name + " has its conjugation pending (resolve_conj() materialises it)";
+    }
+    if (!kHasComplexKernel || !is_complex(facts.dtype) || !is_host(facts.device)) {
+      return "complex tensors have a kernel in complex64 and complex128 on x86-64 processors only";
+    }
   }
   if (facts.item_bytes == 0) {
     return "the " + name + "'s elements are smaller than a byte";
@@ -131,7 +144,8 @@ std::string refusal_of(const TensorFacts& averaged, const TensorFacts& source) {
   const auto& a = averaged.exact_dtype;
   const auto& s = source.exact_dtype;
   const bool same = a.code == s.code && a.bits == s.bits && a.lanes == s.lanes;
-  if (!same && (bytes || !can_be_averaged(averaged.dtype))) {
+  const bool complex = is_complex(averaged.dtype) || is_complex(source.dtype);
+  if (!same && (bytes || complex || !can_be_averaged(averaged.dtype))) {
     return "this combination of dtypes has no kernel";
   }
   if (!is_dense(averaged)) {

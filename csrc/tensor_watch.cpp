@@ -24,6 +24,10 @@ DType dtype_from(const dlpack::DataType& dtype) {
   if (dtype.lanes == 1 && dtype.code == dlpack::kBfloat && dtype.bits == 16) {
     return DType::kBFloat16;
   }
+  if (dtype.lanes == 1 && dtype.code == dlpack::kComplex) {
+    if (dtype.bits == 64) return DType::kComplex64;
+    if (dtype.bits == 128) return DType::kComplex128;
+  }
   if (dtype.lanes == 1 && dtype.code == dlpack::kFloat8E4M3) return DType::kFloat8E4M3;
   if (dtype.lanes == 1 && dtype.code == dlpack::kFloat8E5M2) return DType::kFloat8E5M2;
   return DType::kBytes;
@@ -37,6 +41,12 @@ bool same_dtype(const TensorFacts& a, const TensorFacts& b) {
 bool same_kind(const TensorFacts& a, const TensorFacts& b) {
   return same_dtype(a, b) && a.device.type == b.device.type && a.device.id == b.device.id &&
          a.sizes == b.sizes && a.strides == b.strides;
+}
+
+// Whether the elements are not what lies in memory: a negation or conjugation is pending.
+bool is_pending(PyObject* tensor, const TensorFacts& facts) {
+  return torch_doors::is_negated(tensor) ||
+         (is_complex(facts.dtype) && torch_doors::is_conjugated(tensor));
 }
 
 Ref list_of(PyObject* item) {
@@ -60,6 +70,9 @@ std::string in_words(const TensorFacts& facts) {
       break;
     case dlpack::kBfloat:
       words = "bfloat";
+      break;
+    case dlpack::kComplex:
+      words = "complex";
       break;
     case dlpack::kBool:
       words = "bool";
@@ -113,6 +126,9 @@ TensorWatch::TensorWatch(Ref list) : tensors_(std::move(list)) {
   facts_.reserve(list_size(tensors));
   for (std::size_t i = 0; i < list_size(tensors); ++i) {
     facts_.push_back(facts_of(list_item(tensors, i)));
+    if (is_complex(facts_.back().dtype)) {
+      complex_.push_back(i);
+    }
   }
   if (!shim().complete) {
     return;
@@ -186,9 +202,11 @@ bool TensorWatch::match_from(PyObject* tensors, std::size_t first) const {
       torch.device_type(handle, &type);
       torch.device_index(handle, &index);
       if (type != expected.device_type || index != expected.device_index ||
-          torch_doors::is_negated(tensor)) {
+          is_pending(tensor, facts_[first + i])) {
         return false;
       }
+    } else if (is_complex(facts_[first + i].dtype) && is_pending(tensor, facts_[first + i])) {
+      return false;
     }
   }
   return true;
@@ -210,10 +228,16 @@ bool TensorWatch::match(PyObject* tensor, std::size_t i) const {
          static_cast<std::size_t>(now.ndim) == facts.sizes.size() &&
          std::equal(facts.sizes.begin(), facts.sizes.end(), now.shape) &&
          std::equal(facts.strides.begin(), facts.strides.end(), now.strides) &&
-         !torch_doors::is_negated(tensor);
+         !is_pending(tensor, facts);
 }
 
 Change TensorWatch::check() {
+  // Of the same memory too: `parameter.data = parameter.data.conj()` changes nothing else.
+  for (const std::size_t i : complex_) {
+    if (is_pending(list_item(tensors_.get(), i), facts_[i])) {
+      return Change::kDifferent;
+    }
+  }
   if (!shim().complete) {
     return check_through_dlpack();
   }
@@ -307,7 +331,7 @@ bool TensorWatch::adopt(std::size_t i) {
     std::string why_not;
     if (data == nullptr || !torch_doors::describe(tensor, now, why_not) ||
         now.device.type != facts_[i].device.type || now.device.id != facts_[i].device.id ||
-        torch_doors::is_negated(tensor)) {
+        is_pending(tensor, facts_[i])) {
       return false;
     }
     facts_[i].data = data;
@@ -330,7 +354,7 @@ Change TensorWatch::check_through_dlpack() {
     }
     if (now.data != facts_[i].data) {
       if (now.elements > 0 &&
-          (now.data == nullptr || torch_doors::is_negated(list_item(tensors_.get(), i)))) {
+          (now.data == nullptr || is_pending(list_item(tensors_.get(), i), facts_[i]))) {
         return Change::kDifferent;
       }
       facts_[i].data = now.data;

@@ -91,7 +91,8 @@ class TensorWatch {
 
   Ref tensors_;  // a list of our own; none after release()
   std::vector<TensorFacts> facts_;
-  std::vector<Expected> expected_;  // empty where the shim is missing
+  std::vector<std::size_t> complex_;  // which of them are complex tensors
+  std::vector<Expected> expected_;    // empty where the shim is missing
   std::vector<std::int64_t> layouts_;
   bool released_ = false;
 };

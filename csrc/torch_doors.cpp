@@ -16,6 +16,7 @@ struct Doors {
   Shim shim;
   Ref make_handles;
   Ref is_neg;
+  Ref is_conj;
   int (*parallel_for)(std::int64_t, std::int64_t, std::int64_t, ParallelBody, void*) = nullptr;
   std::string missing;
 };
@@ -95,6 +96,7 @@ void connect(PyObject* tensor_type, PyObject* parameter_type, const std::string&
   Doors& all = doors();
   all.exchange = find_exchange(tensor_type);
   all.is_neg = Ref::take(PyObject_GetAttrString(tensor_type, "is_neg"));
+  all.is_conj = Ref::take(PyObject_GetAttrString(tensor_type, "is_conj"));
   all.missing.clear();
   // RTLD_NOLOAD: only the copy that torch itself has loaded will do.
   void* handle = dlopen(library.c_str(), RTLD_LAZY | RTLD_NOLOAD);
@@ -144,6 +146,10 @@ bool describe(PyObject* tensor, dlpack::Tensor& description, std::string& why_no
 
 bool is_negated(PyObject* tensor) {
   return Ref::take(PyObject_CallOneArg(doors().is_neg.get(), tensor)).get() == Py_True;
+}
+
+bool is_conjugated(PyObject* tensor) {
+  return Ref::take(PyObject_CallOneArg(doors().is_conj.get(), tensor)).get() == Py_True;
 }
 
 void* current_stream(std::int32_t device_type, std::int32_t device_id) {

@@ -32,6 +32,8 @@ bool describe(PyObject* tensor, dlpack::Tensor& description, std::string& why_no
 
 // tensor.is_neg(): a lazy negation that the description does not tell.
 bool is_negated(PyObject* tensor);
+// tensor.is_conj(): the same of a complex tensor's conjugation.
+bool is_conjugated(PyObject* tensor);
 
 void* current_stream(std::int32_t device_type, std::int32_t device_id);
 

@@ -44,6 +44,14 @@ double distance_of(const Chunk& chunk) {
   if (chunk.only_copy) {
     return 0.0;
   }
+  if (is_complex(chunk.averaged_dtype)) {
+    // Real and imaginary parts count alike: a flat run of both.
+    Chunk parts = chunk;
+    parts.count *= 2;
+    parts.averaged_dtype = parts.source_dtype =
+        chunk.averaged_dtype == DType::kComplex128 ? DType::kFloat64 : DType::kFloat32;
+    return distance_of(parts);
+  }
   const bool in_double =
       chunk.averaged_dtype == DType::kFloat64 || chunk.source_dtype == DType::kFloat64;
   return in_double ? distance_in<double>(chunk) : distance_in<float>(chunk);

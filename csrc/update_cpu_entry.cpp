@@ -37,6 +37,7 @@ __attribute__((noinline)) void update_elements(double weight, A* averaged, S* so
 }
 
 struct Loop {
+  static constexpr bool kServesComplex = true;
   const Chunk& chunk;
   const Launch& launch;
 

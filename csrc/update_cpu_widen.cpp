@@ -39,6 +39,8 @@ Compute* widen_elements(void* elements, DType dtype, std::int64_t begin, std::in
       return widened<Float8E4M3>(elements, begin, count, tile);
     case DType::kFloat8E5M2:
       return widened<Float8E5M2>(elements, begin, count, tile);
+    case DType::kComplex64:
+    case DType::kComplex128:
     case DType::kBytes:
       break;
   }

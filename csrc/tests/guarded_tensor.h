@@ -37,6 +37,10 @@ inline double element_at(const std::uint8_t* data, DType dtype, std::int64_t i) 
       return widen(Float8E4M3{data[i]});
     case DType::kFloat8E5M2:
       return widen(Float8E5M2{data[i]});
+    case DType::kComplex64:  // the real part
+      return reinterpret_cast<const float*>(data)[2 * i];
+    case DType::kComplex128:
+      return reinterpret_cast<const double*>(data)[2 * i];
     case DType::kBytes:
       return data[i];
   }
@@ -63,6 +67,13 @@ inline void set_element(std::uint8_t* data, DType dtype, std::int64_t i, double 
       // Any bits of a number below 2^10, subnormal ones too.
       data[i] = static_cast<std::uint8_t>(std::abs(value) * 49.0);
       data[i] |= value < 0.0 ? 0x80u : 0u;
+      break;
+    case DType::kComplex64:
+      reinterpret_cast<Complex<float>*>(data)[i] = {static_cast<float>(value),
+                                                    static_cast<float>(1.0 / 3.0 - value)};
+      break;
+    case DType::kComplex128:
+      reinterpret_cast<Complex<double>*>(data)[i] = {value, 1.0 / 3.0 - value};
       break;
     case DType::kBytes:
       data[i] = static_cast<std::uint8_t>((value + 2.0) * 60.0);

@@ -42,12 +42,13 @@ class Plan:
 
     Args:
         averaged: tensors to update in place, of any shapes and devices, in float64, float32,
-            bfloat16 or float16 (other dtypes can be copied). Or up to eight such lists: several
-            averages of one source. The source is read only once for all averages of a pair that
-            have the same dtype and the same offset from a 16-byte boundary; tensors of one dtype
-            have the same offset unless they are views.
-        source: as many tensors, each of the shape of its averaged tensor; dtype and device may
-            differ. float8_e4m3fn and float8_e5m2 are allowed too, and converted to their values.
+            bfloat16, float16, complex64 or complex128 (other dtypes can be copied). Or up to eight
+            such lists: several averages of one source. The source is read only once for all
+            averages of a pair that have the same dtype and the same offset from a 16-byte boundary;
+            tensors of one dtype have the same offset unless they are views.
+        source: as many tensors, each of the shape of its averaged tensor; device and dtype may
+            differ (the dtype not of complex tensors). float8_e4m3fn and float8_e5m2 are allowed
+            too, and converted to their values.
         arithmetic: how an average is written, with w the weight of the source.
             ``"lerp"``: as ``torch.lerp``. ``"axpby"``: as ``averaged.mul_(1 - w).add_(source,
             alpha=w)``. ``"delta"``: as ``averaged.add_(source - averaged, alpha=w)``.

@@ -102,7 +102,7 @@ def test_a_model_of_ones_own_is_measured_dtype_by_dtype(
     assert f"| {own}:build | " in capsys.readouterr().out
 
 
-@pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")  # of complex parameters
+@pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")  # complex, beside x86-64
 def test_parameters_that_are_not_averaged_do_no_harm(own: str, tmp_path: Path) -> None:
     file = tmp_path / "run.json"
     arguments = ["bench", "--model", f"{own}:mixed", "--device", "cpu", "--json", str(file)]

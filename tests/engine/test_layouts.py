@@ -71,7 +71,7 @@ REASONS = {
     unlike: "the source's strides are not the averaged tensor's",
     expanded_source: "the source's strides are not the averaged tensor's",
     negated: "the source has its negation pending",
-    complex_numbers: "complex tensors have no kernel",
+    complex_numbers: "the source has its conjugation pending",
 }
 
 

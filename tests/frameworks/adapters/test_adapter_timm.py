@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from ema_fused.engine import backends
 from tests.frameworks.adapters.adapter_cases import (
     DTYPES,
     SLOW,
@@ -389,7 +388,6 @@ def test_non_persistent_buffers_are_left_or_copied_as_theirs(exclude_buffers: bo
 
 
 @SLOW
-@pytest.mark.skipif(backends.pinned(None) == "cpu", reason="no native kernel takes complex numbers")
 def test_complex_tensors_are_averaged_where_v3_copies_them() -> None:
     model = nn.ParameterList([torch.zeros(2, dtype=torch.complex64)])
     our, their = both("ModelEmaV3", model, decay=0.75)
