@@ -47,6 +47,8 @@ _START_RANKS = (
     "tests/modules/test_sharded_states.py",
     "tests/saving/test_export.py",
     "tests/saving/test_killed_saves.py",
+    "tests/saving/test_replicas.py",
+    "tests/averages/test_nonfinite_steps.py",
     "tests/examples/test_example_fsdp2.py",
 )
 # What takes longest is begun first, so that no process is left alone with it at the end.
