@@ -217,7 +217,7 @@ class FrozenShares:
         if dtype is None and source.is_floating_point():
             dtype = self._dtype
         if name in self.names and not source.requires_grad:
-            return source.detach()
+            return source.data  # with a version counter of its own
         self.names.discard(name)
         return converted(source, self._device, dtype, pinned=self._pinned)
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ema_fused.engine.versions import version_of
 from ema_fused.modules.module_pairs import Kind, slots_of
 
 
@@ -63,9 +64,9 @@ class FirstValues:
         self._take({name: present[name] for name in self._noted if name in present})
 
     def _take(self, parameters: dict[str, Tensor]) -> None:
-        self._noted = {name: (tensor, _version(tensor)) for name, tensor in parameters.items()}
+        self._noted = {name: (tensor, version_of(tensor)) for name, tensor in parameters.items()}
         steps = self._buffers.get("steps")
-        self._steps = (steps, 0 if steps is None else _version(steps))
+        self._steps = (steps, 0 if steps is None else version_of(steps))
 
     def forget(self) -> None:
         """Ends the watch and lets go of the tensors: the first update has been made."""
@@ -87,10 +88,10 @@ class FirstValues:
         for name, (noted, version) in self._noted.items():
             now = present.get(name)
             if now is noted:
-                if _version(noted) != version:
+                if version_of(noted) != version:
                     return True
             # Memory alone (to_empty() of an average on the meta device) is no value.
-            elif now is not None and not (noted.is_meta and _version(now) == 0):
+            elif now is not None and not (noted.is_meta and version_of(now) == 0):
                 return True
         return False
 
@@ -98,13 +99,9 @@ class FirstValues:
         noted, version = self._steps
         now = self._buffers.get("steps")
         # A buffer that was moved or converted is another object, and not written.
-        return now is not None and _version(now) > (version if now is noted else 0)
+        return now is not None and version_of(now) > (version if now is noted else 0)
 
 
 def _parameters(averaged: nn.Module) -> dict[str, Tensor]:
     slots = slots_of(averaged, leave=(Kind.BUFFER, Kind.CACHE))
     return {name: slot.tensor for name, slot in slots.items() if not is_lazy(slot.tensor)}
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -214,8 +214,7 @@ def refuse_lazy(name: str, tensor: Tensor, side: str) -> None:
     if is_lazy(tensor):
         raise ValueError(
             f"{name!r} of the {side} has no elements yet: it belongs to a lazy layer, which makes "
-            f"them in its first forward pass. Run one batch through the model, then "
-            f"update_parameters(model)"
+            f"them in its first forward pass. Run one batch through the model first"
         )
 
 

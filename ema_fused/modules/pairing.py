@@ -12,16 +12,18 @@ from torch import Tensor, nn
 
 from ema_fused.engine.dtensors import local
 from ema_fused.engine.memory import starts_in_one_place
+from ema_fused.engine.notices import warn
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.versions import VersionCounters
 from ema_fused.modules.choosing import Buffers
-from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.copying import FrozenShares, is_view_of
 from ema_fused.modules.extra_state import ExtraState
 from ema_fused.modules.following import following_buffers
 from ema_fused.modules.known_model import KnownModel
 from ema_fused.modules.materialising import materialise
 from ema_fused.modules.module_pairs import Kind, Pair, lists_of, pair_up, plan_of, refuse_untied
 from ema_fused.modules.non_finite import NonFiniteBuffers, averaged_buffers, those_non_finite
+from ema_fused.modules.shared_parameter import writes_through
 from ema_fused.modules.watch import ModuleWatch
 from ema_fused.offloading.offloaded_plan import OffloadedPlan
 
@@ -150,7 +152,10 @@ class Pairing:
         self._slots = watch.slots
         self._slots_changed = watch.changed
         self._pairs = pairs
-        self._shared = [(pair.averaged, pair.source) for pair in shared]
+        self._shared = [
+            (pair.name, pair.averaged, pair.source, writes_through(pair.averaged))
+            for pair in shared
+        ]
         self._run_by(*planned)
         self._unseen = averaged_buffers(pairs) if self._mends_buffers else []
         self._non_finite: NonFiniteBuffers | None = None
@@ -240,12 +245,33 @@ class Pairing:
         return self._shares_hold()
 
     def _shares_hold(self) -> bool:
-        """Whether the shared parameters are still frozen, and in the model's memory."""
-        return not any(
+        """Whether the shared parameters are still frozen, unwritten, and in the model's memory."""
+        hold = not any(
             source.requires_grad
             or (alias is not source and local(alias).data_ptr() != local(source).data_ptr())
-            for alias, source in self._shared
+            or writes_through(alias, writes) != writes
+            for _, alias, source, writes in self._shared
         )
+        if not hold:
+            self._tell_of_writes()
+        return hold
+
+    def _tell_of_writes(self) -> None:
+        """Warns of writes through the average that have reached the model; its methods copy."""
+        written = [
+            name
+            for name, alias, source, writes in self._shared
+            if writes_through(alias, writes) != writes and is_view_of(local(alias), local(source))
+        ]
+        self._shared = [(n, alias, of, writes_through(alias)) for n, alias, of, _ in self._shared]
+        if written:
+            warn(
+                f"{', '.join(written[:6])}: frozen parameters of the average were written by a "
+                f"function of torch or through a view, and share_frozen keeps them in the model's "
+                f"memory, so the model holds the new values too. Write by methods (weight.add_(), "
+                f"weight.data += ...), which copy first, or into averaged.module of an average "
+                f"without share_frozen"
+            )
 
     def average_at_once(
         self,
@@ -452,7 +478,7 @@ class Pairing:
     def parameters(self) -> list[nn.Parameter]:
         """The model's parameters, without those that share memory with the average."""
         if self._parameters is None:
-            shared = {id(source) for _, source in self._shared}
+            shared = {id(source) for _, _, source, _ in self._shared}
             every = self._model.present().parameters()
             self._parameters = [each for each in every if id(each) not in shared]
         return self._parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,8 @@ from ema_fused.engine.dtensors import is_sharded
 from ema_fused.engine.memory import is_wrapper
 
 _Data: Any = Tensor.data
+# The modules of torch.compile: they ask of what class the tensor of a parameter is, and write none.
+_COMPILER = ("torch._functorch.", "torch._dynamo.", "torch._subclasses.", "torch.fx.")
 # Of Tensor's own methods that end in an underscore these don't write elements.
 _HARMLESS = {"requires_grad_", "rename_", "share_memory_", "retain_grad", "detach_"}
 
@@ -30,7 +33,8 @@ class SharedParameter(nn.Parameter):
     Whoever writes to it by its methods or through ``.data`` (PEFT's ``merge_and_unload``,
     ``load_state_dict``) doesn't write to the model: the elements are copied first, and it becomes
     an ``nn.Parameter`` like any other. Reading costs what it costs elsewhere: no operation of torch
-    passes through here. What writes through other views (``detach()``, ``view()``) isn't noticed.
+    passes through here. What writes by a function of torch (``torch.fill_``, ``out=``) or through
+    another view (``detach()``, ``view()``) writes to the model, and the next update warns of it.
     """
 
     __torch_function__: Any = torch._C._disabled_torch_function_impl
@@ -43,6 +47,8 @@ class SharedParameter(nn.Parameter):
 
     @property
     def data(self) -> Tensor:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith(_COMPILER):
+            return _plain(self)
         seen: _SharedData = _plain(self).as_subclass(_SharedData)
         seen.shared_by = self
         return seen
@@ -157,6 +163,16 @@ def copy_of_own_class(name: str, parameter: nn.Parameter, memo: dict[int, Any]) 
             f"ema_fused.AveragedWeights(model, ...); frozen parameters can be shared with the "
             f"model instead: share_frozen=True"
         ) from error
+
+
+def writes_through(parameter: Tensor, before: int | None = -1) -> int | None:
+    """How often a shared parameter was written where its elements are, in the model's memory.
+
+    None, if it isn't one, or wasn't one when it was asked ``before``.
+    """
+    if before is None or type(parameter) is not SharedParameter:
+        return None
+    return parameter._version
 
 
 def protect(parameter: Tensor) -> None:

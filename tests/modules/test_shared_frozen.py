@@ -234,3 +234,57 @@ def test_peft_merges_into_the_average_alone() -> None:
     merged = averaged.module.merge_and_unload()
     torch.testing.assert_close(merged(inputs), before)
     assert torch.equal(model(inputs), before)
+
+
+def _view(weight: nn.Parameter) -> object:
+    return weight.detach().add_(1.0)
+
+
+THROUGH: dict[str, Callable[[nn.Parameter], object]] = {
+    "fill_": lambda weight: torch.fill_(weight, 1.0),
+    "out=": lambda weight: torch.add(weight, 1.0, out=weight),
+    "foreach": lambda weight: torch._foreach_add_([weight], 1.0),
+    "view": _view,
+}
+
+
+@pytest.mark.parametrize("kind", [ExponentialMovingAverage, AveragedWeights])
+@pytest.mark.parametrize("write", THROUGH)
+@torch.no_grad()
+def test_a_write_that_reaches_the_model_is_told_at_the_next_update(
+    write: str, kind: type[ExponentialMovingAverage]
+) -> None:
+    model = adapted()
+    averaged = kind(model, 0.5, share_frozen=True)
+    for _ in range(3):
+        averaged.update_parameters(model)
+    THROUGH[write](averaged.module.get_parameter("0.weight"))
+    with pytest.warns(UserWarning, match=r"0\.weight: frozen parameters of the average were writ"):
+        averaged.update_parameters(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model[0].weight.fill_(0.0)  # the model's own writes are nobody's mistake
+        averaged.update_parameters(model)
+        model.load_state_dict(adapted().state_dict())
+        averaged.update_parameters(model)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_compiled_average_is_called(backend: str, grad: bool) -> None:
+    model = adapted()
+    averaged = ExponentialMovingAverage(model, 0.5, share_frozen=True)
+    averaged.update_parameters(model)
+    compiled = torch.compile(averaged.module, backend=backend)
+    inputs = torch.rand(4, 3)
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(compiled(inputs), model(inputs))
+        with torch.no_grad():
+            for parameter in model[1].parameters():
+                parameter.add_(1.0)
+        averaged.update_parameters(model)
+        assert torch.equal(compiled(inputs), averaged.module(inputs))
+    of_compiled = ExponentialMovingAverage(
+        torch.compile(adapted(), backend=backend), share_frozen=True
+    )
+    assert of_compiled(inputs).shape == (4, 2)
