@@ -7,7 +7,7 @@ import os
 import uuid
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from ema_fused.engine.plan import Plan
 from ema_fused.modules import exchanging, swapping
 from ema_fused.modules.adopting import Adopted, Resize, carry_over
 from ema_fused.modules.copying import FrozenShares
+from ema_fused.modules.following import following_buffers
 from ema_fused.modules.model_argument import check_model
 from ema_fused.modules.module_pairs import Pair, pair_up, refuse_lazy, refuse_untied
 from ema_fused.modules.sharding import converted, refuse_partitioned
@@ -156,6 +157,23 @@ class PowerFunctionEMA(nn.Module):
         if known is not None and known.model() is model and not known.watch.changed():
             return known.plan
         check_model("update_parameters()", model)
+        try:
+            return self._plan_with(model)
+        except (KeyError, ValueError):
+            with ExitStack() as undone_if_it_raises:
+                changed = [
+                    undone_if_it_raises.enter_context(
+                        following_buffers(
+                            average, model, update_buffers=False, shares=FrozenShares()
+                        )
+                    )
+                    for average in self.averages
+                ]
+                if not any(changed):
+                    raise
+                return self._plan_with(model)
+
+    def _plan_with(self, model: nn.Module) -> Plan:
         watch = ModuleWatch(self.averages, model)
         each = [self._pairs(average, model) for average in self.averages]
         pairs = each[0]

@@ -418,3 +418,46 @@ def test_copies_go_on_by_themselves(copied: Callable[[PowerFunctionEMA], PowerFu
 def test_no_snapshot_before_the_first_update(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="before the first update"):
         PowerFunctionEMA(Weight()).save_snapshot(tmp_path)
+
+
+def _larger(model: nn.Module) -> None:
+    model.scale = torch.arange(3.0)
+
+
+def _larger_in_place(model: nn.Module) -> None:
+    model.scale.resize_(3).fill_(2.0)
+
+
+def _later(model: nn.Module) -> None:
+    model.norm.register_buffer("later", torch.arange(4.0))
+
+
+@pytest.mark.parametrize("change", [_larger, _larger_in_place, _later])
+def test_buffers_follow_the_models_shapes(change: Callable[[nn.Module], None]) -> None:
+    model, plain = conv_net(), conv_net()
+    ema, beside = PowerFunctionEMA(model), PowerFunctionEMA(plain)
+    for step in range(4):
+        if step == 2:
+            change(model)
+        for one, network in ((ema, model), (beside, plain)):
+            with torch.no_grad():
+                for number, parameter in enumerate(network.parameters()):
+                    parameter.add_(step + number)
+            one.update_parameters(network)
+    buffers = dict(model.named_buffers())
+    for width in ema.sigma_rel:
+        ours, theirs = ema.average(width), beside.average(width)
+        assert all(torch.equal(ours[name], buffers[name]) for name in buffers)
+        parameters = dict(plain.named_parameters())
+        assert all(torch.equal(ours[name], theirs[name]) for name in parameters)
+
+
+def test_buffers_stay_as_they_are_where_more_has_changed() -> None:
+    model = conv_net()
+    ema = PowerFunctionEMA(model)
+    ema.update_parameters(model)
+    _larger(model)
+    model.head = nn.Linear(67, 32)
+    with pytest.raises(ValueError, match=r"head\.weight.*averaged\.adopt"):
+        ema.update_parameters(model)
+    assert all(average.scale.shape == () for average in ema.averages)
