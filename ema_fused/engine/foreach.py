@@ -200,8 +200,8 @@ class ForeachPart(ListedPart):
                 raise TypeError(
                     f"{label(task.pair, self._names)}: {' and '.join(classes)} can't "
                     f"{operation}: {type(error).__name__}: {reason}. Another arithmetic asks for "
-                    f"other operations: AveragedWeights(model, arithmetic='delta'); frozen "
-                    f"parameters can be shared with the model instead: share_frozen=True"
+                    f"other operations: AveragedWeights(model, arithmetic='delta' or 'lerp'); "
+                    f"frozen parameters can be shared with the model instead: share_frozen=True"
                 ) from error
         self._tried.add(operation)
 
