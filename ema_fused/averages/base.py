@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from functools import partial
 from typing import Any
 
 import torch
@@ -178,7 +177,7 @@ class BaseAveragedModel(PairedModule):
             "skip_nonfinite": skip_nonfinite,
         }
         check_options(options)
-        update_buffers = checked_buffers(update_buffers, partial(names_of_buffers, model))
+        update_buffers = checked_buffers(update_buffers, functools.partial(names_of_buffers, model))
         one_by_one = averages_one_by_one(type(self))
         if one_by_one:
             refuse_one_by_one(type(self).__name__, options)
