@@ -15,6 +15,8 @@ from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
+_tracers: list[Any] = []
+
 
 class Interruption:
     """Interrupts a function once, before the bytecode of number ``at`` in the given functions.
@@ -30,6 +32,9 @@ class Interruption:
         self._number = number
         self.happened = False
         self.where = ""
+        # The interpreter doesn't hold the trace function that it is calling: one object, kept.
+        self._tracer: Any = self._trace
+        _tracers.append(self._tracer)
 
     def _trace(self, frame: FrameType, event: str, _: Any) -> Any:
         if frame.f_code.co_qualname not in self._functions:
@@ -46,12 +51,12 @@ class Interruption:
                 # an iterator nobody looks.
                 for _ in map(_thread.interrupt_main, [self._number]):
                     return None
-        return self._trace
+        return self._tracer
 
     def run(self, function: Callable[[], object]) -> BaseException | None:
         """What the function raises."""
         before = sys.gettrace()
-        sys.settrace(self._trace)
+        sys.settrace(self._tracer)
         try:
             function()
             time.sleep(0)  # looks for a signal that came at the very end
