@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from ema_fused.averages.kinds import ExponentialMovingAverage
+from ema_fused.modules import changes
 from tests.networks import CPU_BACKENDS, conv_net, differences, run, snapshot
 
 DTYPES = {
@@ -43,13 +44,17 @@ def test_recomputed_statistics_reach_the_average(dtypes: str, backend: str | Non
     assert differences(after, average) == []
 
 
+@pytest.mark.parametrize("piece", [2**20, 500, 1], ids=["whole", "pieces", "rows"])
 @pytest.mark.parametrize("dtypes", DTYPES)
-def test_elements_that_were_not_written_keep_every_bit(dtypes: str) -> None:
+def test_elements_that_were_not_written_keep_every_bit(
+    dtypes: str, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changes, "_PIECE", piece)
     model, averaged = trained(dtypes, None)
     raw, expected = snapshot(model), snapshot(averaged.module)
-    expected["head.weight"][2, 3] = 7.0
+    expected["head.weight"][2, 3] = expected["head.weight"][-1, -1] = 7.0
     with averaged.swapped(model):
-        model.head.weight.data[2, 3] = 7.0
+        model.head.weight.data[2, 3] = model.head.weight.data[-1, -1] = 7.0
         model.hidden.weight.data = model.hidden.weight.data.clone()
         model.head.bias = nn.Parameter(model.head.bias.detach().clone())
     assert differences(snapshot(model), raw) == []
