@@ -91,7 +91,7 @@ class EMA(original.EMA):  # type: ignore[misc]
     def copy_params_from_model_to_ema(self) -> None:
         """Copies the model's tensors into the average."""
         super().copy_params_from_model_to_ema()
-        tell_of_writes(VersionCounters(_tensors_of(self.ema_model)))
+        VersionCounters(_tensors_of(self.ema_model)).increment()
 
     def copy_params_from_ema_to_model(self) -> None:
         """Copies the averages into the model."""
