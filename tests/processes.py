@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import torch
 
 from tests import ROOT
 
 _SECONDS = 600  # no program takes as long unless it hangs
+_WITHOUT_TRANSFORMERS = ROOT / "tests" / "frameworks" / "without_transformers"
 
 
 def start(*arguments: object, **environment: str | None) -> subprocess.Popen[str]:
@@ -32,6 +35,14 @@ def start(*arguments: object, **environment: str | None) -> subprocess.Popen[str
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@contextlib.contextmanager
+def without_transformers() -> Iterator[None]:
+    """Programs started meanwhile don't find transformers, which mmengine imports for seconds."""
+    folders = filter(None, [str(_WITHOUT_TRANSFORMERS), os.environ.get("PYTHONPATH")])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(folders)):
+        yield
 
 
 def finish(process: subprocess.Popen[str], status: int = 0) -> subprocess.CompletedProcess[str]:

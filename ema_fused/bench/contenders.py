@@ -338,11 +338,12 @@ def random_tensors(
     """
     generator = torch.Generator(device).manual_seed(seed)
     block = torch.empty(_BLOCK, dtype=dtype, device=device).normal_(generator=generator)
+    twice = torch.cat([block, block])  # has the block that begins at any of its elements
     start = 0
     tensors = []
     for shape in shapes:
         tensor = torch.empty(shape, dtype=dtype, device=device)
-        flat, rolled = tensor.view(-1), block.roll(-start) if start else block
+        flat, rolled = tensor.view(-1), twice[start : start + _BLOCK]
         whole, rest = divmod(tensor.numel(), _BLOCK)
         flat[: whole * _BLOCK].view(whole, _BLOCK).copy_(rolled)
         flat[whole * _BLOCK :].copy_(rolled[:rest])

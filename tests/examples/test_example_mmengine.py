@@ -49,7 +49,8 @@ def start(config: Path, folder: Path, epochs: int, *options: str) -> subprocess.
     # One thread: the runs share the machine, and sums are to be in one order in all of them.
     environment = {"OMP_NUM_THREADS": "1", **removed}
     length = f"train_cfg.max_epochs={epochs}"
-    return processes.start(*command, "--cfg-options", length, **environment)
+    with processes.without_transformers():
+        return processes.start(*command, "--cfg-options", length, **environment)
 
 
 def finish(running: subprocess.Popen[str], folder: Path) -> Run:
