@@ -37,7 +37,8 @@ class AveragedWeights(ExponentialMovingAverage):
     ``state_dict()`` has the keys of the other averaged models (``steps``, ``module.*``), with
     DTensors where the model has them, so ``torch.distributed.checkpoint`` can save it and load it
     on another number of processes. Parameters shared with the model (``share_frozen``) are left
-    out.
+    out. Weights that ``accelerate.cpu_offload`` keeps in host memory between passes are averaged
+    and swapped there.
 
     Args:
         model: the model to average, wrapped or not; tensors have the names of the plain model.

@@ -14,6 +14,7 @@ from ema_fused.engine.dtensors import check_placed_alike, local
 from ema_fused.engine.plan import Plan
 from ema_fused.modules.choosing import Buffers, is_chosen
 from ema_fused.modules.copying import FrozenShares, is_view_of
+from ema_fused.modules.kept_elsewhere import KeptElsewhere
 from ema_fused.modules.naming import match_names, named_once, without_wrappers
 from ema_fused.modules.sharding import refuse_partitioned
 from ema_fused.modules.shared_parameter import has_own_class, shared
@@ -45,11 +46,13 @@ class Pair(NamedTuple):
 
 class Pairs(NamedTuple):
     """``updated``: the pairs that an update writes. ``shared``: those whose two sides are the same
-    memory, so that nothing is to be done (parameters themselves, not their shards).
+    memory, so that nothing is to be done (parameters themselves, not their shards). ``kept``: where
+    sources were found that the model itself doesn't hold.
     """
 
     updated: list[Pair]
     shared: list[Pair]
+    kept: KeptElsewhere
 
 
 class Slot(NamedTuple):
@@ -151,15 +154,19 @@ def pair_up(
     """
     ours, theirs = (slots_of(root, leave, caches_are_buffers) for root in (averaged, model))
     names = partners(ours, theirs)
+    kept = KeptElsewhere(model)
     pairs: list[Pair] = []
     for number, (name, source_name) in enumerate(names.items()):
-        slot, source = ours[name], theirs[source_name].tensor
+        slot, (source, _, owner, key) = ours[name], theirs[source_name]
         slot = _follow_shared(name, slot, source, shares)
         if slot.kind is Kind.CACHE and not _is_like(slot.tensor, source):
             continue
+        is_shared = name in shares.names and not source.requires_grad
+        if not (is_shared and local(slot.tensor).is_meta):
+            source = kept.find(owner, key, source)
+            if local(source).is_meta or local(slot.tensor).is_meta:
+                _refuse_offloaded(source_name, owner)
         _check(name, slot.tensor, source)
-        if local(source).is_meta and (name not in shares.names or source.requires_grad):
-            _refuse_offloaded(source_name, theirs[source_name].owner)
         averages = is_averaged(name, slot, update_buffers) and has_average(slot.tensor)
         trains = source.requires_grad
         held = slot.tensor, source
@@ -173,7 +180,7 @@ def pair_up(
         else:
             in_shards = pair._replace(averaged=local(pair.averaged), source=local(pair.source))
             updated.setdefault((id(pair.averaged), id(pair.source)), in_shards)
-    return Pairs(list(updated.values()), shared)
+    return Pairs(list(updated.values()), shared, kept)
 
 
 def _follow_shared(name: str, slot: Slot, source: Tensor, shares: FrozenShares) -> Slot:
@@ -241,7 +248,7 @@ def _refuse_offloaded(name: str, owner: nn.Module) -> None:
         raise ValueError(
             f"{name!r} of the model is on the meta device: accelerate keeps the weights of this "
             f"{type(owner).__name__} elsewhere between passes (cpu_offload, device_map). Average "
-            f"the model before it is offloaded, or take it back: "
+            f"the model by ema_fused.AveragedWeights if they are in host memory, or take it back: "
             f"accelerate.hooks.remove_hook_from_submodules(model); weights that aren't trained may "
             f"stay where they are with share_frozen=True"
         )

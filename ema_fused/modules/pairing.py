@@ -128,7 +128,7 @@ class Pairing:
         materialise(averaged, model, self._shares)
         inside = [part for part in model.modules() if part is not model]
         watch = ModuleWatch(averaged, alone=inside)
-        pairs, shared = pair_up(
+        pairs, shared, kept = pair_up(
             averaged,
             model,
             update_buffers=self.update_buffers,
@@ -151,6 +151,7 @@ class Pairing:
         # Assigned only now, so that an error above leaves the pairing as it was.
         self._slots = watch.slots
         self._slots_changed = watch.changed
+        self._kept = kept
         self._pairs = pairs
         self._shared = [
             (pair.name, pair.averaged, pair.source, writes_through(pair.averaged))
@@ -240,7 +241,7 @@ class Pairing:
             return False
         if update_buffers != self.update_buffers:
             return False
-        if self._slots_changed():
+        if self._slots_changed() or self._kept.moved():
             return False
         return self._shares_hold()
 
@@ -303,6 +304,7 @@ class Pairing:
             or model is not self._model.last()
             or update_buffers != self.update_buffers
             or (self._shared and not self._shares_hold())
+            or self._kept.moved()
             or weight < self.lossy_below  # its caller warns of that
         ):
             return False

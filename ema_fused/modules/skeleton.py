@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ema_fused.engine.dtensors import class_if_imported
+from ema_fused.modules.kept_elsewhere import KeptElsewhere
 
 # The child of a wrapper that is the wrapped module itself. The wrapper may be removed later.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -28,20 +29,22 @@ def skeleton_of(model: nn.Module, copy: Copy) -> nn.Module:
     """A tree of bare modules with copies of the parameters and buffers of ``model``.
 
     Nothing else of the model is copied, so it works for models that can't be deep-copied. Tied
-    tensors stay tied, and wrappers are left out: the names are those of the plain model.
+    tensors stay tied, and wrappers are left out: the names are those of the plain model. Of tensors
+    that accelerate keeps elsewhere, the kept ones are copied.
 
     Args:
         copy: makes the copy of a tensor, given its name and the tensor; for a parameter, an
             ``nn.Parameter``.
     """
-    return _Copier(copy).module(model, "")
+    return _Copier(copy, KeptElsewhere(model)).module(model, "")
 
 
 class _Copier:
     """Copies each module and tensor once; one that occurs again gets the same copy."""
 
-    def __init__(self, copy: Copy) -> None:
+    def __init__(self, copy: Copy, kept: KeptElsewhere) -> None:
         self._copy = copy
+        self._kept = kept
         self._modules: dict[nn.Module, nn.Module] = {}
         self._tensors: dict[Tensor, Tensor] = {}
 
@@ -55,21 +58,22 @@ class _Copier:
             return bare
         bare = self._modules[original] = nn.Module()
         for name, parameter in original._parameters.items():
-            copied = None if parameter is None else self._tensor(parameter, path + name)
+            copied = None if parameter is None else self._tensor(original, name, parameter, path)
             assert copied is None or isinstance(copied, nn.Parameter)
             bare.register_parameter(name, copied)
         for name, buffer in original._buffers.items():
-            is_kept = name not in original._non_persistent_buffers_set
-            kept = None if buffer is None else self._tensor(buffer, path + name)
-            bare.register_buffer(name, kept, persistent=is_kept)
+            persistent = name not in original._non_persistent_buffers_set
+            copy = None if buffer is None else self._tensor(original, name, buffer, path)
+            bare.register_buffer(name, copy, persistent=persistent)
         for name, child in original._modules.items():
             part = None if child is None else self.module(child, f"{path}{name}.")
             bare.add_module(name, part)
         return bare
 
-    def _tensor(self, tensor: Tensor, name: str) -> Tensor:
+    def _tensor(self, owner: nn.Module, name: str, held: Tensor, path: str) -> Tensor:
+        tensor = self._kept.find(owner, name, held)
         if tensor not in self._tensors:
-            self._tensors[tensor] = self._copy(name, tensor)
+            self._tensors[tensor] = self._copy(path + name, tensor)
         return self._tensors[tensor]
 
 

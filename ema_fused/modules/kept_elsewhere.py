@@ -1,0 +1,76 @@
+"""Weights that accelerate keeps in host memory between a model's passes (``cpu_offload``).
+
+The model's own parameters are on the meta device meanwhile, and each pass reads them anew from
+where they are kept. So that is what is averaged, and what averages are written into.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ema_fused.engine.memory import memory_of
+
+
+class KeptElsewhere:
+    """Where accelerate keeps the tensors of ``model``.
+
+    A tensor that is read from a file at each pass isn't found: written values would be lost.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._keepers: dict[tuple[int, str], tuple[Mapping[str, Tensor], str]] = {}
+        self._seen: dict[tuple[object, ...], Tensor] = {}
+        self._read: list[tuple[Mapping[str, Tensor], str, Tensor]] = []
+        for module in model.modules():
+            for hook in _offloading_hooks(module):
+                inside = module.named_modules() if hook.place_submodules else [("", module)]
+                for path, part in inside:
+                    prefix = f"{path}." if path else ""
+                    for key in (*part._parameters, *part._buffers):
+                        place = id(part), key
+                        self._keepers.setdefault(place, (hook.weights_map, prefix + key))
+
+    def find(self, owner: nn.Module, key: str, tensor: Tensor) -> Tensor:
+        """The tensor that has the values of ``owner``'s tensor ``key``.
+
+        Args:
+            tensor: what the module holds.
+
+        Returns:
+            A tensor in the memory that the next pass reads, one object for all that are tied; with
+            ``requires_grad`` of ``tensor``. ``tensor`` itself if there is no such memory.
+        """
+        keeper = self._keepers.get((id(owner), key)) if tensor.is_meta else None
+        if keeper is None:
+            return tensor
+        values, name = keeper
+        kept = values.get(name)
+        # What is on disk is a new tensor at each look.
+        if kept is None or kept.is_meta or values[name] is not kept:
+            return tensor
+        self._read.append((values, name, kept))
+        place = (isinstance(tensor, nn.Parameter), tensor.requires_grad, *memory_of(kept))
+        if place not in self._seen:
+            self._seen[place] = _as_held(kept, tensor)
+        return self._seen[place]
+
+    def moved(self) -> bool:
+        """Whether tensors that were found are kept as other objects now."""
+        return any(values[name] is not kept for values, name, kept in self._read)
+
+
+def _as_held(kept: Tensor, tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, nn.Parameter):
+        return kept
+    return nn.Parameter(kept.detach(), requires_grad=tensor.requires_grad)
+
+
+def _offloading_hooks(module: nn.Module) -> Iterator[Any]:
+    """Of accelerate's hooks on ``module``, those that take its weights off it between passes."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):  # several of them are one that has them in a tuple
+        if getattr(one, "offload", False) and getattr(one, "weights_map", None) is not None:
+            yield one
