@@ -27,6 +27,7 @@ from typing import Any
 from torch import nn
 
 from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.callbacks.skipped_steps import listen, step_was_skipped
 from ema_fused.frameworks import missing
 from ema_fused.posthoc.power_function import PowerFunctionEMA
 
@@ -44,7 +45,8 @@ def update_average(
     """Updates ``average`` with ``model`` if the optimizer has just made a step.
 
     The optimizer makes no step while gradients are accumulated, or if the gradient scaler found an
-    overflow. Call this function after ``optimizer.step()``, for each batch.
+    overflow; of a fused optimizer the scaler's flag says so, and it is waited for. Call this
+    function after ``optimizer.step()``, for each batch.
 
     Args:
         accelerator: an ``accelerate.Accelerator``.
@@ -68,7 +70,11 @@ def update_average(
             f"average is a {type(average).__name__}; an averaged model is expected, say "
             f"ema_fused.ExponentialMovingAverage(model)"
         )
-    if not accelerator.sync_gradients or accelerator.optimizer_step_was_skipped:
+    if not accelerator.sync_gradients:
+        return False
+    was_skipped = step_was_skipped(accelerator)
+    listen(accelerator)
+    if was_skipped:
         return False
     average.update_parameters(model)
     return True

@@ -32,6 +32,7 @@ try:
     from transformers.trainer_utils import get_last_checkpoint
 
     from ema_fused.callbacks.huggingface_files import Average, adapters_in, read, write
+    from ema_fused.callbacks.skipped_steps import listen, step_was_skipped
 except ImportError as error:
     raise missing("transformers", "transformers", error) from error
 
@@ -208,6 +209,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         self.average = average
         if self._resumed_from is not None:
             self._load(self._resumed_from)
+        listen(self._trainer.accelerator)
 
     def _check(self, average: object) -> None:
         """Raises unless it is an average, of which one can be told to be evaluated."""
@@ -234,7 +236,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Updates the average with the model, unless the step was skipped."""
         assert self.average is not None
-        if not self._trainer.accelerator.optimizer_step_was_skipped:
+        if not step_was_skipped(self._trainer.accelerator):
             self.average.update_parameters(self._trainer.model)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:

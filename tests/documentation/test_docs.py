@@ -67,6 +67,7 @@ INTERNAL = {
     "ema_fused.adapters.following",
     "ema_fused.callbacks.huggingface_files",
     "ema_fused.callbacks.lightning_saving",
+    "ema_fused.callbacks.skipped_steps",
     "ema_fused.hooks.mmengine_averages",
     "ema_fused.hooks.on_mmcv",
     "ema_fused.hooks.on_mmengine",

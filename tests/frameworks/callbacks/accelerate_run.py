@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -37,7 +38,7 @@ def network() -> nn.Sequential:
 class Training:
     """Ten batches an epoch, three to a step: 3 + 3 + 3 + 1."""
 
-    def __init__(self, accelerator: Accelerator | None = None) -> None:
+    def __init__(self, accelerator: Accelerator | None = None, **optimizer_options: Any) -> None:
         set_seed(0)
         self.accelerator = accelerator or Accelerator(cpu=True, gradient_accumulation_steps=3)
         self.plain_model = network()
@@ -45,7 +46,7 @@ class Training:
             self.plain_model, momentum=0.1, update_buffers=True
         )
         batches = DataLoader(TensorDataset(*digits(0, 480)), 48)
-        optimizer = torch.optim.AdamW(self.plain_model.parameters(), lr=0.01)
+        optimizer = torch.optim.AdamW(self.plain_model.parameters(), lr=0.01, **optimizer_options)
         self.model, self.optimizer, self.batches = self.accelerator.prepare(
             self.plain_model, optimizer, batches
         )

@@ -33,9 +33,12 @@ class ByHand(TrainerCallback):  # type: ignore[misc]
         self.steps = 0
         self.at_evaluations: list[tuple[Tensors, Tensors, dict[str, float]]] = []
 
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.before = [parameter.detach().clone() for parameter in rest["model"].parameters()]
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if rest["optimizer"].step_was_skipped:
-            return
+        if all(map(torch.equal, self.before, rest["model"].parameters())):
+            return  # skipped
         self.steps += 1
         for name, new in own(rest["model"]).items():
             if self.steps > 1 and new.is_floating_point():

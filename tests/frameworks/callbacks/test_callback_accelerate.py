@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from ema_fused import ExponentialMovingAverage, PowerFunctionEMA
 from ema_fused.callbacks.accelerate import update_average
@@ -46,14 +47,36 @@ def test_the_average_is_the_one_by_hand_to_the_bit() -> None:
     assert training.average.steps == 12
 
 
-def test_steps_that_a_gradient_scaler_skips_are_not_counted() -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_gradient_scaler_skips_are_not_counted(fused: bool) -> None:
     accelerator = Accelerator(cpu=True)
     accelerator.scaler = torch.amp.GradScaler("cpu")
-    training = Training(accelerator)
+    training = Training(accelerator, fused=fused)
     overflow_at(training.plain_model[0].weight, {0, 4, 8})
-    updated = [batch for batch, was_updated in training.epoch() if was_updated]
+    updated, theirs = [], []
+    for batch, was_updated in training.epoch():
+        updated += [batch] * was_updated
+        theirs += [batch] * (not training.optimizer.step_was_skipped)
     assert updated == [1, 2, 3, 5, 6, 7, 9]
     assert training.average.steps == 7
+    # A fused optimizer is called for skipped steps too, and accelerate takes them for real ones.
+    assert theirs == (list(range(10)) if fused else updated)
+
+
+def test_a_fused_optimizer_may_have_stepped_before_the_first_update() -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    training = Training(accelerator, fused=True)
+    overflow_at(training.plain_model[0].weight, {0, 3})
+    model, optimizer = training.model, training.optimizer
+    counts = []
+    for number, (images, labels) in enumerate(training.batches):
+        accelerator.backward(cross_entropy(model(images), labels))
+        optimizer.step()
+        optimizer.zero_grad()
+        if number >= 2:
+            counts.append(update_average(accelerator, training.average, model))
+    assert counts == [True, False] + [True] * 6
 
 
 def test_evaluation_and_files_have_the_average(tmp_path: Path) -> None:

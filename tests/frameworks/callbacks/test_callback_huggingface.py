@@ -66,9 +66,10 @@ def test_other_kinds_of_average_and_functions(tmp_path: Path) -> None:
         assert callback.average.steps == 5
 
 
-def test_steps_that_a_gradient_scaler_skips_are_not_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optim", ["sgd", "adamw_torch_fused"])  # the latter is the default
+def test_steps_that_a_gradient_scaler_skips_are_not_counted(tmp_path: Path, optim: str) -> None:
     by_hand = ByHand()
-    callback, trainer = attached(tmp_path, by_hand, max_grad_norm=0.0, max_steps=12)
+    callback, trainer = attached(tmp_path, by_hand, optim=optim, max_grad_norm=0.0, max_steps=12)
     trainer.accelerator.scaler = torch.amp.GradScaler("cpu")
     overflow_at(trainer.model.conv.weight, {0, 4, 5})
     trainer.train()
