@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from ema_fused import AveragedWeights, ExponentialMovingAverage, Plan, PowerFunctionEMA, attach
 from ema_fused.adapters.swa_utils import AveragedModel
 from ema_fused.engine import graphs
-from tests.networks import differences, snapshot
+from tests.networks import Weight, differences, own, snapshot
 
 # As many as Dynamo follows of one training step without an average, and three.
 _MORE_FRAMES = 3
@@ -227,6 +227,22 @@ def test_a_swap_around_a_compiled_model_evaluates_the_average() -> None:
         evaluated = compiled(inputs)
     assert torch.equal(evaluated, averaged.module(inputs))
     assert not torch.equal(compiled(inputs), evaluated)
+
+
+def test_names_of_a_compiled_model_where_a_loop_over_names_averages_nothing() -> None:
+    model, momentum = Weight(0.0), 0.25
+    shadow = own(model)
+    averaged = ExponentialMovingAverage(model, momentum)
+    averaged.update_parameters(model)
+    compiled: Any = torch.compile(model, backend="eager")
+    for value in (1.0, 2.0):
+        model.set_to(value)
+        for name, parameter in compiled.named_parameters():
+            if name in shadow:  # _orig_mod.weight isn't
+                shadow[name].lerp_(parameter.detach(), momentum)
+        averaged.update_parameters(compiled)
+    assert shadow["weight"] == 0.0
+    assert averaged.module.weight == 0.25 * 0.75 + 2.0 * 0.25
 
 
 def test_a_torch_without_marks_gets_its_own_wrapper(monkeypatch: pytest.MonkeyPatch) -> None:

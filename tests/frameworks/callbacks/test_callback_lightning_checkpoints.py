@@ -76,6 +76,29 @@ def test_a_checkpoint_written_in_a_validation_says_which_is_which_where_theirs_m
 
 
 @BOTH
+def test_a_hook_that_changes_one_of_the_two_states_changes_the_average_alone(
+    tmp_path: Path, kind: Any
+) -> None:
+    """What a module's hook leaves out, the callback can't know: docs/silent_faults.md says so."""
+    first = kind.EMAWeightAveraging(decay=0.5)
+    fit(tmp_path, [first, saving(tmp_path)], Climbing(), limit_train_batches=3)
+    model, seen = Climbing(), list[float]()
+
+    def migrate(checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["weight"] += 10
+
+    model.on_load_checkpoint = migrate
+    second = kind.EMAWeightAveraging(decay=0.5)
+
+    def look(_: Any, module: Any) -> None:
+        seen.extend([module.weight.item(), second._average_model.module.weight.item()])
+
+    fit(tmp_path, [second, Calls("on_train_start", look)], model, max_epochs=2,
+        limit_train_batches=3, ckpt_path=tmp_path / "step=3.ckpt")  # fmt: skip
+    assert seen == [3.0, 12.25]
+
+
+@BOTH
 def test_the_last_checkpoint_keeps_the_model_s_own_weights_where_theirs_loses_them(
     tmp_path: Path, kind: Any
 ) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import callbacks as theirs
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor
 
 from ema_fused.callbacks import lightning as ours
@@ -26,7 +27,7 @@ from tests.frameworks.callbacks.lightning_cases import (
     saving,
 )
 from tests.frameworks.callbacks.lightning_run import BATCHES, Digits, held_out, trainer, training
-from tests.networks import differences, own, snapshot
+from tests.networks import differences, overflow_at, own, snapshot
 
 pytestmark = QUIET
 
@@ -93,6 +94,20 @@ def test_steps_are_counted_and_not_batches(tmp_path: Path, kind: Any) -> None:
     callback = ema(kind)
     fit(tmp_path, [callback], limit_train_batches=7, accumulate_grad_batches=3)
     assert callback._average_model.n_averaged == 3
+
+
+@BOTH
+def test_steps_that_a_gradient_scaler_skips_count_as_the_trainer_counts_them(
+    tmp_path: Path, kind: Any
+) -> None:
+    model = Digits()
+    overflow_at(model.network[0].weight, {1, 2})
+    callback = ema(kind)
+    scaler = torch.amp.GradScaler("cpu")
+    scaled = MixedPrecision("16-mixed", "cpu", scaler)
+    trained = fit(tmp_path, [callback], model, limit_train_batches=5, plugins=[scaled])
+    assert scaler.get_scale() == 2.0**16 / 4  # two were skipped
+    assert callback._average_model.n_averaged == trained.global_step == 5
 
 
 def test_should_update_is_asked_once_a_step_where_theirs_is_asked_again(tmp_path: Path) -> None:
