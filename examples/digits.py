@@ -103,8 +103,11 @@ def train(seed: int, epochs: int, progress: Callable[[], object]) -> Curves:
         curves["raw"].append(accuracy(model, test))
         with ema.swapped(model):
             curves["EMA"].append(accuracy(model, test))
-        with swa.swapped(model):
-            curves["SWA"].append(accuracy(model, test) if epoch >= swa_start else float("nan"))
+        if epoch >= swa_start:
+            with swa.swapped(model):
+                curves["SWA"].append(accuracy(model, test))
+        else:
+            curves["SWA"].append(float("nan"))  # it has no average yet
         progress()
     return curves
 

@@ -396,6 +396,11 @@ class BaseAveragedModel(PairedModule):
         if steps <= 0:
             self._watch_on(steps)
 
+    def _has_begun(self) -> bool:
+        steps = self._buffers["steps"]
+        assert steps is not None
+        return super()._has_begun() or self._has_loaded_steps or int(steps) > 0
+
     def _started(self, buffer: Tensor, steps: int) -> int:
         """``steps``; 1 if the average hasn't begun and was loaded: it isn't to be copied over."""
         if steps > 0:

@@ -1,16 +1,34 @@
-"""Warnings about uses of an averaged model that lose time or precision, once each."""
+"""Warnings about uses of an averaged model that lose time, precision or the training."""
 
 from __future__ import annotations
 
+from torch import nn
+
 from ema_fused.engine.backends import SlowPathWarning
 from ema_fused.engine.notices import warn
+from ema_fused.modules.module_pairs import differ
 from ema_fused.modules.pairing import Pairing
 
 _IN_VAIN_BEFORE_WARNING = 6
 
 
+def of_first_copy(averaged: nn.Module, model: nn.Module) -> None:
+    """Warns that averages without an update are swapped in, if ``model`` has changed since.
+
+    Raises:
+        KeyError: names don't match.
+    """
+    if differ(averaged, model):
+        warn(
+            "averages are swapped in before their first update: they are the weights that the "
+            "model had when they were made, and it has changed since. Evaluate the model itself "
+            "until then; or call update_parameters(model) from the first step on: with begin_step= "
+            "the averages follow the model until averaging begins"
+        )
+
+
 class Advice:
-    """The warnings of one averaged model; remembers those given.
+    """The warnings about updates of one averaged model, once each.
 
     Each warning points to the line that called ``update_parameters()``.
 

@@ -183,6 +183,28 @@ def pair_up(
     return Pairs(list(updated.values()), shared, kept)
 
 
+def differ(averaged: nn.Module, model: nn.Module) -> bool:
+    """Whether a parameter that trains has another value in ``averaged``.
+
+    Looks at plain tensors with values alone, and waits for their devices.
+
+    Raises:
+        KeyError: names don't match.
+    """
+    leave = (Kind.BUFFER, Kind.CACHE)
+    ours, theirs = slots_of(averaged, leave), slots_of(model, leave)
+    for name, source_name in partners(ours, theirs).items():
+        average, source = local(ours[name].tensor).detach(), local(theirs[source_name].tensor)
+        if not source.requires_grad or is_lazy(ours[name].tensor) or average.is_meta:
+            continue
+        value = source.detach()
+        if {type(average), type(value)} != {Tensor} or value.is_meta:
+            continue
+        if average.shape == value.shape and not torch.equal(average, value.to(average)):
+            return True
+    return False
+
+
 def _follow_shared(name: str, slot: Slot, source: Tensor, shares: FrozenShares) -> Slot:
     """Shares a parameter of a class of its own anew where the model's is another one now."""
     if name not in shares.names or source.requires_grad or not has_own_class(source):

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.modules import exchanging, swapping
 from ema_fused.modules.adopting import Adopted, Resize, carry_over
-from ema_fused.modules.advice import Advice
+from ema_fused.modules.advice import Advice, of_first_copy
 from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.exchanging import Exchange
@@ -261,6 +261,8 @@ class PairedModule(WaitingModule):
         optimizers (of other threads too) are refused. Call ``model.eval()`` yourself: batch norm in
         training mode would update the averaged statistics.
 
+        Warns if the averages have no update yet and the model has changed since they were made.
+
         Returns:
             A context manager that yields ``model``.
 
@@ -277,7 +279,16 @@ class PairedModule(WaitingModule):
             shares=self._shares,
             backend=self.backend,
             first_values=self.first_values,
+            on_entry=functools.partial(self._before_swapped, model),
         )
+
+    def _before_swapped(self, model: nn.Module) -> None:
+        if not self._has_begun() and not self.first_values.look(self._averages()):
+            of_first_copy(self._averages(), model)
+
+    def _has_begun(self) -> bool:
+        """Whether the averages have been updated, or set to a model."""
+        return self._pairing is not None
 
     def exchange_with(self, model: nn.Module, *, averages_alone: bool = False) -> Exchange:
         """An object that swaps the averages into ``model`` and out again, any number of times.

@@ -55,6 +55,7 @@ def swapped(
     shares: FrozenShares,
     backend: str | None,
     first_values: FirstValues | None = None,
+    on_entry: Callable[[], None] | None = None,
 ) -> Swapped:
     """Swaps the weights of ``averaged`` and ``model`` for the duration of the block.
 
@@ -62,6 +63,7 @@ def swapped(
         owner: the averaged model around ``averaged``. Saving, loading and updating any of the three
             is refused inside the block, and so are steps of the model's optimizers, which would
             train the averages: in other threads too, as a step begins.
+        on_entry: is called before anything is swapped.
     """
     find_exchange = functools.partial(
         exchange_of_everything,
@@ -71,7 +73,7 @@ def swapped(
         backend=backend,
         first_values=first_values,
     )
-    return Swapped(owner, model, find_exchange)
+    return Swapped(owner, model, find_exchange, on_entry)
 
 
 class Swapped(ContextDecorator):
@@ -82,16 +84,23 @@ class Swapped(ContextDecorator):
     """
 
     def __init__(
-        self, owner: nn.Module, model: nn.Module, find_exchange: Callable[[], Exchange]
+        self,
+        owner: nn.Module,
+        model: nn.Module,
+        find_exchange: Callable[[], Exchange],
+        on_entry: Callable[[], None] | None = None,
     ) -> None:
         self._owner = owner
         self._model = model
         self._find_exchange = find_exchange
+        self._on_entry = on_entry
         self._block: _Block | None = None
 
     def __enter__(self) -> nn.Module:
         refuse_while_swapped("swapped() was called", self._owner, self._model)
         wait_until_all_have_read()
+        if self._on_entry is not None:
+            self._on_entry()
         self._block = _Block(self._model, {*_parts_of(self._owner), *self._model.modules()})
         undisturbed(functools.partial(self._block.enter, self._find_exchange()), self._leave)
         return self._model

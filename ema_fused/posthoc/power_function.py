@@ -21,6 +21,7 @@ from ema_fused.engine.pairs import MAX_AVERAGES
 from ema_fused.engine.plan import Plan
 from ema_fused.modules import exchanging, swapping
 from ema_fused.modules.adopting import Adopted, Resize, carry_over
+from ema_fused.modules.advice import of_first_copy
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.following import following_buffers
 from ema_fused.modules.model_argument import check_model
@@ -289,7 +290,18 @@ class PowerFunctionEMA(nn.Module):
         """
         check_model("swapped()", model)
         average = self._average_of(sigma_rel)
-        return swapping.swapped(self, average, model, shares=FrozenShares(), backend=self.backend)
+        return swapping.swapped(
+            self,
+            average,
+            model,
+            shares=FrozenShares(),
+            backend=self.backend,
+            on_entry=functools.partial(self._before_swapped, average, model),
+        )
+
+    def _before_swapped(self, average: nn.Module, model: nn.Module) -> None:
+        if self.time == 0 and self._paired is None:
+            of_first_copy(average, model)
 
     def _average_of(self, sigma_rel: float | None) -> nn.Module:
         if sigma_rel is None and len(self.sigma_rel) == 1:
