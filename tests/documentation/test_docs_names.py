@@ -46,6 +46,17 @@ def test_the_page_on_reliability_names_many() -> None:
     assert all(named(code) for code in re.findall(r"`(test_[^`]*)`", page))
 
 
+def test_every_section_of_the_page_on_silent_faults_names_a_thread_and_tests() -> None:
+    page = (ROOT / "docs" / "silent_faults.md").read_text(encoding="utf-8")
+    faults = re.split(r"^### ", page.partition("\n## What drop-ins")[0], flags=re.M)[1:]
+    assert len(faults) == 12
+    for fault in faults:
+        seen_in = re.search(r"^- Seen in:.*?(?=^- )", fault, re.M | re.S)
+        assert seen_in is not None, fault
+        assert "](https://github.com/" in seen_in[0] or "no thread" in seen_in[0], fault
+        assert any(test for _, test in named(fault)), fault
+
+
 def test_a_name_that_is_not_there_is_found() -> None:
     assert named("`test_x.py::test_y`, tests/test_z.py") == [
         ("test_x.py", "test_y"),
