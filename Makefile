@@ -44,9 +44,9 @@ test-quick: $(VENV)/.quick $(VENV)/.built-here
 	$(BIN)/ruff check
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(or $(TESTS),$(QUICK))
 
-# Side by side: a core would be idle while the last of the kernels' tests is compiled.
-test: lint
-	@$(MAKE) --no-print-directory --jobs 2 host-test python-test
+# Side by side: a core would be idle while mypy reads, or the last of the kernels' tests is compiled.
+test: $(VENV)/.test $(VENV)/.built
+	@$(MAKE) --no-print-directory --jobs 3 lint host-test python-test
 
 python-test: $(VENV)/.test $(VENV)/.built
 	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)

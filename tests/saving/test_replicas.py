@@ -56,6 +56,7 @@ def experts(folder: str) -> list[str]:
         refusal(export_safetensors, averaged.module.state_dict(), path / "exported"),
         str(sorted(p.name for p in path.iterdir())),
     ]
+    dist.barrier()  # the other process may still be looking
     checkpoints.save(state, path / "saved", check_replicas=False)
     pytest.importorskip("safetensors")
     export_safetensors(averaged.module.state_dict(), path / "exported", check_replicas=False)
