@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _PATIENCE = 120.0  # seconds, for a collective call and for an answer
+# Imported once, in a process that all others are forks of: it takes each seconds otherwise.
+_IMPORTED = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"]
 
 
 def _serve(rank: int, ranks: int, meeting: str, orders: Connection) -> None:
@@ -42,7 +44,8 @@ class Ranks:
     """Processes that run one function at a time, together."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_IMPORTED)
         self._folder = tempfile.TemporaryDirectory()
         self._orders = []
         self._processes = []
