@@ -64,7 +64,24 @@ bool run_with(Plan& plan, Operation operation, double weight,
   options.step_at = pointer<std::int64_t>(step_at);
   const auto& [sums, averages, count] = partials;
   options.partials = {reinterpret_cast<double*>(sums), averages, count};
+  const Turn turn = plan.take_turn();
   return plan.run(operation, weight, options);
+}
+
+// A method of a plan, in this thread's turn.
+template <typename Result, typename... Arguments>
+auto in_turn(Result (Plan::*method)(Arguments...)) {
+  return [method](Plan& plan, Arguments... arguments) {
+    const Turn turn = plan.take_turn();
+    return (plan.*method)(arguments...);
+  };
+}
+template <typename Result>
+auto in_turn(Result (Plan::*method)() const) {
+  return [method](Plan& plan) {
+    const Turn turn = plan.take_turn();
+    return (plan.*method)();
+  };
 }
 
 // For tests of the address arithmetic: the table of pairs that need not exist.
@@ -98,7 +115,9 @@ std::vector<PlainChunk> chunk_table(const std::vector<PlainPair>& plain, std::in
 
 }  // namespace
 
-PYBIND11_MODULE(_C, module) {
+// Free-threaded Python may run it without the GIL: plans take turns, what watches dictionaries has
+// a mutex, and the rest is read alone once connect() has returned.
+PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   static PyObject* overlap_error =
       PyErr_NewException("ema_fused._C.OverlapError", PyExc_ValueError, nullptr);
   module.attr("OverlapError") = py::handle(overlap_error);
@@ -178,17 +197,19 @@ PYBIND11_MODULE(_C, module) {
                                            arithmetic);
            }),
            py::arg("averaged"), py::arg("source"), py::arg("options"), py::arg("arithmetic"))
-      .def("release", &Plan::release)
+      .def("release", in_turn(&Plan::release))
       .def(
           "matches",
-          [](const Plan& plan, const py::list& averaged, const py::list& source) {
+          [](Plan& plan, const py::list& averaged, const py::list& source) {
+            const Turn turn = plan.take_turn();
             return plan.matches(averaged.ptr(), source.ptr());
           },
           py::arg("averaged"), py::arg("source"))
-      .def("ready", &Plan::ready)
+      .def("ready", in_turn(&Plan::ready))
       .def(
           "run",
           [](Plan& plan, Operation operation, double weight) {
+            const Turn turn = plan.take_turn();
             return plan.run(operation, weight, LaunchOptions{});
           },
           py::arg("operation"), py::arg("weight") = 0.0)
@@ -197,10 +218,10 @@ PYBIND11_MODULE(_C, module) {
            py::arg("seed"), py::arg("step"), py::arg("step_at"), py::arg("partials"))
       .def("update_model", &update_model, py::arg("weight"), py::arg("averaged"), py::arg("model"),
            py::arg("counter").none(true), py::arg("steps"))
-      .def("changed", &Plan::changed)
+      .def("changed", in_turn(&Plan::changed))
       .def_property_readonly("no_average", &Plan::no_average)
       .def_property_readonly("no_swap", &Plan::no_swap)
-      .def_property_readonly("elements", &Plan::elements)
-      .def_property_readonly("chunks", &Plan::chunks)
-      .def_property_readonly("partials", &Plan::partials);
+      .def_property_readonly("elements", in_turn(&Plan::elements))
+      .def_property_readonly("chunks", in_turn(&Plan::chunks))
+      .def_property_readonly("partials", in_turn(&Plan::partials));
 }

@@ -22,6 +22,7 @@ std::int64_t* Counter::find() {
 
 bool update_model(Plan& plan, double weight, SlotWatch& averaged, SlotWatch& model,
                   Counter* counter, std::int64_t steps) {
+  const Turn turn = plan.take_turn();
   if (averaged.changed() || model.changed()) {
     return false;
   }

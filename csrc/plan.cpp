@@ -270,16 +270,16 @@ void Plan::build_table() {
     return;
   }
 #endif
-  auto table = std::make_shared<CpuTable>();
-  table->chunks = build_chunks(todo, kChunkElementsCpu);
-  const std::vector<Chunk>& entries = table->chunks.entries;
+  CpuTable table;
+  table.chunks = build_chunks(todo, kChunkElementsCpu);
+  const std::vector<Chunk>& entries = table.chunks.entries;
   chunk_count_ = static_cast<std::int64_t>(entries.size());
-  table->work_before.reserve(static_cast<std::size_t>(table->chunks.heads));
-  for (std::int64_t head = 0; head < table->chunks.heads; ++head) {
-    table->work_before.push_back(table->work);
+  table.work_before.reserve(static_cast<std::size_t>(table.chunks.heads));
+  for (std::int64_t head = 0; head < table.chunks.heads; ++head) {
+    table.work_before.push_back(table.work);
     auto entry = static_cast<std::size_t>(head);
     do {
-      table->work += work_of(entries[entry], arithmetic_);
+      table.work += work_of(entries[entry], arithmetic_);
       entry = static_cast<std::size_t>(entries[entry].next);
     } while (entry != 0);
   }
@@ -373,15 +373,14 @@ void Plan::run_on_cpu(const Launch& launch, const Partials& partials) const {
     UpdateChunks update_chunks;
     double* distances;
   };
-  const std::shared_ptr<const CpuTable> table = cpu_table_;
-  const std::vector<Chunk>& entries = table->chunks.entries;
+  const std::vector<Chunk>& entries = cpu_table_.chunks.entries;
   std::vector<double> distances(partials.sums == nullptr ? 0 : entries.size());
-  Context context{table.get(), &launch, cpu_kernel().update_chunks,
+  Context context{&cpu_table_, &launch, cpu_kernel().update_chunks,
                   partials.sums == nullptr ? nullptr : distances.data()};
 
   const WithoutGil others_run;
   torch_doors::parallel_for(
-      table->work, kPicosecondsToShare,
+      cpu_table_.work, kPicosecondsToShare,
       [](std::int64_t begin, std::int64_t end, void* opaque) {
         // A part of the work takes the chunks that begin in it.
         const auto& [table, launch, update_chunks, distances] =

@@ -11,6 +11,7 @@
 #include "chunk_table.h"
 #include "python_refs.h"
 #include "tensor_watch.h"
+#include "turns.h"
 
 namespace ema_fused {
 
@@ -55,6 +56,7 @@ struct LaunchOptions {
   Partials partials;  // of an average: asks for the distance
 };
 
+// Whoever shares one with other threads takes a turn for each call.
 class Plan {
  public:
   // Every pair must have passed inspect() and be on one device.
@@ -63,6 +65,8 @@ class Plan {
   ~Plan();
   Plan(const Plan&) = delete;
   Plan& operator=(const Plan&) = delete;
+
+  Turn take_turn() { return Turn(turns_, table_is_stale_); }
 
   // Lets the tensors go: for plans that are found again by fresh tensors that match them. Then
   // nothing is checked at a launch: it follows matches(), in one go.
@@ -110,6 +114,7 @@ class Plan {
   const TensorFacts& averaged(std::size_t i) const { return watch_.facts()[i]; }
   const TensorFacts& source(std::size_t i) const { return watch_.facts()[size() + i]; }
 
+  Turns turns_;
   TensorWatch watch_;  // all averaged tensors, then all sources
   std::vector<PairOptions> options_;
   Arithmetic arithmetic_;
@@ -121,8 +126,7 @@ class Plan {
   bool swap_is_checked_ = false;
   std::int64_t elements_ = 0;
   std::int64_t chunk_count_ = 0;
-  // Shared, so that a launch without the GIL keeps its table while another thread builds the next.
-  std::shared_ptr<const CpuTable> cpu_table_;
+  CpuTable cpu_table_;
   std::unique_ptr<cuda::DeviceTable> cuda_table_;
 };
 

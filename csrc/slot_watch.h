@@ -44,6 +44,7 @@ class SlotWatch {
     Ref shard;
   };
 
+  void remember(PyObject* sharded);
   bool same_slots(std::size_t dictionary) const;
   bool written_ones_differ();
 

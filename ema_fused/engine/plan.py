@@ -72,6 +72,10 @@ class Plan:
             overwritten after the forward pass. It takes some 40 nanoseconds per tensor; leave it
             out for tensors that are in no graph. (A replayed CUDA graph never counts.)
 
+    Threads may share a plan: each launch on a native backend waits for that of another thread to be
+    done (on CUDA: to be on its stream). Not its own :attr:`step` and ``stream=``: those are for one
+    thread at a time.
+
     A pair that occurs twice (tied tensors) is updated once; a pair whose two sides are the same
     memory is left alone; empty tensors are allowed. The plan allocates only its chunk table (48
     bytes per chunk).
