@@ -71,6 +71,8 @@ def why_not(backend: str) -> str | None:
         return _why_no_native
     if backend == "cpu":
         return None
+    if torch.version.hip is not None:  # whose devices torch calls cuda too
+        return "no kernel is built for ROCm"
     count, reason = _native.cuda_devices()
     return None if count else str(reason)
 
@@ -79,8 +81,6 @@ def why_not_on(device: torch.device) -> str | None:
     """Why no native kernel serves tensors on ``device``; None if one does."""
     if device.type not in ("cpu", "cuda"):
         return f"no kernel is built for device type {device.type!r}"
-    if device.type == "cuda" and torch.version.hip is not None:
-        return "no kernel is built for ROCm"
     reason = why_not(device.type)
     if reason is None and device.type == "cuda" and _native is not None:
         index = torch.cuda.current_device() if device.index is None else device.index
