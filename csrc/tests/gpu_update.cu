@@ -136,7 +136,7 @@ int main(int count, char** arguments) {
       run_on_gpu(cases, launch, distances, chunk_elements, random.below(2) == 0 ? nullptr : stream);
     };
   };
-  for (const std::int64_t chunk_elements : {1000, 3001}) {
+  for (const std::int64_t chunk_elements : {1000, 3001, 5001}) {
     check_all({run(chunk_elements), cpu.update_chunks}, seeds);
   }
   for (const Arithmetic arithmetic : {Arithmetic::kLerp, Arithmetic::kStochastic}) {
