@@ -25,18 +25,22 @@ unexport PYTHONDONTWRITEBYTECODE
 SOURCES := setup.py pyproject.toml CMakeLists.txt cmake/portable_linking.cmake ema_fused/__init__.py \
 	$(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/*.in)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh \
-	csrc/tests/*.h csrc/tests/*.cpp csrc/tests/*.cu csrc/tests/*/*.h)
+	csrc/tests/*.h csrc/tests/*.cpp csrc/tests/*.cu csrc/tests/*/*.h csrc/tests/*/*.cpp)
 HOST_TESTS := build/host_tests
 CMAKE_OPTIONS := -DEMA_FUSED_PTXAS_VERBOSE=ON $(CMAKE_ARGS)
 # The newest that a wheel may ask for: what torch itself asks for.
 PLATFORM := manylinux_2_28_$(shell uname -m)
+PTX_TESTS := build/ptx_tests
+# Where setup.py builds the extension, by the name that Python gives itself (cpython-311).
+KEPT_PTX = $(CURDIR)/build/cmake-$(shell $(BIN)/python -c \
+	'import sys; print(sys.implementation.cache_tag)')
 # Tests over the cores there are; tests/conftest.py says which of them one process runs.
 PARALLEL := -n logical --maxprocesses 8 --no-loadscope-reorder
 # Tests that need neither a framework nor a build, and start few processes.
 QUICK := tests/engine tests/offloading tests/modules tests/saving tests/posthoc tests/averages \
 	tests/project/test_layers.py
 
-.PHONY: demo test-quick test python-test bench wheel docs format lint host-test clean
+.PHONY: demo test-quick test python-test bench wheel docs format lint host-test ptx-test clean
 .DELETE_ON_ERROR:
 
 # The build needs nothing of what is installed meanwhile.
@@ -48,9 +52,10 @@ test-quick: $(VENV)/.quick $(VENV)/.built-here
 	$(BIN)/ruff check
 	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" $(or $(TESTS),$(QUICK))
 
-# Side by side: a core would be idle while mypy reads, or the last of the kernels' tests is compiled.
+# Beside the Python tests, which take longest, the others take turns: a core would be idle while mypy
+# reads, or the last of the kernels' tests is compiled.
 test: $(VENV)/.test $(VENV)/.built
-	@$(MAKE) --no-print-directory --jobs 3 lint host-test python-test
+	@$(MAKE) --no-print-directory --jobs 2 python-test lint host-test ptx-test
 
 python-test: $(VENV)/.test $(VENV)/.built
 	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
@@ -89,6 +94,18 @@ host-test: $(VENV)/.test
 		&& $(BIN)/cmake --build $(HOST_TESTS); } >$(VENV)/host_tests.log 2>&1 \
 		|| { cat $(VENV)/host_tests.log; exit 1; }
 	@$(BIN)/ctest --test-dir $(HOST_TESTS) --output-on-failure --no-tests=error
+
+# What nvcc makes of the kernels, executed on the CPU. The build has kept it, unless it was told what
+# to build: then it is made here.
+ptx-test: $(VENV)/.built
+	@echo "building and running the tests of the kernels' PTX"
+	@{ $(BIN)/cmake -S . -B $(PTX_TESTS) -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
+		-DEMA_FUSED_PYTHON=OFF -DEMA_FUSED_TESTS=ON \
+		-DEMA_FUSED_CUDA=$(if $(filter 0 off,$(EMA_FUSED_CUDA)),OFF,AUTO) \
+		-DEMA_FUSED_PTX_OF="$(if $(TORCH_CUDA_ARCH_LIST)$(CMAKE_ARGS),,$(KEPT_PTX))" \
+		&& $(BIN)/cmake --build $(PTX_TESTS) --target ptx_tests; } >$(VENV)/ptx_tests.log 2>&1 \
+		|| { cat $(VENV)/ptx_tests.log; exit 1; }
+	@$(BIN)/ctest --test-dir $(PTX_TESTS) -L ptx -j --output-on-failure --no-tests=error
 
 # ---- What is installed: for the demo, for its quick tests too, for all ---------------------------
 

@@ -25,10 +25,11 @@ enum class Arithmetic : std::uint8_t {
   kStochastic = 4
 };
 
-// x * y + z, rounded once where the hardware can.
+// x * y + z, rounded once where the hardware can, or where a test stands in for hardware that can.
 template <typename Compute>
 EMA_FUSED_HD Compute multiply_add(Compute x, Compute y, Compute z) {
-#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#if defined(__CUDA_ARCH__) || defined(__FMA__) || defined(__ARM_FEATURE_FMA) || \
+    defined(EMA_FUSED_EMULATED_FMA)
   if constexpr (sizeof(Compute) == sizeof(double)) {
     return __builtin_fma(x, y, z);
   } else {
