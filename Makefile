@@ -1,6 +1,7 @@
 # make demo         train on digits with averaged weights: a table and a picture
 # make test-quick   what an edit needs: tests without frameworks, in a minute
 # make test         every check and test that needs no GPU
+# make ptx-test     the PTX of the kernels, executed on the CPU (part of make test)
 # make bench        updates timed beside their peers
 # make wheel        a wheel for every Linux since glibc 2.28, in dist/
 # make docs         the documentation site, in build/site

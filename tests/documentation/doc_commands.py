@@ -205,6 +205,7 @@ _COVERED = (
     Covered(r"benchmarks/gpu_check\.sh", "tests/bench/test_gpu_check.py", _runs_script),
     Covered(r"cmake\b", "make host-test", _configures),
     Covered(r"ctest\b", "make host-test", _anything),
+    Covered(r"build/ptx_tests/\S+/ptx_kernels\b", "make ptx-test", _anything),
     Covered(
         r"nvcc\b",
         "tests/project/test_build.py::test_kernels_move_vectors_and_use_no_local_memory",
