@@ -1,7 +1,6 @@
 #include "device_memory.h"
 
 #include <algorithm>
-#include <cstdlib>
 
 namespace ema_fused::testing::ptx {
 namespace {

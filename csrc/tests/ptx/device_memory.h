@@ -2,6 +2,7 @@
 // so that the result can't depend on the order in which threads run.
 #pragma once
 
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>

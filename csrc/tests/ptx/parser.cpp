@@ -1,10 +1,12 @@
 #include "parser.h"
 
-#include <cctype>
+#include <algorithm>
 #include <cstdlib>
 #include <limits>
 #include <map>
+#include <optional>
 #include <unordered_map>
+#include <utility>
 
 #include "mnemonics.h"
 #include "tokens.h"

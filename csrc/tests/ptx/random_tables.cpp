@@ -39,7 +39,8 @@ class Problem {
     // many as the C++ code launches.
     const bool is_full = random.below(6) == 0;
     grid_ = {static_cast<u32>(1 + random.below(3)),
-             is_full ? u32{cuda::kThreads} : static_cast<u32>(1 + random.below(40))};
+             is_full ? u32{cuda::kThreads}
+                     : static_cast<u32>(1 + random.below(u32{1} << random.below(7)))};
     const std::uint64_t sources = 1 + random.below(4);
     for (std::uint64_t i = 0; i < sources; ++i) {
       add_source();
@@ -148,42 +149,43 @@ class Problem {
     return {averaged, source};
   }
 
-  std::size_t shift(DType dtype) {
-    const auto size = static_cast<std::size_t>(item_size(dtype));
-    return random_.below(2) == 0 ? 0 : size * random_.below(16);
-  }
+  // Elements that a tensor begins behind a boundary.
+  std::size_t shift() { return random_.below(2) == 0 ? 0 : random_.below(16); }
 
   std::uint8_t* tensor(DType dtype, std::int64_t count, std::size_t shift, bool is_written,
                        bool keeps_bits) {
-    const auto bytes = static_cast<std::size_t>(count * item_size(dtype));
+    const auto size = static_cast<std::size_t>(item_size(dtype));
+    const auto bytes = static_cast<std::size_t>(count) * size;
     std::uint8_t* const data =
-        memory_.allocate(bytes, shift, is_written ? Rights::kReadAndWrite : Rights::kRead);
+        memory_.allocate(bytes, shift * size, is_written ? Rights::kReadAndWrite : Rights::kRead);
     fill(data, dtype, count, random_);
     tensors_.push_back({data, dtype, count, keeps_bits});
     return data;
   }
 
-  // A source with its averages, which are often aligned alike: then they are chained.
+  // A source with its averages, which are often aligned alike: then there are packs, and chains.
   void add_source() {
     const auto [averaged, source] = types();
     const bool writes_source = launch_.operation == Operation::kSwap;
     const bool only_copy = is_average() && random_.below(5) == 0;
     const std::int64_t elements = count(averaged, source);
-    std::uint8_t* const from = tensor(source, elements, shift(source), writes_source, true);
+    const std::size_t common = shift();
+    std::uint8_t* const from =
+        tensor(source, elements, random_.below(2) == 0 ? shift() : common, writes_source, true);
     const std::uint64_t averages =
         writes_source || random_.below(2) == 0 ? 1 : 1 + random_.below(kMaxAverages);
-    const std::size_t common = shift(averaged);
     for (std::uint64_t k = 0; k < averages; ++k) {
       const bool keeps_bits = (only_copy || !is_average()) && averaged == source;
       Pair pair{};
-      pair.averaged = tensor(averaged, elements, random_.below(4) == 0 ? shift(averaged) : common,
-                             true, keeps_bits);
+      pair.averaged =
+          tensor(averaged, elements, random_.below(4) == 0 ? shift() : common, true, keeps_bits);
       pair.source = from;
       pair.count = elements;
       pair.averaged_dtype = averaged;
       pair.source_dtype = source;
       pair.only_copy = only_copy;
-      pair.average = static_cast<std::uint8_t>(averages == 1 ? random_.below(kMaxAverages) : k);
+      pair.average = static_cast<std::uint8_t>(
+          averages == 1 && random_.below(2) == 0 ? random_.below(kMaxAverages) : k);
       pair.number = static_cast<std::uint32_t>(random_.bits());
       pairs_.push_back(pair);
     }
@@ -200,8 +202,9 @@ class Problem {
                                    static_cast<std::int64_t>(1 + random_.below(4000))};
     table_ = build_chunks(pairs_, one_of(chunks, random_));
     // Tensors of more elements than there is memory for.
-    const std::int64_t first =
-        random_.below(2) == 0 ? 0 : static_cast<std::int64_t>(random_.bits() >> 2);
+    const std::int64_t firsts_of_tensors[] = {0, static_cast<std::int64_t>(random_.bits() >> 2),
+                                              static_cast<std::int64_t>(random_.bits() >> 20 << 4)};
+    const std::int64_t first = one_of(firsts_of_tensors, random_);
     for (Chunk& chunk : table_.entries) {
       chunk.first += first;
     }
@@ -242,11 +245,16 @@ class Problem {
     const auto step = static_cast<std::int64_t>(random_.bits() >> random_.below(64));
     launch_.step_at = random_.below(2) == 0 ? nullptr : memory_.hold(&step, 1);
     if (is_average() && random_.below(3) == 0) {
+      std::int64_t averages = 1;
+      for (const Pair& pair : pairs_) {
+        averages = std::max<std::int64_t>(averages, pair.average + 1);
+      }
+      averages = random_.below(2) == 0 ? averages : kMaxAverages;
       const std::int64_t parts = std::int64_t{grid_.blocks} * grid_.threads;
       auto* const sums =
-          reinterpret_cast<double*>(tensor(DType::kFloat64, kMaxAverages * parts, 0, true, false));
-      std::fill_n(sums, kMaxAverages * parts, 42.0);
-      parameters_.partials = {sums, kMaxAverages, parts};
+          reinterpret_cast<double*>(tensor(DType::kFloat64, averages * parts, 0, true, false));
+      std::fill_n(sums, averages * parts, 42.0);
+      parameters_.partials = {sums, averages, parts};
     }
     parameters_.launch = launch_;
   }
