@@ -3,8 +3,8 @@
 #pragma once
 
 #include <atomic>
+#include <cstdint>
 #include <mutex>
-#include <thread>
 
 #include "python_refs.h"
 
@@ -13,9 +13,11 @@ namespace ema_fused {
 class Turns {
  private:
   friend class Turn;
+  void renew(unsigned process, bool& interrupted);
+
   std::mutex mutex_;
-  std::atomic<std::thread::id> holder_{};
-  unsigned process_ = 0;  // in which it was taken last, counted by forks
+  std::atomic<std::uint64_t> holder_{0};  // a thread's number; 0: none
+  std::atomic<unsigned> process_{0};      // in which it is used, counted by forks
 };
 
 // Holds `turns` while it lives; other threads wait, without the GIL. Throws std::runtime_error
