@@ -1,6 +1,6 @@
 # make demo         train on digits with averaged weights: a table and a picture
 # make test-quick   what an edit needs: tests without frameworks, in a minute
-# make test         every check and test that needs no GPU
+# make test         every check and test that needs no GPU; tests of one are rehearsed on the CPU
 # make ptx-test     the PTX of the kernels, executed on the CPU (part of make test)
 # make bench        updates timed beside their peers
 # make wheel        a wheel for every Linux since glibc 2.28, in dist/
@@ -59,7 +59,7 @@ test: $(VENV)/.test $(VENV)/.built
 	@$(MAKE) --no-print-directory --jobs 2 python-test lint host-test ptx-test
 
 python-test: $(VENV)/.test $(VENV)/.built
-	$(BIN)/python -m pytest $(PARALLEL) $(TESTS)
+	$(BIN)/python -m pytest $(PARALLEL) --rehearse $(TESTS)
 
 bench: $(VENV)/.test $(VENV)/.built
 	$(BIN)/python -m benchmarks $(BENCH)

@@ -1,4 +1,4 @@
-"""Which backends a test runs over, and when a GPU test is skipped."""
+"""Which backends a test runs over, and when a GPU test is skipped or rehearsed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from ema_fused.engine import backends
-from tests import ranks
+from tests import device, ranks
 from tests.ranks import Ranks
 from tests.threads import on_threads
 
@@ -22,7 +22,12 @@ from tests.threads import on_threads
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-_NO_GPU = pytest.mark.skip(reason="needs a CUDA device, and torch sees none")
+_NO_GPU = pytest.mark.skip(
+    reason="needs a CUDA device, and torch sees none; --rehearse runs it on the CPU"
+)
+# On the CPU there is nothing to overlap with, and that is said each time.
+_ON_CPU = pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")
+_GPU_TEST = ("gpu test", "")  # tells the report of such a test from others
 
 # The same examples in every run, and as much time for each as a busy machine takes.
 settings.register_profile(
@@ -61,6 +66,23 @@ _FIRST = (
 )
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--rehearse",
+        action="store_true",
+        help="where torch sees no GPU, run GPU tests on CPU tensors, as far as these serve",
+    )
+
+
+def _is_rehearsal(config: pytest.Config) -> bool:
+    return bool(config.getoption("rehearse")) and not torch.cuda.is_available()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if _is_rehearsal(config):
+        device.rehearse()
+
+
 @pytest.hookimpl(optionalhook=True)  # pytest-xdist may be missing: a GPU is tested without it
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Shares tests out among the processes by the file that they are in."""
@@ -74,14 +96,35 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if {"two_ranks", "four_ranks"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
-        if "gpu" in item.keywords and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") is None:
+            continue
+        item.user_properties.append(_GPU_TEST)
+        if _is_rehearsal(config):
+            item.add_marker(_ON_CPU)
+        elif not torch.cuda.is_available():
             item.add_marker(_NO_GPU)
     order = {file: place for place, file in enumerate(_FIRST)}
     items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Tells how much of the GPU tests was rehearsed."""
+    if not _is_rehearsal(config):
+        return
+    ended = {
+        outcome: [
+            report
+            for report in terminalreporter.getreports(outcome)
+            if _GPU_TEST in map(tuple, report.user_properties)
+        ]
+        for outcome in ("passed", "skipped", "failed", "error")
+    }
+    terminalreporter.section("rehearsal of the GPU tests")
+    terminalreporter.write_line(device.told(ended))
 
 
 def pytest_collection_finish() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 import ema_fused
 from ema_fused.engine import backends, ops
 from ema_fused.engine.plan_cache import PlanCache
+from tests.device import DEVICE
 
 pytestmark = pytest.mark.skipif(
     backends.pinned(None) == "foreach" or backends.native() is None,
@@ -267,8 +268,8 @@ def test_threads_can_share_it() -> None:
 @pytest.mark.gpu
 def test_several_devices_are_found_again(plans_made: list[int]) -> None:
     averaged, source = lists()
-    averaged += [tensor.cuda() for tensor in averaged]
-    source += [tensor.cuda() for tensor in source]
+    averaged += [tensor.to(DEVICE, copy=True) for tensor in averaged]
+    source += [tensor.to(DEVICE, copy=True) for tensor in source]
     for _ in range(3):
         check(averaged, source)
     assert len(plans_made) == 1

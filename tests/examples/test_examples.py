@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests import ROOT, processes
+from tests.device import needs
 
 pytest.importorskip("sklearn", reason="the example's data ship with scikit-learn")
 pytest.importorskip("matplotlib", reason="the example draws with matplotlib")
@@ -75,6 +76,7 @@ def test_command_refuses_to_do_nothing(
 
 @pytest.mark.gpu
 def test_a_gpu_is_trained_on_and_named(tmp_path: Path) -> None:
+    needs("a GPU by name")
     done = processes.run(*COMMAND, tmp_path / "curves.png")
     assert f"Trained on {torch.cuda.get_device_name(0)} " in done.stdout
     assert re.search(r"^EMA +[\d.]+ ± ", done.stdout, re.MULTILINE)

@@ -11,24 +11,22 @@ from torch import nn
 
 from ema_fused import AveragedWeights, ExponentialMovingAverage, MomentumAnnealingEMA, attach
 from ema_fused.averages import schedules
+from tests.device import DEVICE, needs, nobody_waits, rather, synchronize
 from tests.networks import conv_net, differences
 
-DEVICE = "cuda"
+pytestmark = pytest.mark.gpu
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+WIDTH = rather(512, 24)
 
 
-def layers(width: int = 512, depth: int = 8) -> nn.Module:
+def layers() -> nn.Module:
     torch.manual_seed(0)
-    parts = [part for _ in range(depth) for part in (nn.Linear(width, width), nn.GELU())]
+    parts = [part for _ in range(8) for part in (nn.Linear(WIDTH, WIDTH), nn.GELU())]
     return nn.Sequential(*parts).to(DEVICE)
 
 
 def images(step: int) -> torch.Tensor:
-    return torch.randn(64, 512, generator=torch.Generator().manual_seed(step)).to(DEVICE)
+    return torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(step)).to(DEVICE)
 
 
 def trained(steps: int, *, attached: bool = True, **options: Any) -> dict[str, torch.Tensor]:
@@ -64,9 +62,9 @@ def test_an_overlapping_update_runs_on_a_stream_of_its_own() -> None:
     averaged.update_parameters(model, asynchronous=True)
     with attach(optimizer, model, averaged):
         model(images(0)).square().mean().backward()
-        torch.cuda.synchronize()
-        held = 100_000_000
-        torch.cuda._sleep(held)
+        needs("streams")
+        synchronize()
+        torch.cuda._sleep(100_000_000)
         optimizer.step()
         # What comes next on this stream isn't held up by the update, which waits for the step.
         main = torch.cuda.current_stream()
@@ -74,7 +72,7 @@ def test_an_overlapping_update_runs_on_a_stream_of_its_own() -> None:
         assert averaged._pairing.stream not in (None, main)
         assert averaged._pairing._everything._side_streams.unfinished  # type: ignore[union-attr]
         optimizer.step()
-        torch.cuda.synchronize()
+        synchronize()
 
 
 KINDS: dict[str, Any] = {
@@ -100,6 +98,7 @@ def trained_in_a_graph(make: Any, *, captured: bool) -> dict[str, torch.Tensor]:
         optimizer.step()
         averaged.update_parameters(model)
 
+    needs("streams")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -116,7 +115,7 @@ def trained_in_a_graph(make: Any, *, captured: bool) -> dict[str, torch.Tensor]:
     for number in range(3, 15):
         batch.copy_(images(number))
         again()
-    torch.cuda.synchronize()
+    synchronize()
     return {name: tensor.clone() for name, tensor in averaged.state_dict().items()}
 
 
@@ -132,6 +131,7 @@ def test_a_captured_training_step_with_its_update(kind: str, interval: int) -> N
 def test_the_first_call_is_not_captured() -> None:
     model = conv_net().to(DEVICE)
     averaged = ExponentialMovingAverage(model, 0.1, capturable=True)
+    needs("graphs")
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(graph):
         averaged.update_parameters(model)
@@ -148,30 +148,27 @@ def test_distances_are_sampled_without_waiting(options: dict[str, Any]) -> None:
         for parameter in model.parameters():
             parameter.add_(1)
     expected = sum(parameter.numel() for parameter in model.parameters()) ** 0.5
-    torch.cuda.synchronize()
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    synchronize()
+    with nobody_waits():
         for _ in range(2):
             averaged.update_parameters(model, asynchronous=asynchronous)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-    torch.cuda.synchronize()
+    synchronize()
     assert averaged.distance is not None
     assert averaged.distance.step == 4
     assert averaged.distance.value == pytest.approx(expected, rel=1e-5)
 
 
 def test_an_offloaded_average_has_the_same_bits_in_pinned_memory() -> None:
+    expected = trained(20)
+    found = trained(20, offload="cpu")
+    assert differences({k: v.cpu() for k, v in expected.items()}, found) == []
+    needs("pinned memory")
     before = torch.cuda.memory_allocated()
     model = layers()
     held = torch.cuda.memory_allocated() - before
     averaged = AveragedWeights(model, 0.1, offload="cpu")
     assert torch.cuda.memory_allocated() - before == held
     assert all(one.is_pinned() for one in averaged.module.parameters())
-    expected = trained(20)
-    found = trained(20, offload="cpu")
-    assert differences({k: v.cpu() for k, v in expected.items()}, found) == []
 
 
 @pytest.mark.parametrize("options", [{"overlap": True}, {"offload": "cpu"}], ids=str)
@@ -180,7 +177,7 @@ def test_buffers_are_those_of_the_update_and_not_of_the_next_forward_pass(
 ) -> None:
     states = []
     for chosen in ({}, options):
-        model = nn.Sequential(layers(), nn.BatchNorm1d(512).to(DEVICE))
+        model = nn.Sequential(layers(), nn.BatchNorm1d(WIDTH).to(DEVICE))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         averaged = AveragedWeights(model, 0.1, update_buffers=True, **chosen)
         with attach(optimizer, model, averaged):

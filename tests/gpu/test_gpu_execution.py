@@ -10,24 +10,26 @@ from torch import Tensor, nn
 
 import ema_fused
 from ema_fused import ExponentialMovingAverage, Plan
+from tests.device import BACKEND, DEVICE, needs, nobody_waits, rather, synchronize
 
 pytestmark = pytest.mark.gpu
 
-MEGA = 1 << 20
+MEGA = rather(1 << 20, 1 << 12)
 
 
 def filled(value: float, count: int = MEGA, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.full((count,), value, device="cuda", dtype=dtype)
+    return torch.full((count,), value, device=DEVICE, dtype=dtype)
 
 
 def kernels_of(run: Callable[[], object]) -> list[str]:
     """The names of the kernels and copies that ``run`` puts on the device, one a launch."""
     run()  # builds what it needs
-    torch.cuda.synchronize()
+    needs("the profiler")
+    synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         run()
-        torch.cuda.synchronize()
+        synchronize()
     names = [event.name for event in profile.events()]
     return [name for name in names if "kernel" in name or name.startswith(("Memcpy", "Memset"))]
 
@@ -39,12 +41,12 @@ def mixed_plan(rounding: str = "nearest") -> Plan:
         averaged.append(filled(1.0, 37 * i + 1, dtype))
         source.append(filled(2.0, 37 * i + 1, (torch.bfloat16, dtype)[i % 2]))
         only_copy.append(False)
-    averaged.append(torch.zeros((), dtype=torch.int64, device="cuda"))
-    source.append(torch.ones((), dtype=torch.int64, device="cuda"))
-    averaged.append(torch.zeros(5, dtype=torch.bool, device="cuda"))
-    source.append(torch.ones(5, dtype=torch.bool, device="cuda"))
+    averaged.append(torch.zeros((), dtype=torch.int64, device=DEVICE))
+    source.append(torch.ones((), dtype=torch.int64, device=DEVICE))
+    averaged.append(torch.zeros(5, dtype=torch.bool, device=DEVICE))
+    source.append(torch.ones(5, dtype=torch.bool, device=DEVICE))
     return Plan(
-        averaged, source, only_copy=[*only_copy, True, True], rounding=rounding, backend="cuda"
+        averaged, source, only_copy=[*only_copy, True, True], rounding=rounding, backend=BACKEND
     )
 
 
@@ -62,7 +64,7 @@ def test_all_sizes_and_dtypes_take_one_launch(rounding: str) -> None:
 
 def test_scalars_on_the_device_cost_no_other_launch() -> None:
     plan = mixed_plan()
-    weight, flag = torch.tensor(0.1, device="cuda"), torch.zeros(1, device="cuda")
+    weight, flag = torch.tensor(0.1, device=DEVICE), torch.zeros(1, device=DEVICE)
     (kernel,) = kernels_of(lambda: plan.lerp_(weight, found_inf=flag))
     assert "update_kernel" in kernel
 
@@ -76,7 +78,7 @@ def test_several_averages_take_one_launch() -> None:
 
 
 def test_a_models_update_is_one_launch() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(4, 5)).cuda()
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(4, 5)).to(DEVICE)
     average = ExponentialMovingAverage(model, momentum=0.1)
     average.update_parameters(model)  # copies
     names = kernels_of(lambda: average.update_parameters(model))
@@ -101,22 +103,24 @@ def test_updates_take_no_memory(operation: str) -> None:
         "stochastic": lambda: halves.lerp_(0.1),
     }
     runs[operation]()
-    torch.cuda.synchronize()
+    needs("a count of memory")
+    synchronize()
     torch.cuda.reset_peak_memory_stats()
     allocated = torch.cuda.memory_allocated()
     for _ in range(3):
         runs[operation]()
-    torch.cuda.synchronize()
+    needs("a count of memory")
+    synchronize()
     assert torch.cuda.max_memory_allocated() == allocated
     assert torch.cuda.memory_allocated() == allocated
 
 
 def test_swaps_exchange_every_bit() -> None:
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float8_e5m2, torch.int64):
-        first = torch.arange(100_003, device="cuda").to(dtype)
+        first = torch.arange(100_003, device=DEVICE).to(dtype)
         second = first.flip(0) if dtype != torch.float8_e5m2 else first.float().flip(0).to(dtype)
         expected = second.clone(), first.clone()
-        Plan([first], [second], backend="cuda").swap_()
+        Plan([first], [second], backend=BACKEND).swap_()
         assert torch.equal(first.view(torch.uint8), expected[0].view(torch.uint8))
         assert torch.equal(second.view(torch.uint8), expected[1].view(torch.uint8))
 
@@ -127,38 +131,32 @@ def test_swaps_exchange_every_bit() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.int64])
 def test_a_weight_is_read_on_the_device(dtype: torch.dtype) -> None:
     averaged, source = filled(1.0), filled(3.0)
-    plan = Plan([averaged], [source], backend="cuda")
-    weight = torch.tensor(0.25, device="cuda").to(dtype)
-    torch.cuda.set_sync_debug_mode("error")  # nobody waits for the device
-    try:
+    plan = Plan([averaged], [source], backend=BACKEND)
+    weight = torch.tensor(0.25, device=DEVICE).to(dtype)
+    with nobody_waits():
         plan.lerp_(weight)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert averaged.unique().tolist() == [1.0 + 2.0 * float(weight)]
 
 
 def test_each_average_reads_its_weight() -> None:
     averaged = [[filled(0.0)], [filled(0.0)], [filled(0.0)]]
     plan = Plan(averaged, [filled(1.0)])
-    on_device = torch.tensor(0.5, device="cuda"), torch.tensor(0.125, device="cuda").double()
+    on_device = torch.tensor(0.5, device=DEVICE), torch.tensor(0.125, device=DEVICE).double()
     plan.lerp_([on_device[0], 0.25, on_device[1]])
     assert [one[0].unique().tolist() for one in averaged] == [[0.5], [0.25], [0.125]]
 
 
 def test_a_flag_on_the_device_stops_the_update() -> None:
-    averaged = [filled(1.0), torch.tensor(1, device="cuda")]
-    source = [filled(3.0), torch.tensor(9, device="cuda")]
-    plan = Plan(averaged, source, only_copy=[False, True], backend="cuda")
-    flag = torch.ones((), device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    averaged = [filled(1.0), torch.tensor(1, device=DEVICE)]
+    source = [filled(3.0), torch.tensor(9, device=DEVICE)]
+    plan = Plan(averaged, source, only_copy=[False, True], backend=BACKEND)
+    flag = torch.ones((), device=DEVICE)
+    with nobody_waits():
         plan.lerp_(0.5, found_inf=flag)
         flag.zero_()
         plan.lerp_(0.25, found_inf=flag)
         flag.fill_(float("nan"))
         plan.lerp_(0.5, found_inf=flag)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert averaged[0].unique().tolist() == [1.5]
     assert averaged[1] == 9
 
@@ -166,9 +164,9 @@ def test_a_flag_on_the_device_stops_the_update() -> None:
 def test_a_gradient_scalers_flag_needs_no_waiting() -> None:
     weight = nn.Parameter(filled(0.0))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    scaler = torch.amp.GradScaler("cuda", init_scale=4.0)
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=4.0)
     averaged = filled(1.0)
-    plan = Plan([averaged], [weight], backend="cuda")
+    plan = Plan([averaged], [weight], backend=BACKEND)
     for gradient, skipped in ((1.0, False), (float("inf"), True), (1.0, False)):
         before = averaged.clone()
         optimizer.zero_grad()
@@ -185,6 +183,7 @@ def test_a_gradient_scalers_flag_needs_no_waiting() -> None:
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    needs("graphs")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
@@ -193,9 +192,9 @@ def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 def test_a_captured_update_reads_a_momentum_that_changes() -> None:
     averaged, source = [filled(0.0), filled(0.0, 33)], [filled(1.0), filled(1.0, 33)]
-    momentum = torch.tensor(0.5, device="cuda")
-    flag = torch.zeros((), device="cuda")
-    plan = Plan(averaged, source, backend="cuda")
+    momentum = torch.tensor(0.5, device=DEVICE)
+    flag = torch.zeros((), device=DEVICE)
+    plan = Plan(averaged, source, backend=BACKEND)
     graph = captured(lambda: plan.lerp_(momentum, found_inf=flag))
     assert not averaged[0].any()  # captured, not run
     expected = 0.0
@@ -214,7 +213,7 @@ def test_a_graph_keeps_its_table_while_the_plan_moves_on() -> None:
     averaged, source = filled(0.0), filled(1.0)
     elsewhere = filled(5.0)
     first = source.data
-    plan = Plan([averaged], [source], backend="cuda")
+    plan = Plan([averaged], [source], backend=BACKEND)
     graph = captured(lambda: plan.lerp_(0.5))
     for _ in range(3):  # other memory, other tables; the old one must stay for the graph
         source.data = elsewhere.clone()
@@ -228,11 +227,12 @@ def test_a_graph_keeps_its_table_while_the_plan_moves_on() -> None:
 @pytest.mark.parametrize("streams", [1, 2])
 def test_tensors_that_moved_are_followed_into_a_capture(streams: int) -> None:
     averaged, source = filled(0.0), filled(1.0)
-    plan = Plan([averaged], [source], backend="cuda")
+    plan = Plan([averaged], [source], backend=BACKEND)
     if streams == 2:
+        needs("streams")
         plan.lerp_(0.0, stream=torch.cuda.Stream())
         plan.wait()
-        torch.cuda.synchronize()
+        synchronize()
         plan.wait()
     plan.lerp_(0.5)
     source.data = filled(2.5)
@@ -244,7 +244,7 @@ def test_tensors_that_moved_are_followed_into_a_capture(streams: int) -> None:
 def test_a_graph_keeps_the_table_of_a_plan_that_is_gone() -> None:
     averaged, source = filled(0.0), filled(1.0)
     graph = captured(lambda: ema_fused.lerp_([averaged], [source], 0.5))
-    plans = [Plan([filled(9.0)], [filled(9.0)], backend="cuda") for _ in range(50)]
+    plans = [Plan([filled(9.0)], [filled(9.0)], backend=BACKEND) for _ in range(50)]
     for plan in plans:  # would take the table's memory if it were free
         plan.lerp_(0.5)
     graph.replay()
@@ -252,13 +252,13 @@ def test_a_graph_keeps_the_table_of_a_plan_that_is_gone() -> None:
     assert averaged.unique().tolist() == [0.75]
     # A table that is replaced because the layout is another is kept as well.
     image, other = filled(0.0, 600).view(2, 3, 10, 10), filled(1.0, 600).view(2, 3, 10, 10)
-    plan = Plan([image], [other], backend="cuda")
+    plan = Plan([image], [other], backend=BACKEND)
     graph = captured(lambda: plan.lerp_(0.5))
     keep = image.data, other.data
     image.data = image.data.to(memory_format=torch.channels_last)
     other.data = other.data.to(memory_format=torch.channels_last)
     plan.lerp_(1.0)
-    plans += [Plan([filled(9.0)], [filled(9.0)], backend="cuda") for _ in range(50)]
+    plans += [Plan([filled(9.0)], [filled(9.0)], backend=BACKEND) for _ in range(50)]
     graph.replay()
     assert keep[0].unique().tolist() == [0.5]
     assert image.unique().tolist() == [1.0]
@@ -266,7 +266,8 @@ def test_a_graph_keeps_the_table_of_a_plan_that_is_gone() -> None:
 
 def test_a_side_stream_can_be_captured_and_not_be_waited_for_later() -> None:
     averaged, source = filled(0.0), filled(1.0)
-    plan, side = Plan([averaged], [source], backend="cuda"), torch.cuda.Stream()
+    needs("streams")
+    plan, side = Plan([averaged], [source], backend=BACKEND), torch.cuda.Stream()
 
     def update() -> None:
         plan.lerp_(0.5, stream=side)
@@ -282,12 +283,12 @@ def test_a_side_stream_can_be_captured_and_not_be_waited_for_later() -> None:
     plan.lerp_(0.0, stream=side)
     with pytest.raises(RuntimeError, match=r"call plan.wait\(\) before the capture"):
         captured(lambda: plan.lerp_(0.5))
-    torch.cuda.synchronize()
+    synchronize()
 
 
 def test_weights_of_pairs_are_frozen_in_a_graph() -> None:
     averaged, source = [filled(0.0), filled(0.0, 5)], [filled(1.0), filled(1.0, 5)]
-    plan = Plan(averaged, source, backend="cuda")
+    plan = Plan(averaged, source, backend=BACKEND)
     graph = captured(lambda: plan.lerp_([0.5, 0.25]))
     plan.lerp_([1.0, 1.0])
     for tensor in averaged:
@@ -298,11 +299,11 @@ def test_weights_of_pairs_are_frozen_in_a_graph() -> None:
 
 def test_captured_random_bits_go_on_with_a_step_on_the_device() -> None:
     averaged, source = filled(0.0, dtype=torch.bfloat16), filled(0.3)
-    plan = Plan([averaged], [source], rounding="stochastic", backend="cuda")
+    plan = Plan([averaged], [source], rounding="stochastic", backend=BACKEND)
     with pytest.raises(RuntimeError, match="the same random bits at every replay"):
         captured(lambda: plan.lerp_(0.01))
-    torch.cuda.synchronize()
-    step = torch.zeros((), dtype=torch.int64, device="cuda")
+    synchronize()
+    step = torch.zeros((), dtype=torch.int64, device=DEVICE)
 
     def update() -> None:
         plan.lerp_(0.01, step=step)
@@ -312,7 +313,7 @@ def test_captured_random_bits_go_on_with_a_step_on_the_device() -> None:
     for _ in range(3):
         graph.replay()
     eager = filled(0.0, dtype=torch.bfloat16)
-    plan = Plan([eager], [source], rounding="stochastic", backend="cuda")
+    plan = Plan([eager], [source], rounding="stochastic", backend=BACKEND)
     for _ in range(3):
         plan.lerp_(0.01)
     assert torch.equal(averaged, eager)
@@ -327,7 +328,8 @@ def slow() -> None:
 
 def test_updates_run_on_the_current_stream_and_leave_the_device() -> None:
     averaged, source = filled(0.0), filled(0.0)
-    plan = Plan([averaged], [source], backend="cuda")
+    plan = Plan([averaged], [source], backend=BACKEND)
+    needs("streams")
     stream, device = torch.cuda.Stream(), torch.cuda.current_device()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -341,7 +343,8 @@ def test_updates_run_on_the_current_stream_and_leave_the_device() -> None:
 
 def test_a_side_stream_waits_and_is_waited_for() -> None:
     averaged, source = filled(0.0), filled(1.0)
-    plan = Plan([averaged], [source], backend="cuda")
+    plan = Plan([averaged], [source], backend=BACKEND)
+    needs("streams")
     side, third = torch.cuda.Stream(), torch.cuda.Stream()
     slow()
     source.fill_(3.0)  # behind the sleep: the update must see it
@@ -366,11 +369,12 @@ def test_a_side_stream_waits_and_is_waited_for() -> None:
 
 
 def test_what_is_freed_early_is_not_given_away_early() -> None:
+    needs("streams")
     side = torch.cuda.Stream()
     averaged = filled(0.0)
     source = filled(1.0)
-    weight = torch.tensor(0.5, device="cuda")
-    plan = Plan([averaged], [source], backend="cuda")
+    weight = torch.tensor(0.5, device=DEVICE)
+    plan = Plan([averaged], [source], backend=BACKEND)
     with torch.cuda.stream(side):
         slow()
     plan.lerp_(weight, stream=side)
@@ -380,24 +384,25 @@ def test_what_is_freed_early_is_not_given_away_early() -> None:
     del plan  # and with it the last that held the source
     # On the current stream, at once, of both sizes.
     others = [filled(777.0) for _ in range(8)]
-    others += [torch.full((), 777.0, device="cuda") for _ in range(200)]
-    torch.cuda.synchronize()
+    others += [torch.full((), 777.0, device=DEVICE) for _ in range(200)]
+    synchronize()
     assert keep[0].unique().tolist() == [0.5]
     assert all(other.unique().tolist() == [777.0] for other in others)
 
 
 def test_memory_that_is_new_at_an_update_is_not_given_away_early() -> None:
+    needs("streams")
     averaged, source, side = filled(0.0), filled(0.0), torch.cuda.Stream()
-    plan = Plan([averaged], [source], backend="cuda")
+    plan = Plan([averaged], [source], backend=BACKEND)
     for value in (1.0, 2.0, 3.0):
         plan.lerp_(1.0, stream=side)
         source.data = filled(value)
         with torch.cuda.stream(side):
             slow()
         plan.lerp_(0.5, stream=side)
-        source.data = torch.empty(MEGA, device="cuda")  # frees what the update will read
+        source.data = torch.empty(MEGA, device=DEVICE)  # frees what the update will read
         others = [filled(777.0) for _ in range(8)]
-        torch.cuda.synchronize()
+        synchronize()
         assert others[0].unique().tolist() == [777.0]
         source.data = averaged.clone()
         plan.wait()
@@ -405,8 +410,9 @@ def test_memory_that_is_new_at_an_update_is_not_given_away_early() -> None:
 
 
 def test_an_error_leaves_the_order_as_it_was() -> None:
+    needs("streams")
     averaged, source, side = filled(0.0), filled(1.0), torch.cuda.Stream()
-    plan = Plan([averaged], [source], backend="cuda")
+    plan = Plan([averaged], [source], backend=BACKEND)
     source.data = filled(1.0, 5)
     with pytest.raises(ValueError, match="was planned as"):
         plan.lerp_(0.5, stream=side)
@@ -418,7 +424,8 @@ def test_an_error_leaves_the_order_as_it_was() -> None:
 
 def test_tables_are_replaced_while_launches_are_under_way() -> None:
     averaged, source = filled(0.0), filled(0.0)
-    plan = Plan([averaged], [source], backend="cuda")
+    plan = Plan([averaged], [source], backend=BACKEND)
+    needs("streams")
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     kept = []
     for step in range(12):
@@ -431,21 +438,25 @@ def test_tables_are_replaced_while_launches_are_under_way() -> None:
     assert averaged.unique().tolist() == [12.0]
 
 
-def test_a_stream_of_another_device_is_refused() -> None:
-    plan = Plan([filled(0.0)], [filled(1.0)], backend="cuda")
+def two_gpus() -> None:
+    needs("two devices")
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
+
+
+def test_a_stream_of_another_device_is_refused() -> None:
+    plan = Plan([filled(0.0)], [filled(1.0)], backend=BACKEND)
+    two_gpus()
     other = torch.cuda.Stream(device=1)
     with pytest.raises(ValueError, match="make a Plan for each device"):
         plan.lerp_(0.5, stream=other)
 
 
 def test_each_gpu_has_its_launch_and_the_callers_device_stays() -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two GPUs")
+    two_gpus()
     averaged = [torch.zeros(MEGA, device=f"cuda:{k % 2}") for k in range(4)]
     source = [torch.ones(MEGA, device=f"cuda:{k % 2}") for k in range(4)]
-    plan = Plan(averaged, source, backend="cuda")
+    plan = Plan(averaged, source, backend=BACKEND)
     assert plan.launches == 2
     for current in (0, 1):
         with torch.cuda.device(current):

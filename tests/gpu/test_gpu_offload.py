@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from ema_fused import Plan
 from ema_fused.offloading.offloaded_plan import OffloadedPlan, host_memory
+from tests.device import DEVICE, needs, nobody_waits, rather, synchronize
 
 pytestmark = pytest.mark.gpu
 
-MEGA = 1 << 20
+MEGA = rather(1 << 20, 1 << 14)
 SIZES = [0, 1, 7, 129, 4097, 16385, 100_003, 3 * MEGA + 5]
 DTYPES = [
     (torch.float32, torch.float32),
@@ -33,6 +34,7 @@ def tensors(dtype: torch.dtype, seed: int, device: str) -> list[Tensor]:
 
 
 def slow() -> None:
+    needs("streams")
     torch.cuda._sleep(100_000_000)  # some 60 ms
 
 
@@ -46,9 +48,9 @@ def equal(found: list[Tensor], expected: list[Tensor]) -> bool:
 def test_bits_are_those_of_a_plan_on_the_host(
     dtypes: tuple[torch.dtype, torch.dtype], mode: str, staging_bytes: int
 ) -> None:
-    averaged, source = tensors(dtypes[0], 1, "cpu"), tensors(dtypes[1], 2, "cuda")
+    averaged, source = tensors(dtypes[0], 1, "cpu"), tensors(dtypes[1], 2, DEVICE)
     averaged.append(torch.zeros((), dtype=torch.int64))
-    source.append(torch.ones((), dtype=torch.int64, device="cuda"))
+    source.append(torch.ones((), dtype=torch.int64, device=DEVICE))
     expected = [tensor.clone() for tensor in averaged]
     options: dict[str, Any] = {
         "arithmetic": "lerp" if mode == "stochastic" else mode,
@@ -72,8 +74,8 @@ def test_bits_are_those_of_a_plan_on_the_host(
 
 
 def test_sources_with_gaps_and_in_another_order() -> None:
-    grid = torch.arange(12_000.0, device="cuda").view(100, 120)
-    source = [grid.t(), grid[:, ::3], torch.tensor(3.0, device="cuda").expand(700)]
+    grid = torch.arange(12_000.0, device=DEVICE).view(100, 120)
+    source = [grid.t(), grid[:, ::3], torch.tensor(3.0, device=DEVICE).expand(700)]
     averaged = [torch.ones(s.shape) for s in source]
     expected = [tensor.clone() for tensor in averaged]
     plan = OffloadedPlan(averaged, source, staging_bytes=4096)
@@ -84,8 +86,9 @@ def test_sources_with_gaps_and_in_another_order() -> None:
 
 
 def test_averages_in_pinned_memory() -> None:
-    source = nn.Parameter(torch.ones(1000, device="cuda", dtype=torch.bfloat16))
+    source = nn.Parameter(torch.ones(1000, device=DEVICE, dtype=torch.bfloat16))
     average = host_memory(source, torch.float32)
+    needs("pinned memory")
     assert average.is_pinned()
     assert average.dtype == torch.float32
     plan = OffloadedPlan([average], [source])
@@ -95,9 +98,9 @@ def test_averages_in_pinned_memory() -> None:
 
 
 def test_the_device_holds_two_buffers_more_and_nothing_else() -> None:
-    source = [torch.ones(n, device="cuda") for n in (1, 1000, MEGA, 5 * MEGA + 1, 64)]
+    source = [torch.ones(n, device=DEVICE) for n in (1, 1000, MEGA, 5 * MEGA + 1, 64)]
     averaged = [torch.zeros(s.shape) for s in source]
-    torch.cuda.synchronize()
+    needs("a count of memory")
     before = torch.cuda.memory_allocated()
     plan = OffloadedPlan(averaged, source, staging_bytes=MEGA)
     assert plan.staged_bytes == MEGA
@@ -124,7 +127,8 @@ def test_the_device_holds_two_buffers_more_and_nothing_else() -> None:
 @pytest.mark.parametrize("staging_bytes", [1024 * 64, 64 * MEGA])
 def test_a_training_that_writes_the_sources_right_after_they_are_read(staging_bytes: int) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(8))).cuda()
+    width = rather(512, 24)
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(8))).to(DEVICE)
     parameters = list(model.parameters())
     optimizer = torch.optim.SGD(parameters, lr=0.1)
     averaged = [host_memory(p).copy_(p.detach()) for p in parameters]
@@ -132,7 +136,7 @@ def test_a_training_that_writes_the_sources_right_after_they_are_read(staging_by
     plan = OffloadedPlan(averaged, parameters, staging_bytes=staging_bytes)
     seen = []
     for _ in range(12):
-        model(torch.randn(64, 512, device="cuda")).square().mean().backward()
+        model(torch.randn(64, width, device=DEVICE)).square().mean().backward()
         plan.wait_until_read()
         optimizer.step()
         optimizer.zero_grad()
@@ -145,8 +149,9 @@ def test_a_training_that_writes_the_sources_right_after_they_are_read(staging_by
 
 
 def test_an_update_starts_behind_and_is_read_before_what_the_stream_holds() -> None:
-    source = torch.zeros(MEGA, device="cuda")
+    source = torch.zeros(MEGA, device=DEVICE)
     plan = OffloadedPlan([torch.zeros(MEGA)], [source], staging_bytes=1024 * 256)
+    needs("streams")
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -160,27 +165,24 @@ def test_an_update_starts_behind_and_is_read_before_what_the_stream_holds() -> N
 
 
 def test_starting_an_update_waits_for_nothing() -> None:
-    source = torch.ones(MEGA, device="cuda")
+    source = torch.ones(MEGA, device=DEVICE)
     plan = OffloadedPlan([torch.zeros(MEGA)], [source], staging_bytes=1024 * 256)
-    flag = torch.zeros(1, device="cuda")
+    flag = torch.zeros(1, device=DEVICE)
     plan.lerp_(0.0, found_inf=flag)
     plan.flush()
-    torch.cuda.synchronize()
+    synchronize()
     slow()
     behind = torch.cuda.Event()
     behind.record()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nobody_waits():
         plan.lerp_(0.5, found_inf=flag)
         assert not behind.query()  # the device is still asleep
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     plan.flush()
     assert plan.averaged[0].unique().tolist() == [0.5]
 
 
 def test_a_flag_on_the_device_is_read_as_it_was() -> None:
-    source, flag = torch.ones(MEGA, device="cuda"), torch.zeros(1, device="cuda")
+    source, flag = torch.ones(MEGA, device=DEVICE), torch.zeros(1, device=DEVICE)
     plan = OffloadedPlan([torch.zeros(MEGA)], [source], staging_bytes=1024 * 256)
     for value, expected in ((1.0, 0.0), (0.0, 0.5), (torch.nan, 0.5), (0.0, 0.75)):
         slow()
@@ -192,22 +194,23 @@ def test_a_flag_on_the_device_is_read_as_it_was() -> None:
 
 
 def test_memory_that_is_freed_meanwhile_is_not_given_away() -> None:
-    source = torch.ones(MEGA, device="cuda")
+    source = torch.ones(MEGA, device=DEVICE)
     plan = OffloadedPlan([torch.zeros(MEGA)], [source], staging_bytes=1024 * 256)
+    needs("streams")
     stream = torch.cuda.Stream()
     slow()
     plan.lerp_(0.5)
-    source.data = torch.zeros(1, device="cuda")
+    source.data = torch.zeros(1, device=DEVICE)
     with torch.cuda.stream(stream):  # it doesn't wait
-        others = [torch.full((MEGA,), 9.0, device="cuda") for _ in range(4)]
+        others = [torch.full((MEGA,), 9.0, device=DEVICE) for _ in range(4)]
     del source
-    others += [torch.full((MEGA,), 9.0, device="cuda") for _ in range(4)]
+    others += [torch.full((MEGA,), 9.0, device=DEVICE) for _ in range(4)]
     plan.flush()
     assert plan.averaged[0].unique().tolist() == [0.5]
 
 
 def test_a_plan_may_go_in_the_middle_of_its_update() -> None:
-    averaged, source = [torch.zeros(MEGA)], [torch.ones(MEGA, device="cuda")]
+    averaged, source = [torch.zeros(MEGA)], [torch.ones(MEGA, device=DEVICE)]
     plan = OffloadedPlan(averaged, source, staging_bytes=1024 * 256)
     slow()
     plan.lerp_(0.5)
@@ -220,24 +223,25 @@ def test_a_plan_may_go_in_the_middle_of_its_update() -> None:
 
 
 def test_a_capture_is_refused() -> None:
-    averaged, source = [torch.zeros(100)], [torch.ones(100, device="cuda")]
+    averaged, source = [torch.zeros(100)], [torch.ones(100, device=DEVICE)]
     plan = OffloadedPlan(averaged, source)
+    needs("graphs")
     with (
         pytest.raises(RuntimeError, match="while a CUDA graph is being captured"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         plan.lerp_(0.5)
-    torch.cuda.synchronize()
+    synchronize()
     plan.lerp_(0.5)
     plan.flush()
     assert averaged[0].unique().tolist() == [0.5]
 
 
 def test_sources_on_the_host_and_on_a_device_together() -> None:
-    source = [torch.full((3000,), float(i)).to(("cuda", "cpu")[i % 2]) for i in range(6)]
+    source = [torch.full((3000,), float(i)).to((DEVICE, "cpu")[i % 2]) for i in range(6)]
     averaged = [torch.zeros(3000) for _ in source]
     plan = OffloadedPlan(averaged, source, staging_bytes=4096)
-    flag = torch.zeros((), device="cuda")
+    flag = torch.zeros((), device=DEVICE)
     for _ in range(2):
         plan.lerp_(0.5, found_inf=flag)
         plan.flush()
@@ -245,6 +249,7 @@ def test_sources_on_the_host_and_on_a_device_together() -> None:
 
 
 def test_averages_stay_on_the_host() -> None:
-    on_device = [torch.zeros(3, device="cuda")]
+    needs("two devices")
+    on_device = [torch.zeros(3, device=DEVICE)]
     with pytest.raises(ValueError, match=r"pair 0: the averaged tensor is on cuda:0"):
-        OffloadedPlan(on_device, [torch.ones(3, device="cuda")])
+        OffloadedPlan(on_device, [torch.ones(3, device=DEVICE)])

@@ -16,28 +16,28 @@ from torch.distributed.fsdp import fully_shard
 from ema_fused import AveragedWeights, attach
 from ema_fused.engine.dtensors import is_sharded, local
 from ema_fused.saving import checkpoints
+from tests.device import DEVICE
 from tests.networks import differences
 from tests.sharded_models import batch, perceptron, whole
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     store = tmp_path_factory.mktemp("store") / "store"
-    torch.cuda.set_device(0)
-    dist.init_process_group("nccl", init_method=f"file://{store}", rank=0, world_size=1)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(0)
+    backend = "nccl" if DEVICE == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
 
 def model_on_device(*, sharded: bool) -> nn.Module:
-    model = perceptron().to("cuda")
+    model = perceptron().to(DEVICE)
     if sharded:
-        mesh = init_device_mesh("cuda", (1,))
+        mesh = init_device_mesh(DEVICE, (1,))
         for layer in (model.first, model.last, model):
             fully_shard(layer, mesh=mesh)
     return model
@@ -48,7 +48,7 @@ def trained(model: nn.Module, steps: int, **options: Any) -> AveragedWeights:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with attach(optimizer, model, averaged):
         for step in range(steps):
-            inputs, targets = (tensor.to("cuda") for tensor in batch(step, 0))
+            inputs, targets = (tensor.to(DEVICE) for tensor in batch(step, 0))
             optimizer.zero_grad()
             (model(inputs) - targets).square().mean().backward()
             optimizer.step()
@@ -64,7 +64,7 @@ def test_it_averages_as_without_sharding(options: dict[str, Any]) -> None:
     expected = state_of(trained(model_on_device(sharded=False), 8))
     averaged = trained(model_on_device(sharded=True), 8, **options)
     kinds = {local(tensor).device.type for tensor in averaged.weights.values()}
-    assert kinds == ({"cpu"} if options.get("offload") else {"cuda"})
+    assert kinds == ({"cpu"} if options.get("offload") else {DEVICE})
     assert differences(state_of(averaged), expected) == []
 
 
@@ -72,7 +72,7 @@ def test_it_averages_as_without_sharding(options: dict[str, Any]) -> None:
 def test_it_is_evaluated_saved_loaded_and_gathered(options: dict[str, Any], tmp_path: Path) -> None:
     model = model_on_device(sharded=True)
     averaged = trained(model, 4, **options)
-    inputs = torch.ones(2, 7, device="cuda")
+    inputs = torch.ones(2, 7, device=DEVICE)
     with torch.no_grad():
         model.eval()
         own = model(inputs).clone()

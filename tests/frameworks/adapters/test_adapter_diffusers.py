@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ema_fused.engine import backends
+from tests.device import DEVICE, needs
 from tests.frameworks.adapters.adapter_cases import (
     DTYPES,
     SLOW,
@@ -183,8 +184,9 @@ def test_averages_in_pinned_memory_follow_a_model_on_the_gpu() -> None:
     model = conv_net()
     our, _ = both(model.parameters(), decay=0.9)
     expected, _ = both(model.parameters(), decay=0.9)
+    on_gpu = copy.deepcopy(model).to(DEVICE)
+    needs("pinned memory")
     our.pin_memory()
-    on_gpu = copy.deepcopy(model).cuda()
     for seed in range(3):
         train(model, generator(seed))
         on_gpu.load_state_dict(model.state_dict())
