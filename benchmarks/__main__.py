@@ -7,7 +7,8 @@ Prints tables of ratios: a contender's median time over ours, both from this one
 took turns, with times beside them for orientation only. Caches are cold first, then warm. Before
 anything is timed, each contender's result is compared with torch's or the original's. Exit status
 77: there is no GPU; 1: a case failed (the others are written all the same). What isn't installed or
-doesn't fit the memory is left out, and said.
+doesn't fit the memory is left out, and said. ``--rehearse`` runs what a GPU is measured by on the
+CPU, with tiny tensors, and marks what it writes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks import NO_GPU, compiled, peers, records, sharded, step, targets
+from benchmarks import NO_GPU, apex, compiled, peers, records, sharded, step, targets
 from ema_fused.bench.cases import BUSY_LISTS, busy_cases, host_cases, torch_cases
 from ema_fused.bench.contenders import DTYPES
 from ema_fused.bench.environment import Environment, environment, output_of, why_no_gpu
@@ -44,26 +45,31 @@ _FEW_TENSORS, _FEW_ELEMENTS = (10, 100), (10**3, 10**4, 10**5)
 # On a GPU a list has to be far larger than its cache before it shows the memory's speed.
 _GPU_MODELS = (
     "16x16777216",
-    "128x16777216",
     "resnet50",
+    "128x16777216",
     "vit_l_16",
     "llama_3_8b*24",
     "sdxl_unet",
 )
+_REHEARSED = 2  # so many of them in a rehearsal
 _HOST_LISTS = ("161x16", "1000x16", "5000x16")
 _TORCH, _GROWTH = "torch", "growth"
-_COMPILED, _SHARDED, _STEP, _BUSY = "compiled", "sharded", "step", "busy"
+_COMPILED, _SHARDED, _STEP, _BUSY, _APEX = "compiled", "sharded", "step", "busy", "apex"
 _PEERS = (_TORCH, _GROWTH, _COMPILED, _SHARDED, _STEP, _BUSY, *peers.NAMES)
+_GPU_PEERS = (_TORCH, _COMPILED, _SHARDED, _APEX)
+_CPU_ALONE, _GPU_ALONE = (_STEP, _BUSY), (_APEX,)
 # What these measure where no models are named.
 _LISTS_OF = {_COMPILED: compiled.MODELS, _SHARDED: sharded.MODELS, _BUSY: BUSY_LISTS}
+_GPU_LISTS_OF = {_COMPILED: compiled.ON_GPU, _SHARDED: sharded.ON_GPU, _APEX: apex.MODELS}
 _SMOKE_LISTS = ("20x16",)
+_REHEARSAL = "**A rehearsal: tiny tensors on the CPU. These numbers say nothing of a GPU.**"
 
 
 def run_of(chosen: argparse.Namespace, clock: Clock) -> Run:
     """The run that was chosen, in which nothing is measured yet."""
     effort = NO_EFFORT if chosen.smoke else Effort(case_seconds=chosen.case_seconds)
     run = Run(clock, effort, environment(clock.device) | _commit(), chosen.seconds)
-    run.report["smoke"] = chosen.smoke
+    run.report |= {"smoke": chosen.smoke, "rehearsal": chosen.rehearse}
     return run
 
 
@@ -91,7 +97,7 @@ def _cases(chosen: argparse.Namespace, clock: Clock, run: Run) -> Iterator[Case]
             yield from peers.peer_cases(peer, models, clock)
         except (ImportError, OSError) as error:
             run.leave_out(peer, f"it isn't installed: {error}")
-    yield from _cpu_cases(others, chosen, clock, run)
+    yield from _special_cases(others, chosen, clock, run)
     if _GROWTH not in others:
         return
     if growth is None:
@@ -101,29 +107,33 @@ def _cases(chosen: argparse.Namespace, clock: Clock, run: Run) -> Iterator[Case]
         yield from growth.growth_cases(clock, *grid)
 
 
-def _cpu_cases(
+def _special_cases(
     others: Sequence[str], chosen: argparse.Namespace, clock: Clock, run: Run
 ) -> Iterator[Case]:
-    """What is measured on the CPU only."""
-    found = [peer for peer in (_COMPILED, _SHARDED, _STEP, _BUSY) if peer in others]
-    if found and clock.device.type != "cpu":
-        run.leave_out(", ".join(found), "measured on the CPU only")
-        return
-    lists = {
-        peer: [_shapes(key, chosen.smoke) for key in _keys(peer, chosen)] for peer in _LISTS_OF
-    }
+    """What isn't measured on all of the models."""
+    elsewhere, where = (_CPU_ALONE, "CPU") if chosen.on_gpu else (_GPU_ALONE, "GPU")
+    left = [peer for peer in elsewhere if peer in others]
+    if left:
+        run.leave_out(", ".join(left), f"measured on the {where} only")
+    found = [peer for peer in others if peer not in elsewhere]
+    lists = {peer: [_shapes(key, chosen.smoke) for key in _keys(peer, chosen)] for peer in found}
     if _COMPILED in found:
-        if chosen.smoke:
+        if chosen.smoke and not chosen.rehearse:
             run.leave_out(_COMPILED, "compiling takes too long for a smoke run")
         else:
             pairs = [DTYPES[name] for name in ("float32", "mixed") if name in chosen.dtypes]
             yield from compiled.compiled_cases(lists[_COMPILED], pairs, clock)
     if _SHARDED in found:
         yield from sharded.sharded_cases(lists[_SHARDED], clock)
+    if _APEX in found:
+        try:
+            yield from apex.apex_cases(lists[_APEX], clock)
+        except (ImportError, OSError) as error:
+            run.leave_out(_APEX, f"it isn't installed: {error}")
     if _STEP in found:
         if chosen.smoke:
-            left = f"a training step, {step.COMPILED}"
-            run.leave_out(left, "compiling takes too long for a smoke run")
+            what = f"a training step, {step.COMPILED}"
+            run.leave_out(what, "compiling takes too long for a smoke run")
         yield from step.step_cases((step.EAGER,) if chosen.smoke else (step.EAGER, step.COMPILED))
     if _BUSY in found:
         yield from busy_cases(lists[_BUSY], clock)
@@ -133,7 +143,8 @@ def _keys(peer: str, chosen: argparse.Namespace) -> Sequence[str]:
     if chosen.named_models:
         keys: list[str] = chosen.models
         return keys
-    return _SMOKE_LISTS if chosen.smoke else _LISTS_OF[peer]
+    usual = (_GPU_LISTS_OF if chosen.on_gpu else _LISTS_OF).get(peer, ())
+    return _SMOKE_LISTS if chosen.smoke else usual
 
 
 def _shapes(key: str, smoke: bool) -> Shapes:
@@ -167,8 +178,9 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--peers",
         nargs="+",
         metavar="PEER",
-        choices=_PEERS,
-        help=f"of {', '.join(_PEERS)} (default: all; on a GPU {_TORCH})",
+        choices=(*_PEERS, *_GPU_ALONE),
+        help=f"of {', '.join(_PEERS)}, {_APEX} (default: all that run on a CPU; on a GPU "
+        f"{', '.join(_GPU_PEERS)})",
     )
     parser.add_argument(
         "--dtypes",
@@ -192,12 +204,19 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--smoke", action="store_true", help="tiny tensors: does it run at all? Measures nothing"
     )
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="what --device cuda runs, on the CPU with tiny tensors. Measures nothing",
+    )
     chosen = parser.parse_args(arguments)
-    on_gpu = chosen.device == "cuda"
-    usual = _GPU_MODELS if on_gpu else (*networks(), *_LISTS)
+    chosen.smoke |= chosen.rehearse
+    chosen.on_gpu = chosen.device == "cuda" or chosen.rehearse
+    usual = _GPU_MODELS if chosen.on_gpu else (*networks(), *_LISTS)
     chosen.named_models = bool(chosen.models)
-    chosen.models = chosen.models or list(_SMOKE_MODELS if chosen.smoke else usual)
-    chosen.peers = chosen.peers or list((_TORCH,) if on_gpu else _PEERS)
+    few = _GPU_MODELS[:_REHEARSED] if chosen.rehearse else _SMOKE_MODELS
+    chosen.models = chosen.models or list(few if chosen.smoke else usual)
+    chosen.peers = chosen.peers or list(_GPU_PEERS if chosen.on_gpu else _PEERS)
     for key in chosen.models:
         try:
             find(key)
@@ -209,19 +228,20 @@ def options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the tables, write and draw what was asked for; the exit status."""
     chosen = options(arguments)
+    device = "cpu" if chosen.rehearse else chosen.device
     reason = why_no_gpu()
-    if chosen.device == "cuda" and reason is not None:
+    if device == "cuda" and reason is not None:
         sys.stderr.write(f"nothing was measured and nothing is written: {reason}\n")
         return NO_GPU
     if chosen.pictures is not None:
         from benchmarks.pictures import draw  # not found out after an hour that it can't be
     if chosen.threads is not None:
         torch.set_num_threads(chosen.threads)
-    run = run_of(chosen, clock_of(chosen.device))
+    run = run_of(chosen, clock_of(device))
     for _ in measure(run, chosen):
         _write(run.report, chosen)  # after each case: a run that is cut short leaves what it had
     _write(run.report, chosen)
-    sys.stdout.write(about(run.report) + "\n")
+    sys.stdout.write(_about(run.report) + "\n")
     show(_tables(run.report), sys.stdout.write)
     if chosen.pictures is not None:
         for path in draw(run.report, chosen.pictures):
@@ -230,16 +250,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _tables(report: Report) -> list[Table]:
-    judged = targets.table(report) if "capability" in report["environment"] else []
+    is_gpus = "capability" in report["environment"] or report["rehearsal"]
+    judged = targets.table(report) if is_gpus else []
     grown = [] if growth is None else growth.table(report)
     return [*judged, *grown, *tables(report), *step.table(report)]
+
+
+def _about(report: Report) -> str:
+    return (f"{_REHEARSAL}\n\n" if report["rehearsal"] else "") + about(report)
 
 
 def _write(report: Report, chosen: argparse.Namespace) -> None:
     if chosen.json is not None:
         records.write(chosen.json, report)
     if chosen.markdown is not None:
-        parts = [about(report), *(markdown(table) for table in _tables(report))]
+        parts = [_about(report), *(markdown(table) for table in _tables(report))]
         chosen.markdown.write_text("\n".join(parts), encoding="utf-8")
 
 

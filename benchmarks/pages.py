@@ -3,7 +3,8 @@
     python -m benchmarks.pages
 
 reads results/cpu.json, and results/growth_cpu.json for how the cost grows: a gigabyte of elements
-wants a process of its own on a small machine. They are written anew by
+wants a process of its own on a small machine. README shows results/gpu_*.json too: gpu_check.sh
+writes them where there is a GPU. The first two are written anew by
 
     make bench BENCH="--json benchmarks/results/cpu.json"
     make bench BENCH="--peers growth --json benchmarks/results/growth_cpu.json"
@@ -12,11 +13,12 @@ wants a process of its own on a small machine. They are written anew by
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import growth, marked, pictures, records, step
-from ema_fused.bench.contenders import FLOAT32, FOREACH, MIXED
+from benchmarks import apex, growth, marked, pictures, records, step
+from ema_fused.bench.contenders import BFLOAT16, FLOAT32, FOREACH, MIXED, OUR_LISTS
 from ema_fused.bench.tables import about, is_cold, markdown, tables
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +26,7 @@ MEASURED, GROWN = records.RESULTS / "cpu.json", records.RESULTS / "growth_cpu.js
 README, PAGE = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 IMAGES = records.IMAGES / "benchmarks"
 PROGRAM = "benchmarks"  # in the markers of both pages
+ON_GPUS = "benchmarks on GPUs"  # and in README's of these
 
 Entry = dict[str, Any]
 
@@ -50,6 +53,23 @@ _ROWS = (
 )
 # Not measured of each model; a row is left out where it would be empty.
 _SOME_ROWS = (("`torch.compile` of foreach, float32 lists", "compiled", FLOAT32.name, "compile"),)
+# What README shows of a GPU, as above, with the figure of the contender; a row is left out where it
+# would be empty.
+_GPU_KINDS = ("lists", "compiled", "sharded", "apex")
+_GPU_ROWS = (
+    ("ours, of the copy's speed: float32", "limit_fraction", "lists", FLOAT32.name, OUR_LISTS),
+    ("ours, bfloat16 into float32", "limit_fraction", "lists", MIXED.name, OUR_LISTS),
+    ("ours, bfloat16", "limit_fraction", "lists", BFLOAT16.name, OUR_LISTS),
+    ("`torch._foreach_lerp_`, float32 lists", "ratio", "lists", FLOAT32.name, FOREACH),
+    ("`torch._foreach_lerp_`, bfloat16 lists", "ratio", "lists", BFLOAT16.name, FOREACH),
+    ("cast, then foreach: bfloat16 into float32", "ratio", "lists", MIXED.name, "kept copy"),
+    ("foreach four times, for four averages", "ratio", "several", FLOAT32.name, FOREACH),
+    ("torch `AveragedModel`, foreach EMA", "ratio", "models", FLOAT32.name, "AveragedModel"),
+    ("foreach on DTensors", "ratio", "sharded", FLOAT32.name, "foreach lerp of DTensors"),
+    ("`torch.compile` of foreach", "ratio", "compiled", FLOAT32.name, "compile"),
+    ("apex `multi_tensor_axpby`", "ratio", "apex", apex.AXPBY, apex.AXPBY),
+    ("apex `FusedAdamSWA`, beside Adam and ours", "ratio", "apex", apex.ADAM, apex.ADAM),
+)
 
 
 def readme_part(report: dict[str, Any]) -> str:
@@ -93,6 +113,63 @@ def _short(contender: Entry | None) -> str:
     return f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.1f}"
 
 
+# ---- GPUs ----------------------------------------------------------------------------------------
+
+
+def gpu_part(files: Sequence[Path]) -> str:
+    """README's tables of runs on GPUs, one for each file.
+
+    Raises:
+        ValueError: a file is that of a rehearsal, or of a run on a CPU.
+    """
+    if not files:
+        return "No GPU has run it yet, so there is no figure of one."
+    return "\n\n".join(map(_of_gpu, files))
+
+
+def gpu_files() -> list[Path]:
+    """The runs on GPUs that there are."""
+    return sorted(records.RESULTS.glob("gpu_*.json"))
+
+
+def _of_gpu(file: Path) -> str:
+    report = records.read(file)
+    found = report["environment"]
+    if report.get("rehearsal") or report["smoke"] or "capability" not in found:
+        raise ValueError(
+            f"{file} shows nothing of a GPU: it is of a rehearsal, a smoke run or a CPU; README "
+            "takes what benchmarks/gpu_check.sh writes where there is a GPU"
+        )
+    titles = {c["model"]: c["model_title"] for c in report["cases"] if c["kind"] in _GPU_KINDS}
+    rows = []
+    for name, key, kind, what, part in _GPU_ROWS:
+        cells = [_figure(pictures.find(report, kind, what, model, part), key) for model in titles]
+        if any(cells):
+            rows.append(f"| {name} | {' | '.join(cells)} |")
+    failed = len(report["failed"])
+    copied = max(report["copy"]["bytes_per_second"]) / 1e9
+    return "\n".join(
+        [
+            f"How many times as long as ours others take for one update on {found['device']}, and "
+            "how near ours comes to a copy within the device, which moves "
+            f"{copied:,.0f} GB/s: medians of one run, driver {found['driver']}, "
+            f"torch {found['torch']}, {found['date']} "
+            f"([all results](benchmarks/results/{file.name}), `{found['command']}`)"
+            + (f"; {failed} of its cases failed." if failed else "."),
+            "",
+            f"| | {' | '.join(titles.values())} |",
+            f"| --- |{' ---: |' * len(titles)}",
+            *rows,
+        ]
+    )
+
+
+def _figure(contender: Entry | None, key: str) -> str:
+    if contender is None:
+        return ""
+    return _short(contender) if key == "ratio" else f"{contender[key]:.2f}"
+
+
 def docs_part(report: dict[str, Any], grown: dict[str, Any]) -> str:
     """All tables of both runs, for docs/benchmarks.md."""
     parts = [_titled(markdown(table)) + "\n" + about(grown) for table in growth.table(grown)]
@@ -117,6 +194,7 @@ def main() -> None:
     """Write both pages and draw the pictures."""
     report, grown = records.read(MEASURED), records.read(GROWN)
     marked.write(README, PROGRAM, readme_part(report))
+    marked.write(README, ON_GPUS, gpu_part(gpu_files()))
     marked.write(PAGE, PROGRAM, docs_part(report, grown))
     for path in draw(report, grown, IMAGES):
         sys.stdout.write(f"{path}\n")

@@ -73,10 +73,10 @@ def _contender(case: Entry, part: str) -> Entry | None:
 def find(report: dict[str, Any], kind: str, what: str, model: str, part: str) -> Entry | None:
     """The contender whose name has ``part``, in the case of this kind and model.
 
-    ``what`` is the title of a peer's case, and the dtypes of any other.
+    ``what`` is the title of a peer's or apex's case, and the dtypes of any other.
     """
     for case in report["cases"]:
-        told_by = case["title"] if kind == "peer" else case["dtypes"]
+        told_by = case["title"] if kind in ("peer", "apex") else case["dtypes"]
         if (case["kind"], case["model"], told_by) == (kind, model, what):
             return _contender(case, part)
     return None

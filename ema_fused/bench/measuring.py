@@ -58,9 +58,9 @@ class Case:
     """A group of contenders on one model's shapes, made when its turn comes.
 
     Attributes:
-        kind: ``lists``, ``several``, ``models``, ``peer``, ``compiled``, ``sharded``, ``busy``,
-            ``step``, ``growth`` (warm caches alone: its fit needs many repeats) or ``host`` (time
-            of the host alone).
+        kind: ``lists``, ``several``, ``models``, ``peer``, ``compiled``, ``sharded``, ``apex``,
+            ``busy``, ``step``, ``growth`` (warm caches alone: its fit needs many repeats) or
+            ``host`` (time of the host alone).
         peer: the package of the other contenders.
         title: the name of the operation, for tables.
         shapes: of the parameters.

@@ -20,6 +20,7 @@ _TITLES = {
     "models": "Times as long as ours takes: `update_parameters` of whole models",
     "compiled": "Times as long as `Plan.lerp_` takes: prepared lists, beside torch.compile",
     "sharded": "Times as long as ours takes: DTensors in one process",
+    "apex": "Times as long as ours takes: apex",
     "host": "Times as long as `Plan.lerp_` takes of the host alone, the device being busy",
 }
 _FIGURES = {"mean": "mean", "median": "median", "percentile_99": "99th percentile"}

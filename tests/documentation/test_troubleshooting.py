@@ -55,6 +55,7 @@ EXEMPT = {
         "Times as long as `Plan.lerp_` takes: prepared lists",
         "Times as long as `Plan.lerp_` takes: prepared lists, beside torch.compile",
         "Times as long as ours takes: DTensors in one process",
+        "Times as long as ours takes: apex",
         "Times as long as one pass takes: several averages of one source",
         "Times as long as ours takes: `update_parameters` of whole models",
         "Times as long as `Plan.lerp_` takes of the host alone, the device being busy",
