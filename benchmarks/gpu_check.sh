@@ -204,7 +204,7 @@ if wants speed; then
     shown_lines=200 step speed "$percent" "$python" -m benchmarks --device cuda \
       --seconds @SECONDS@ --json "$folder/gpu_$slug.json" --markdown "$folder/gpu_$slug.md"
   else
-    passed=$rehearsed step speed "$percent" "$python" -m benchmarks --rehearse \
+    passed=$rehearsed step speed "$percent" "$python" -m benchmarks --rehearse --threads 1 \
       --seconds @SECONDS@ --json "$folder/rehearsal.json" --markdown "$folder/rehearsal.md"
   fi
 fi

@@ -119,7 +119,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         outcome: [
             report
             for report in terminalreporter.getreports(outcome)
-            if _GPU_TEST in map(tuple, report.user_properties)
+            # A file that is skipped as a whole has no tests, and its report no properties.
+            if _GPU_TEST in map(tuple, getattr(report, "user_properties", ()))
         ]
         for outcome in ("passed", "skipped", "failed", "error")
     }

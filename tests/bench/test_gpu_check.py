@@ -203,7 +203,7 @@ def test_without_a_gpu_the_script_rehearses_and_says_what_is_unmeasured(tmp_path
     # One architecture is enough; and no file is named as that of a GPU.
     assert any("-DEMA_FUSED_CUDA_ARCHITECTURES=90-real" in call for call in checked.calls)
     (measured,) = (call for call in checked.calls if "-m benchmarks --" in call)
-    assert measured.startswith("python3 -m benchmarks --rehearse --seconds ")
+    assert measured.startswith("python3 -m benchmarks --rehearse --threads 1 --seconds ")
     assert measured.endswith(
         f"--json {checked.results}/rehearsal.json --markdown {checked.results}/rehearsal.md"
     )
