@@ -6,32 +6,54 @@ where they are kept. So that is what is averaged, and what averages are written 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ema_fused.engine.memory import memory_of
 
 
+class Kept(NamedTuple):
+    """A tensor, and the mapping that had it under ``name``."""
+
+    values: Mapping[str, Tensor]
+    name: str
+    tensor: Tensor
+
+
+def have_moved(found: list[Kept]) -> bool:
+    """Whether one of the tensors is kept as another object now."""
+    return any(one.values[one.name] is not one.tensor for one in found)
+
+
 class KeptElsewhere:
     """Where accelerate keeps the tensors of ``model``.
 
     A tensor that is read from a file at each pass isn't found: written values would be lost.
+
+    Attributes:
+        found: what :meth:`find` has found.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._keepers: dict[tuple[int, str], tuple[Mapping[str, Tensor], str]] = {}
+        self.found: list[Kept] = []
+        self._model = model
         self._seen: dict[tuple[object, ...], Tensor] = {}
-        self._read: list[tuple[Mapping[str, Tensor], str, Tensor]] = []
-        for module in model.modules():
+
+    @functools.cached_property
+    def _keepers(self) -> dict[tuple[int, str], tuple[Mapping[str, Tensor], str]]:
+        """The mapping and the name in it, by module and key; most models need none of it."""
+        keepers: dict[tuple[int, str], tuple[Mapping[str, Tensor], str]] = {}
+        for module in self._model.modules():
             for hook in _offloading_hooks(module):
                 inside = module.named_modules() if hook.place_submodules else [("", module)]
                 for path, part in inside:
                     prefix = f"{path}." if path else ""
                     for key in (*part._parameters, *part._buffers):
-                        place = id(part), key
-                        self._keepers.setdefault(place, (hook.weights_map, prefix + key))
+                        keepers.setdefault((id(part), key), (hook.weights_map, prefix + key))
+        return keepers
 
     def find(self, owner: nn.Module, key: str, tensor: Tensor) -> Tensor:
         """The tensor that has the values of ``owner``'s tensor ``key``.
@@ -51,15 +73,11 @@ class KeptElsewhere:
         # What is on disk is a new tensor at each look.
         if kept is None or kept.is_meta or values[name] is not kept:
             return tensor
-        self._read.append((values, name, kept))
+        self.found.append(Kept(values, name, kept))
         place = (isinstance(tensor, nn.Parameter), tensor.requires_grad, *memory_of(kept))
         if place not in self._seen:
             self._seen[place] = _as_held(kept, tensor)
         return self._seen[place]
-
-    def moved(self) -> bool:
-        """Whether tensors that were found are kept as other objects now."""
-        return any(values[name] is not kept for values, name, kept in self._read)
 
 
 def _as_held(kept: Tensor, tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ema_fused.engine.dtensors import check_placed_alike, local
 from ema_fused.engine.plan import Plan
 from ema_fused.modules.choosing import Buffers, is_chosen
 from ema_fused.modules.copying import FrozenShares, is_view_of
-from ema_fused.modules.kept_elsewhere import KeptElsewhere
+from ema_fused.modules.kept_elsewhere import Kept, KeptElsewhere
 from ema_fused.modules.naming import match_names, named_once, without_wrappers
 from ema_fused.modules.sharding import refuse_partitioned
 from ema_fused.modules.shared_parameter import has_own_class, shared
@@ -46,13 +46,13 @@ class Pair(NamedTuple):
 
 class Pairs(NamedTuple):
     """``updated``: the pairs that an update writes. ``shared``: those whose two sides are the same
-    memory, so that nothing is to be done (parameters themselves, not their shards). ``kept``: where
-    sources were found that the model itself doesn't hold.
+    memory, so that nothing is to be done (parameters themselves, not their shards).
+    ``elsewhere``: the sources that the model itself doesn't hold.
     """
 
     updated: list[Pair]
     shared: list[Pair]
-    kept: KeptElsewhere
+    elsewhere: list[Kept]
 
 
 class Slot(NamedTuple):
@@ -180,7 +180,7 @@ def pair_up(
         else:
             in_shards = pair._replace(averaged=local(pair.averaged), source=local(pair.source))
             updated.setdefault((id(pair.averaged), id(pair.source)), in_shards)
-    return Pairs(list(updated.values()), shared, kept)
+    return Pairs(list(updated.values()), shared, kept.found)
 
 
 def differ(averaged: nn.Module, model: nn.Module) -> bool:

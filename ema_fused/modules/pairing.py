@@ -19,6 +19,7 @@ from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares, is_view_of
 from ema_fused.modules.extra_state import ExtraState
 from ema_fused.modules.following import following_buffers
+from ema_fused.modules.kept_elsewhere import have_moved
 from ema_fused.modules.known_model import KnownModel
 from ema_fused.modules.materialising import materialise
 from ema_fused.modules.module_pairs import Kind, Pair, lists_of, pair_up, plan_of, refuse_untied
@@ -128,7 +129,7 @@ class Pairing:
         materialise(averaged, model, self._shares)
         inside = [part for part in model.modules() if part is not model]
         watch = ModuleWatch(averaged, alone=inside)
-        pairs, shared, kept = pair_up(
+        pairs, shared, elsewhere = pair_up(
             averaged,
             model,
             update_buffers=self.update_buffers,
@@ -151,7 +152,9 @@ class Pairing:
         # Assigned only now, so that an error above leaves the pairing as it was.
         self._slots = watch.slots
         self._slots_changed = watch.changed
-        self._kept = kept
+        if elsewhere:  # no slot of the model has them
+            self._slots = None
+            self._slots_changed = lambda: watch.changed() or have_moved(elsewhere)
         self._pairs = pairs
         self._shared = [
             (pair.name, pair.averaged, pair.source, writes_through(pair.averaged))
@@ -241,7 +244,7 @@ class Pairing:
             return False
         if update_buffers != self.update_buffers:
             return False
-        if self._slots_changed() or self._kept.moved():
+        if self._slots_changed():
             return False
         return self._shares_hold()
 
@@ -304,7 +307,6 @@ class Pairing:
             or model is not self._model.last()
             or update_buffers != self.update_buffers
             or (self._shared and not self._shares_hold())
-            or self._kept.moved()
             or weight < self.lossy_below  # its caller warns of that
         ):
             return False
