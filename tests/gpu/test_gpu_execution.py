@@ -109,7 +109,6 @@ def test_updates_take_no_memory(operation: str) -> None:
     allocated = torch.cuda.memory_allocated()
     for _ in range(3):
         runs[operation]()
-    needs("a count of memory")
     synchronize()
     assert torch.cuda.max_memory_allocated() == allocated
     assert torch.cuda.memory_allocated() == allocated
