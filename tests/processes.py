@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
@@ -15,6 +17,7 @@ from unittest import mock
 import torch
 
 from tests import ROOT
+from tests.fork_server import Program, Server
 
 _SECONDS = 600  # no program takes as long unless it hangs
 _WITHOUT_TRANSFORMERS = ROOT / "tests" / "frameworks" / "without_transformers"
@@ -26,15 +29,60 @@ def start(*arguments: object, **environment: str | None) -> subprocess.Popen[str
     Args:
         environment: what differs from this process; None removes a variable.
     """
-    folders = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), **environment}
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
-        env={name: value for name, value in variables.items() if value is not None},
+        env=_variables(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def _variables(changed: dict[str, str | None]) -> dict[str, str]:
+    folders = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(folders), **changed}
+    return {name: value for name, value in variables.items() if value is not None}
+
+
+class Fork:
+    """A program that runs in a fork of a process with its imports; used as a ``Popen`` is."""
+
+    def __init__(self, server: Server, arguments: list[str], environment: dict[str, str]) -> None:
+        self.args = arguments
+        self.returncode: int | None = None
+        self._server = server
+        self._folder = tempfile.TemporaryDirectory()
+        self._printed = [str(Path(self._folder.name, name)) for name in ("output", "errors")]
+        program = Program(arguments, environment, *self._printed, seconds=_SECONDS)
+        self._number: int = server.ask({"run": program._asdict()})
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """What it has printed by its end, which comes by itself after ``_SECONDS``."""
+        self.returncode = self._server.ask({"wait": self._number})
+        output, errors = (Path(file).read_text() for file in self._printed)
+        self._folder.cleanup()
+        return output, errors
+
+    def kill(self) -> None:
+        """Ends it, if it hasn't ended."""
+        if self.returncode is None:
+            os.kill(self._number, signal.SIGKILL)
+            self.communicate()
+
+
+def fork(imported: str, *arguments: object, **environment: str | None) -> Fork:
+    """As :func:`start`, in a fork of a process that has imported a module once for all programs.
+
+    Not for programs that look at what they import.
+    """
+    server = _server((imported,), os.environ.get("PYTHONPATH", ""))
+    return Fork(server, list(map(str, arguments)), _variables(environment))
+
+
+@functools.cache
+def _server(imported: tuple[str, ...], path: str) -> Server:
+    """The server of this process: where modules are found is settled when it starts."""
+    return Server(imported, str(ROOT))
 
 
 @contextlib.contextmanager
@@ -45,7 +93,9 @@ def without_transformers() -> Iterator[None]:
         yield
 
 
-def finish(process: subprocess.Popen[str], status: int = 0) -> subprocess.CompletedProcess[str]:
+def finish(
+    process: subprocess.Popen[str] | Fork, status: int = 0
+) -> subprocess.CompletedProcess[str]:
     """Waits for the end of a process; fails, with all it has printed, if that isn't ``status``."""
     try:
         output, errors = process.communicate(timeout=_SECONDS)
@@ -55,7 +105,7 @@ def finish(process: subprocess.Popen[str], status: int = 0) -> subprocess.Comple
     return subprocess.CompletedProcess(process.args, status, output, errors)
 
 
-def finish_group(group: Sequence[subprocess.Popen[str]]) -> list[str]:
+def finish_group(group: Sequence[subprocess.Popen[str] | Fork]) -> list[str]:
     """What each process of a distributed group prints."""
     try:
         return [finish(process).stdout for process in group]
@@ -69,6 +119,13 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """:func:`start` and :func:`finish`."""
     return finish(start(*arguments, **environment), status)
+
+
+def run_fork(
+    imported: str, *arguments: object, status: int = 0, **environment: str | None
+) -> subprocess.CompletedProcess[str]:
+    """:func:`fork` and :func:`finish`."""
+    return finish(fork(imported, *arguments, **environment), status)
 
 
 # In the new process.

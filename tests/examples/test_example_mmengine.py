@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +41,7 @@ class Run:
         return [float(v) for v in re.findall(r"Epoch\(val\).+accuracy: ([\d.]+)", self.output)]
 
 
-def start(config: Path, folder: Path, epochs: int, *options: str) -> subprocess.Popen[str]:
+def start(config: Path, folder: Path, epochs: int, *options: str) -> processes.Fork:
     command = [EXAMPLES / "mmengine_train.py", config, *options, "--work-dir", folder]
     # The script is to see to what torch asks of those who resume.
     removed = {name: None for name in os.environ if "WEIGHTS_ONLY" in name}
@@ -50,10 +49,10 @@ def start(config: Path, folder: Path, epochs: int, *options: str) -> subprocess.
     environment = {"OMP_NUM_THREADS": "1", **removed}
     length = f"train_cfg.max_epochs={epochs}"
     with processes.without_transformers():
-        return processes.start(*command, "--cfg-options", length, **environment)
+        return processes.fork("mmengine.runner", *command, "--cfg-options", length, **environment)
 
 
-def finish(running: subprocess.Popen[str], folder: Path) -> Run:
+def finish(running: processes.Fork, folder: Path) -> Run:
     return Run(folder, processes.finish(running).stdout)
 
 
@@ -77,7 +76,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
     finally:
         for process in running.values():
             process.kill()
-            process.wait()
 
 
 def with_the_hook_of_mmengine() -> str:

@@ -143,11 +143,11 @@ def test_several_widths_are_averaged_saved_and_resumed(tmp_path: Path) -> None:
 
 def test_a_killed_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
     whole_folder, folder = tmp_path / "whole", tmp_path / "killed"
-    killed = processes.start(accelerate_run.__file__, folder, "--kill-at", 17)
+    killed = processes.fork("accelerate", accelerate_run.__file__, folder, "--kill-at", 17)
     whole = torch.load(accelerate_run.run(whole_folder))
     processes.finish(killed, -signal.SIGKILL)
     assert [path.name for path in folder.iterdir()] == ["checkpoint"]
-    processes.run(accelerate_run.__file__, folder, "--resume")
+    processes.run_fork("accelerate", accelerate_run.__file__, folder, "--resume")
     end = torch.load(folder / "end.pt")
     assert whole["average"]["steps"] == 12
     for part in ("model", "average"):

@@ -70,12 +70,16 @@ def assert_same_end(one: Path, other: Path) -> None:
 
 
 def test_a_killed_run_is_resumed_to_the_bit(tmp_path: Path) -> None:
-    killed = processes.start(huggingface_run.__file__, tmp_path / "killed", "--kill-at", 10)
+    killed = processes.fork(
+        "transformers.trainer", huggingface_run.__file__, tmp_path / "killed", "--kill-at", 10
+    )
     whole = huggingface_run.run(tmp_path / "whole")
     processes.finish(killed, -signal.SIGKILL)
     saved = sorted(path.name for path in (tmp_path / "killed").iterdir())
     assert saved == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
-    processes.run(huggingface_run.__file__, tmp_path / "killed", "--resume")
+    processes.run_fork(
+        "transformers.trainer", huggingface_run.__file__, tmp_path / "killed", "--resume"
+    )
     assert_same_end(tmp_path / "killed" / "end.pt", whole)
 
 

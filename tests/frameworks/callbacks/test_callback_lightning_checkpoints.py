@@ -40,13 +40,13 @@ def test_a_killed_training_is_resumed_to_the_bit(tmp_path: Path) -> None:
     """SIGKILL in the second epoch, between two checkpoints; then a new process goes on."""
     folders = [tmp_path / name for name in ("whole", "broken")]
     script = lightning_run.__file__
-    killed = processes.start(script, folders[1], "--kill-at", BATCHES + 7)
+    killed = processes.fork("lightning.pytorch", script, folders[1], "--kill-at", BATCHES + 7)
     folders[0].mkdir()
     lightning_run.run(folders[0])
     processes.finish(killed, -signal.SIGKILL)
     left = {path.name for path in folders[1].iterdir()}
     assert left == {f"step={step}.ckpt" for step in range(2, BATCHES + 7, 2)}
-    processes.run(script, folders[1], "--resume")
+    processes.run_fork("lightning.pytorch", script, folders[1], "--resume")
     expected, found = (load(folder / "end.pt") for folder in folders)
     assert expected["step"] == found["step"] == 3 * BATCHES
     assert differences(expected["model"], found["model"]) == []

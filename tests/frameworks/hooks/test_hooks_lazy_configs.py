@@ -74,7 +74,7 @@ def test_the_import_changes_and_no_other_line(tmp_path: Path) -> None:
         folder = tmp_path / name
         file = tmp_path / f"{name}.py"
         file.write_text(CONFIG.format(imports=imports, more=more, folder=str(folder)))
-        printed = processes.run("-c", RUN, file, *arguments).stdout
+        printed = processes.run_fork("mmengine.runner", "-c", RUN, file, *arguments).stdout
         assert printed.strip().splitlines()[-1] == expected
     found = {name: load(tmp_path / name / "epoch_2.pth") for name in cases}
     for name in cases:

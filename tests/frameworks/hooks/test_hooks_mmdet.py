@@ -113,7 +113,9 @@ here.trained(
     load_from=Path(sys.argv[2]), resume=True,
 )
 """
-    processes.run("-c", code, tmp_path / "rest", whole.folder / "epoch_2.pth")
+    processes.run_fork(
+        "mmengine.runner", "-c", code, tmp_path / "rest", whole.folder / "epoch_2.pth"
+    )
     runs.assert_same_rest(tmp_path / "rest", whole.folder)
 
 
@@ -171,7 +173,7 @@ print(json.dumps({
 
 
 def test_a_wrapped_model_in_two_processes_is_equal_to_the_bit(tmp_path: Path) -> None:
-    ranks = [processes.start("-c", _RANK, tmp_path, rank) for rank in range(2)]
+    ranks = [processes.fork("mmengine.runner", "-c", _RANK, tmp_path, rank) for rank in range(2)]
     told = [json.loads(text.splitlines()[-1]) for text in processes.finish_group(ranks)]
     for rank in told:
         assert rank["wrapped"]

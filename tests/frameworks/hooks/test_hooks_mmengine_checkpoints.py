@@ -97,7 +97,8 @@ def test_a_run_resumed_in_a_new_process_is_equal_to_one_that_was_never_broken_of
     for loop in LOOPS:
         trained(hook, tmp_path / loop / "whole", **LOOPS[loop])
         broken_off(hook, tmp_path / loop / "parts", BREAK, **LOOPS[loop])
-    processes.run(
+    processes.run_fork(
+        "mmengine.runner",
         "-c",
         "import sys\n"
         "from tests.frameworks.hooks.ema_hooks import LOOPS, Path\n"
@@ -228,7 +229,15 @@ torch.distributed.destroy_process_group()
 def test_a_model_in_distributed_data_parallel_is_equal_to_the_bit(tmp_path: Path) -> None:
     environment = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     ranks = [
-        processes.start("-c", DISTRIBUTED, tmp_path, RANK=rank, LOCAL_RANK=rank, **environment)
+        processes.fork(
+            "mmengine.runner",
+            "-c",
+            DISTRIBUTED,
+            tmp_path,
+            RANK=rank,
+            LOCAL_RANK=rank,
+            **environment,
+        )
         for rank in ("0", "1")
     ]
     processes.finish_group(ranks)

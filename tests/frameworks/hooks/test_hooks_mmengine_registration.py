@@ -137,7 +137,7 @@ for name in ("StochasticWeightAverage", "MomentumAnnealingEMA"):
 assert HOOKS.get("FusedEMAHook") is ours.EMAHook
 ours.register(replace=True)  # nothing changes if it is done again
 """
-    processes.run("-c", code, tmp_path / "new")
+    processes.run_fork("mmengine.runner", "-c", code, tmp_path / "new")
     run = trained({"type": THEIRS, "momentum": 0.07}, tmp_path / "here")
     assert type(run.hook()) is EMAHook
     for name in ("epoch_1.pth", "epoch_3.pth"):

@@ -170,7 +170,9 @@ mmengine_runs.trained(
     {hook!r}, Path(sys.argv[1]), epochs=4, load_from=Path(sys.argv[2]), resume=True
 )
 """
-    processes.run("-c", code, tmp_path / "rest", whole.folder / "epoch_2.pth")
+    processes.run_fork(
+        "mmengine.runner", "-c", code, tmp_path / "rest", whole.folder / "epoch_2.pth"
+    )
     runs.assert_same_rest(tmp_path / "rest", whole.folder)
 
 
