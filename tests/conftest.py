@@ -55,6 +55,7 @@ _START_RANKS = (
     "tests/saving/test_replicas.py",
     "tests/averages/test_nonfinite_steps.py",
     "tests/examples/test_example_fsdp2.py",
+    "tests/frameworks/test_zero3.py",
 )
 # What takes longest is begun first, so that no process is left alone with it at the end.
 _FIRST = (

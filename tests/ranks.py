@@ -13,7 +13,12 @@ from typing import Any
 
 _PATIENCE = 120.0  # seconds, for a collective call and for an answer
 # Imported once, in a process that all others are forks of: it takes each seconds otherwise.
-_IMPORTED = ["torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor"]
+_IMPORTED = [
+    "torch._dynamo",  # which optimizers import
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+]
 
 
 def _serve(rank: int, ranks: int, meeting: str, orders: Connection) -> None:

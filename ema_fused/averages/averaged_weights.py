@@ -16,6 +16,7 @@ from ema_fused.engine.plan import ARITHMETICS
 from ema_fused.modules.adopting import Adopted, Resize
 from ema_fused.modules.choosing import Pattern
 from ema_fused.modules.copying import averaged_skeleton
+from ema_fused.modules.partitions import partitioned_parameters
 from ema_fused.modules.sharding import is_flattened
 
 
@@ -70,6 +71,12 @@ class AveragedWeights(ExponentialMovingAverage):
         if arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic {arithmetic!r} is none of {', '.join(ARITHMETICS)}")
         flattened = isinstance(model, nn.Module) and is_flattened(model)
+        if options.get("skip_nonfinite") and partitioned_parameters(model):
+            raise ValueError(
+                "skip_nonfinite=True with ZeRO-3: each process would decide by its own pieces; "
+                "call update_parameters() where engine.was_step_applied(), which says the same in "
+                "all processes"
+            )
         if flattened and options.get("skip_nonfinite"):
             raise ValueError(
                 "skip_nonfinite=True with FSDP1: each process would decide by its own pieces, and "

@@ -27,7 +27,7 @@ from ema_fused.engine.versions import VersionCounters
 from ema_fused.frameworks import missing
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.exchanging import Exchange
-from ema_fused.modules.module_pairs import Pair, pair_up, plan_of
+from ema_fused.modules.module_pairs import Pairs, pair_up, plan_of
 
 __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 
@@ -202,7 +202,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         if self._has_averaged() and self._overrides("_copy_average_to_current"):
             self._is_final = True
         if self._is_swapped:
-            pairs = _pairs(self._average_model.module, pl_module)
+            pairs = _pairs(self._average_model.module, pl_module).updated
             # Pairs of two dtypes weren't swapped: the average still holds them, in its own dtype.
             alike = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
             plan_of(alike, backend=None).copy_()
@@ -445,8 +445,8 @@ def _check_arguments(device: object, use_buffers: object, kwargs: dict[str, Any]
         raise ValueError("avg_fn and multi_avg_fn are both given; only one of them may be set")
 
 
-def _pairs(averaged: nn.Module, model: nn.Module) -> list[Pair]:
+def _pairs(averaged: nn.Module, model: nn.Module) -> Pairs:
     """The pairs of all parameters and buffers, non-persistent ones included."""
     return pair_up(
         averaged, model, update_buffers=True, shares=FrozenShares(), caches_are_buffers=True
-    ).updated
+    )

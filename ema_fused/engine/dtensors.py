@@ -1,7 +1,8 @@
 """DTensors in lists of tensors: each process updates the shards that it holds.
 
-A DTensor (FSDP2's ``fully_shard``, tensor parallelism) holds its shard as a plain tensor. Averages
-are sharded like their sources, so an update needs no communication.
+A DTensor (FSDP2's ``fully_shard``, tensor parallelism) holds its shard as a plain tensor, and so
+does a :class:`~.flat_shards.FlatShard` (ZeRO-3). Averages are sharded like their sources, so an
+update needs no communication.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ema_fused.engine.flat_shards import FlatShard
+
 shard_of: Callable[[Any], Tensor] = attrgetter("_local_tensor")
 
 
@@ -23,15 +26,17 @@ def class_if_imported(module: str, name: str) -> Any:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor."""
+    """Whether ``tensor`` is a DTensor or a FlatShard."""
     if type(tensor) is Tensor or type(tensor) is nn.Parameter:
         return False
+    if isinstance(tensor, FlatShard):
+        return True
     dtensor = class_if_imported("torch.distributed.tensor", "DTensor")
     return dtensor is not None and isinstance(tensor, dtensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The shard of ``tensor`` in this process; the tensor itself if it isn't a DTensor."""
+    """The shard of ``tensor`` in this process; the tensor itself if it isn't sharded."""
     return shard_of(tensor) if is_sharded(tensor) else tensor
 
 
@@ -45,9 +50,14 @@ def replace_local(tensor: Tensor, shard: Tensor) -> None:
 
 
 def placed_as(tensor: Tensor, shard: Tensor) -> Tensor:
-    """``shard`` as a DTensor with the mesh and placements of ``tensor``, if that is one."""
+    """``shard`` as a DTensor with the mesh and placements of ``tensor``, if that is one.
+
+    Of a FlatShard, as another piece of the same place.
+    """
     if not is_sharded(tensor):
         return shard
+    if isinstance(tensor, FlatShard):
+        return tensor.with_shard(shard)
     dtensor = class_if_imported("torch.distributed.tensor", "DTensor")
     if shard.device.type not in (tensor.device_mesh.device_type, "meta"):  # type: ignore[attr-defined]
         # from_local() would move it to the mesh's device type; an offloaded average must stay.
@@ -72,12 +82,19 @@ def check_placed_alike(name: str, averaged: Tensor, source: Tensor) -> None:
     """Raises unless both sides of a pair have the same device mesh and placements.
 
     Raises:
-        TypeError: only one of them is a DTensor, or a placement is Partial.
+        TypeError: only one of them is sharded, or a placement is Partial.
         ValueError: meshes or placements differ.
     """
     sides = is_sharded(averaged), is_sharded(source)
     if not any(sides):
         return
+    if isinstance(source, FlatShard) and not isinstance(averaged, FlatShard):
+        raise TypeError(
+            f"{name!r} is cut into flat pieces in the model (DeepSpeed ZeRO-3) and isn't in the "
+            f"average; both are expected to be cut alike. Make the average after "
+            f"deepspeed.initialize: ema_fused.AveragedWeights(engine.module, ...); a checkpoint "
+            f"of averages made before is loaded into that by ema_fused.checkpoints"
+        )
     if not all(sides):
         which, other = ("average", "model") if sides[0] else ("model", "average")
         raise TypeError(

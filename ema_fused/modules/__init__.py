@@ -6,8 +6,8 @@ buffers), :mod:`.pairing` keeps the plan for them and makes a new one when tenso
 averages into the model, :mod:`.swapping` for the duration of a block, :mod:`.stepping` tells of
 optimizers. :mod:`.copying` makes the averaged copy (:mod:`.deep_copies`, or a :mod:`.skeleton` of
 bare modules), :mod:`.adopting` takes over a changed structure, :mod:`.extra_state` what modules
-keep beside tensors. :mod:`.sharding` handles FSDP and ZeRO-3. May import ``engine`` and
-``offloading``.
+keep beside tensors. :mod:`.sharding` handles FSDP, :mod:`.partitions` ZeRO-3. May import ``engine``
+and ``offloading``.
 """
 
 from __future__ import annotations

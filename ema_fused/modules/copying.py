@@ -111,13 +111,12 @@ def averaged_skeleton(
     """The averaged tensors of ``model`` in bare modules; otherwise as :func:`averaged_copy`.
 
     Raises:
-        TypeError: the parameters are partitioned by ZeRO-3.
+        TypeError: ZeRO-3 keeps a parameter where it can't be averaged.
     """
     drop_gathered(model)
     aliases: set[int] = set()
 
     def average_of(name: str, tensor: Tensor) -> Tensor:
-        refuse_partitioned(name, tensor)
         if is_lazy(tensor):
             return _without_elements(tensor)
         is_parameter = isinstance(tensor, nn.Parameter)

@@ -16,8 +16,9 @@ from ema_fused.modules.changes import take_over_changes
 from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.first_values import FirstValues
-from ema_fused.modules.module_pairs import Pair, pair_up, plan_of, refuse_untied
-from ema_fused.modules.sharding import drop_gathered, drop_gathered_in, parts_of_fsdp
+from ema_fused.modules.kept_elsewhere import have_moved
+from ema_fused.modules.module_pairs import Pair, Pairs, pair_up, plan_of, refuse_untied
+from ema_fused.modules.sharding import Gathered
 from ema_fused.modules.waiting import wait_until_all_have_read
 from ema_fused.modules.watch import ModuleWatch
 
@@ -34,19 +35,28 @@ def _each_source_once(pairs: Iterable[Pair]) -> list[Pair]:
     return list(distinct.values())
 
 
-def _pairs(averaged: nn.Module, model: nn.Module, shares: FrozenShares) -> list[Pair]:
+def _pairs(
+    averaged: nn.Module, model: nn.Module, shares: FrozenShares, *, for_passes: bool = True
+) -> Pairs:
     """The pairs of all tensors that the average holds."""
-    pairs = pair_up(averaged, model, update_buffers=False, shares=shares).updated
-    return _each_source_once(pairs)
+    found = pair_up(averaged, model, update_buffers=False, shares=shares, for_passes=for_passes)
+    return found._replace(updated=_each_source_once(found.updated))
 
 
 def copy_to(
     averaged: nn.Module, model: nn.Module, *, shares: FrozenShares, backend: str | None
 ) -> None:
-    """Copies every averaged tensor into ``model``, converting dtypes."""
+    """Copies every averaged tensor into ``model``, converting dtypes.
+
+    Where the optimizer steps on other tensors than the passes read, it is copied into both.
+    """
     wait_until_all_have_read()
-    drop_gathered(model)
-    pairs = _pairs(averaged, model, shares)
+    Gathered(model).drop()
+    found = _pairs(averaged, model, shares)
+    pairs = found.updated
+    if found.elsewhere:
+        masters = _pairs(averaged, model, shares, for_passes=False).updated
+        pairs = _each_source_once([*pairs, *masters])
     Plan(
         [pair.source for pair in pairs],
         [pair.averaged for pair in pairs],
@@ -93,7 +103,7 @@ class Exchange:
         self,
         averaged: nn.Module,
         model: nn.Module,
-        find_pairs: Callable[[], list[Pair]],
+        find_pairs: Callable[[], Pairs],
         *,
         backend: str | None,
         first_values: FirstValues | None = None,
@@ -113,10 +123,9 @@ class Exchange:
         return [pair.name for pair in self._overwrites]
 
     def _prepare(self) -> None:
-        self._parts_of_fsdp = parts_of_fsdp(self._model)
-        drop_gathered_in(self._parts_of_fsdp)
-        slots_changed = ModuleWatch(*self._modules).changed
-        pairs = self._find_pairs()
+        self._gathered = Gathered(self._model)
+        self._gathered.drop()
+        slots_changed, pairs = self._found()
         refuse_untied(pairs)
         self._swaps = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
         self._overwrites = [pair for pair in pairs if pair.averaged.dtype != pair.source.dtype]
@@ -124,6 +133,14 @@ class Exchange:
         self._overwrite = self._plan_overwriting([pair.averaged for pair in self._overwrites])
         self._written = _written(self._swaps, self._overwrites)
         self._slots_changed = slots_changed
+
+    def _found(self) -> tuple[Callable[[], bool], list[Pair]]:
+        """The pairs, and what tells whether their tensors have been replaced since."""
+        changed = ModuleWatch(*self._modules).changed
+        pairs, _, elsewhere = self._find_pairs()
+        if not elsewhere:
+            return changed, pairs
+        return (lambda: changed() or have_moved(elsewhere)), pairs
 
     def _plan_overwriting(self, values: list[Tensor]) -> Plan:
         return Plan(
@@ -145,7 +162,7 @@ class Exchange:
             return
         wait_until_all_have_read()
         # If FSDP has come to the model since, its parameters are other objects.
-        drop_gathered_in(self._parts_of_fsdp)
+        self._gathered.drop()
         if self._slots_changed() or not self._is_as_planned():
             self._prepare()
         kept = {
@@ -186,10 +203,11 @@ class Exchange:
     def _put_back(self, *, is_unchanged: bool = False) -> None:
         if not self.is_in:
             return
-        drop_gathered_in(self._parts_of_fsdp)
+        self._gathered.drop()
         try:
             if self._slots_changed():
-                drop_gathered(self._model)
+                self._gathered = Gathered(self._model)
+                self._gathered.drop()
                 self._find_again()
             own = [self._kept[pair.name] for pair in self._overwrites]
             restore = self._plan_overwriting(own) if own else None
@@ -216,13 +234,13 @@ class Exchange:
 
     def _find_again(self) -> None:
         """Finds the same pairs again, by name, after tensors in the modules were replaced."""
-        found = {pair.name: pair for pair in self._find_pairs()}
+        self._slots_changed, pairs = self._found()
+        found = {pair.name: pair for pair in pairs}
         self._swaps = [found[pair.name] for pair in self._swaps]
         self._overwrites = [found[pair.name] for pair in self._overwrites]
         self._swap = plan_of(self._swaps, backend=self._backend)
         self._overwrite = self._plan_overwriting([pair.averaged for pair in self._overwrites])
         self._written = _written(self._swaps, self._overwrites)
-        self._slots_changed = ModuleWatch(*self._modules).changed
 
 
 def _written(swaps: list[Pair], overwrites: list[Pair]) -> VersionCounters:
@@ -255,8 +273,11 @@ def exchange_of_averages(
 ) -> Exchange:
     """An :class:`Exchange` of averaged tensors only, buffers as ``update_buffers`` says."""
 
-    def find_pairs() -> list[Pair]:
-        pairs = pair_up(averaged, model, update_buffers=update_buffers, shares=shares).updated
-        return _each_source_once(pair for pair in pairs if pair.averages)
+    def find_pairs() -> Pairs:
+        found = pair_up(
+            averaged, model, update_buffers=update_buffers, shares=shares, for_passes=True
+        )
+        averages = [pair for pair in found.updated if pair.averages]
+        return found._replace(updated=_each_source_once(averages))
 
     return Exchange(averaged, model, find_pairs, backend=backend, first_values=first_values)

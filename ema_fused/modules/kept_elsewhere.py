@@ -1,45 +1,62 @@
-"""Weights that accelerate keeps in host memory between a model's passes (``cpu_offload``).
+"""Weights that a model's own parameters don't hold between its passes.
 
-The model's own parameters are on the meta device meanwhile, and each pass reads them anew from
-where they are kept. So that is what is averaged, and what averages are written into.
+Those that accelerate keeps in host memory (``cpu_offload``): the parameters are on the meta device
+meanwhile, and each pass reads them anew from where they are kept. And those that ZeRO-3 partitions
+(:mod:`.partitions`). So that is what is averaged, and what averages are written into.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from ema_fused.engine.memory import memory_of
+from ema_fused.modules.partitions import Partitions, is_partitioned
 
 
-class Kept(NamedTuple):
+class Kept(Protocol):
+    """Where tensors were found."""
+
+    def has_moved(self) -> bool:
+        """Whether they are elsewhere now."""
+
+
+class _KeptIn(NamedTuple):
     """A tensor, and the mapping that had it under ``name``."""
 
     values: Mapping[str, Tensor]
     name: str
     tensor: Tensor
 
+    def has_moved(self) -> bool:
+        return self.values[self.name] is not self.tensor
+
 
 def have_moved(found: list[Kept]) -> bool:
-    """Whether one of the tensors is kept as another object now."""
-    return any(one.values[one.name] is not one.tensor for one in found)
+    """Whether one of the tensors is kept elsewhere now."""
+    return any(one.has_moved() for one in found)
 
 
 class KeptElsewhere:
-    """Where accelerate keeps the tensors of ``model``.
+    """Where the tensors of ``model`` are kept that it doesn't hold itself.
 
     A tensor that is read from a file at each pass isn't found: written values would be lost.
 
+    Args:
+        for_passes: find what the model's passes read, not what the optimizer steps on, where these
+            are two.
+
     Attributes:
-        found: what :meth:`find` has found.
+        found: where :meth:`find` has found something.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, for_passes: bool = False) -> None:
         self.found: list[Kept] = []
         self._model = model
+        self._partitions = Partitions(self.found, for_passes=for_passes)
         self._seen: dict[tuple[object, ...], Tensor] = {}
 
     @functools.cached_property
@@ -64,7 +81,12 @@ class KeptElsewhere:
         Returns:
             A tensor in the memory that the next pass reads, one object for all that are tied; with
             ``requires_grad`` of ``tensor``. ``tensor`` itself if there is no such memory.
+
+        Raises:
+            TypeError: ZeRO-3 keeps it where it can't be averaged.
         """
+        if is_partitioned(tensor):
+            return self._partitions.find(key, tensor)
         keeper = self._keepers.get((id(owner), key)) if tensor.is_meta else None
         if keeper is None:
             return tensor
@@ -73,7 +95,7 @@ class KeptElsewhere:
         # What is on disk is a new tensor at each look.
         if kept is None or kept.is_meta or values[name] is not kept:
             return tensor
-        self.found.append(Kept(values, name, kept))
+        self.found.append(_KeptIn(values, name, kept))
         place = (isinstance(tensor, nn.Parameter), tensor.requires_grad, *memory_of(kept))
         if place not in self._seen:
             self._seen[place] = _as_held(kept, tensor)

@@ -16,7 +16,6 @@ from ema_fused.modules.choosing import Buffers, is_chosen
 from ema_fused.modules.copying import FrozenShares, is_view_of
 from ema_fused.modules.kept_elsewhere import Kept, KeptElsewhere
 from ema_fused.modules.naming import match_names, named_once, without_wrappers
-from ema_fused.modules.sharding import refuse_partitioned
 from ema_fused.modules.shared_parameter import has_own_class, shared
 
 
@@ -138,6 +137,7 @@ def pair_up(
     shares: FrozenShares,
     leave: Collection[Kind] = (),
     caches_are_buffers: bool = False,
+    for_passes: bool = False,
 ) -> Pairs:
     """The pairs of both modules, tied ones once; kinds in ``leave`` are ignored.
 
@@ -145,16 +145,20 @@ def pair_up(
     averaged (integers, bool), sparse buffers and all other buffers are copied. A non-persistent
     buffer is left alone unless the model has one of its shape and kind.
 
+    Args:
+        for_passes: the sources are what the model's passes read, not what its optimizer steps on,
+            where these are two (ZeRO-3's 16-bit and float32 partitions).
+
     Raises:
         KeyError: names don't match.
         ValueError: shapes or placements differ.
         TypeError: one side is floating-point (or complex, or sharded) and the other isn't, or
-            ZeRO-3 has partitioned a parameter.
+            ZeRO-3 keeps a parameter where it can't be averaged.
         If an error is raised, nothing has been changed.
     """
     ours, theirs = (slots_of(root, leave, caches_are_buffers) for root in (averaged, model))
     names = partners(ours, theirs)
-    kept = KeptElsewhere(model)
+    kept = KeptElsewhere(model, for_passes=for_passes)
     pairs: list[Pair] = []
     for number, (name, source_name) in enumerate(names.items()):
         slot, (source, _, owner, key) = ours[name], theirs[source_name]
@@ -220,7 +224,6 @@ def _is_like(averaged: Tensor, source: Tensor) -> bool:
 
 
 def _check(name: str, averaged: Tensor, source: Tensor) -> None:
-    refuse_partitioned(name, source)
     refuse_lazy(name, source, "model")
     refuse_lazy(name, averaged, "average")
     check_placed_alike(name, averaged, source)

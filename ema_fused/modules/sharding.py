@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from ema_fused.engine.dtensors import class_if_imported, local, placed_as
 from ema_fused.engine.host_memory import host_memory
 from ema_fused.engine.memory import is_wrapper, starts_in_one_place
+from ema_fused.modules.partitions import (
+    drop_gathered_partitions,
+    is_partitioned,
+    partitioned_parameters,
+)
 
 Device = torch.device | str | int | None
 
@@ -63,14 +68,26 @@ def refuse_deepcopy(model: nn.Module) -> None:
         )
 
 
+class Gathered:
+    """What FSDP and ZeRO-3 may have gathered of ``model``, found once."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parts = parts_of_fsdp(model)
+        self._partitioned = partitioned_parameters(model)
+
+    def drop(self) -> None:
+        """Frees it; the next pass gathers anew, from the shards as they are then."""
+        drop_gathered_in(self._parts)
+        drop_gathered_partitions(self._partitioned)
+
+
 def refuse_partitioned(name: str, tensor: Tensor) -> None:
     """Raises TypeError for a parameter whose elements DeepSpeed's ZeRO-3 has partitioned."""
-    if hasattr(tensor, "ds_id") and tensor.numel() == 0 and getattr(tensor, "ds_numel", None) != 0:
+    if is_partitioned(tensor):
         raise TypeError(
-            f"{name!r} is partitioned by DeepSpeed ZeRO-3 (ds_id {tensor.ds_id}) and holds no "
-            f"elements here; whole parameters are expected. Train with ZeRO-1 or ZeRO-2, or shard "
-            f"the model by FSDP2 (fully_shard) and average that; or average inside "
-            f"deepspeed.zero.GatheredParameters(model.parameters()), where they are whole"
+            f"{name!r} is partitioned by DeepSpeed ZeRO-3, so this process has a piece of it, and "
+            f"a copy of the module would have none; keep the average without a copy: "
+            f"ema_fused.AveragedWeights(engine.module, ...)"
         )
 
 

@@ -16,6 +16,7 @@ _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 # Wrappers of frameworks: module, class, and the child that is the wrapped module. Told by
 # their classes, as other modules have children of these names.
 _OF_FRAMEWORKS = (
+    ("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),
     ("lightning_fabric.wrappers", "_FabricModule", "_original_module"),
     ("lightning.fabric.wrappers", "_FabricModule", "_original_module"),
     ("opacus.grad_sample.gsm_base", "AbstractGradSampleModule", "_module"),

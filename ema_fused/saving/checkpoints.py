@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.tensor import distribute_tensor
 
 from ema_fused.engine.dtensors import is_sharded
+from ema_fused.engine.flat_shards import FlatShard
 from ema_fused.modules.paired_module import PairedModule
 from ema_fused.modules.sharding import is_flattened
 from ema_fused.modules.swapping import refuse_while_swapped
@@ -150,6 +151,9 @@ def averaged_state_dict(
     """
     own = _own_buffers(averaged)
     averaged.settle()
+    whole_here = not (
+        full_state_dict and cpu_offload and dist.is_initialized() and dist.get_rank() > 0
+    )
     # torch crashes when it is asked to offload FSDP1's tensors that are on the CPU already.
     is_there = is_flattened(model) and all(one.is_cpu for one in model.parameters())
     options = StateDictOptions(
@@ -162,7 +166,14 @@ def averaged_state_dict(
         tensors = get_model_state_dict(averaged.module, options=options)
         for name in averaged.shared_names:
             tensors.pop(name, None)
-    if full_state_dict and cpu_offload and dist.is_initialized() and dist.get_rank() > 0:
+        # Torch's function doesn't know how to gather these.
+        for name, tensor in averaged.module.state_dict().items() if full_state_dict else ():
+            if isinstance(tensor, FlatShard) and name not in averaged.shared_names:
+                whole = tensor.full_tensor()
+                tensors[name] = whole.to("cpu") if cpu_offload else whole
+                if not whole_here:
+                    del tensors[name]
+    if not whole_here:
         return {}
     return own | {MODULE + name: tensor for name, tensor in tensors.items()}
 
@@ -212,7 +223,8 @@ def _spread_as(
     spread = dict(state_dict)
     for name, own in averaged.module.state_dict().items():
         whole = tensors.get(name)
-        if is_sharded(own) and type(whole) is Tensor:
+        # Into a FlatShard, load_state_dict copies its piece of the whole.
+        if is_sharded(own) and type(whole) is Tensor and not isinstance(own, FlatShard):
             place: Any = own
             spread[MODULE + name] = distribute_tensor(
                 whole, place.device_mesh, place.placements, src_data_rank=None

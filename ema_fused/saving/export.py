@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ema_fused.engine.dtensors import is_sharded, local, placed_as
+from ema_fused.engine.flat_shards import FlatShard
 from ema_fused.modules.module_pairs import Kind, Slot, slots_of
 from ema_fused.modules.naming import match_names
 from ema_fused.modules.sharding import drop_gathered, is_flattened
@@ -291,9 +292,11 @@ def _write(
 
 
 def _whole(tensor: Any) -> Tensor:
-    """The whole tensor; a DTensor is gathered by every process of its mesh."""
+    """The whole tensor; a sharded one is gathered by every process that has a shard."""
     if not is_sharded(tensor):
         return cast(Tensor, tensor)
+    if isinstance(tensor, FlatShard):
+        return tensor.full_tensor()
     shard, kind = local(tensor), tensor.device_mesh.device_type
     if shard.device.type != kind:
         # An average in host memory: the process group communicates on the model's device.

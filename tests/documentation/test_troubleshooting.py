@@ -92,6 +92,7 @@ EXEMPT = {
     "what other code reads: a representation, a mark in files, a kind, a pattern, a pragma": [
         "Plan(devices=..., backends=..., arithmetic=..., rounding=..., averages=..., tensors=..., "
         "elements=..., chunks=..., launches=...)",
+        "FlatShard(..., shape=..., piece ... of ...)",
         "ema_fused power-function average 1",
         "non-persistent buffer",
         "torch.distributed is disabled",

@@ -6,7 +6,6 @@ import re
 import warnings
 from typing import Any
 
-import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -72,20 +71,3 @@ def test_what_cannot_be_is_refused_with_what_to_do(two_ranks: Ranks) -> None:
     for found in two_ranks.run(refusals):
         for message, pattern in zip(found, expected, strict=True):
             assert re.match(pattern, message, re.DOTALL), message
-
-
-def test_partitioned_parameters_of_zero_3_are_refused() -> None:
-    model = perceptron()
-    average = AveragedWeights(model)
-    # As DeepSpeed leaves a parameter that others hold a part of.
-    for parameter in model.parameters():
-        parameter.ds_id, parameter.ds_numel = 7, parameter.numel()
-        parameter.data = torch.empty(0)
-    message = r"'scale' is partitioned by DeepSpeed ZeRO-3 \(ds_id 7\).*ZeRO-1 or ZeRO-2"
-    for make in (AveragedWeights, ExponentialMovingAverage):
-        with pytest.raises(TypeError, match=message):
-            make(model)
-    before = {name: tensor.clone() for name, tensor in average.weights.items()}
-    with pytest.raises(TypeError, match=message):
-        average.update_parameters(model)
-    assert not differing(before, average.weights)

@@ -1,0 +1,238 @@
+"""Averages of models that DeepSpeed's ZeRO-3 partitions, beside those of the recorded pieces."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor.debug import CommDebugMode
+
+from ema_fused import AveragedWeights, ExponentialMovingAverage
+from ema_fused.engine.dtensors import local
+from tests.frameworks.zero3_models import (
+    bits_of,
+    deepspeed,
+    masters,
+    network,
+    outputs,
+    partitioned,
+    train,
+    whole_weights,
+)
+from tests.ranks import Ranks, started
+
+pytest.importorskip("deepspeed", reason="DeepSpeed isn't installed")
+
+FROZEN = {"frozen.weight", "frozen.bias"}
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    """Of this file's own: other files' processes don't get DeepSpeed imported into them."""
+    with started(2) as ranks:
+        yield ranks
+
+
+class Beside:
+    """An average of a partitioned model, and one of its recorded pieces as plain parameters."""
+
+    def __init__(self, engine: Any, **options: Any) -> None:
+        self.engine = engine
+        self.averaged = AveragedWeights(engine.module, **options)
+        self.recorded = nn.ParameterList(masters(engine).values())
+        self.expected = ExponentialMovingAverage(self.recorded, **options)
+
+    def step(self, number: int) -> None:
+        train(self.engine, number)
+        self.averaged.update_parameters(self.engine.module)
+        with torch.no_grad():
+            for one, piece in zip(self.recorded, masters(self.engine).values(), strict=True):
+                one.copy_(piece)
+        self.expected.update_parameters(self.recorded)
+
+    def differing(self) -> list[str]:
+        found = [(name, local(one)) for name, one in self.averaged.module.named_parameters()]
+        expected = self.expected.module.parameters()
+        return [
+            name
+            for (name, one), other in zip(found, expected, strict=True)
+            if one.dtype != other.dtype or not torch.equal(one, other)
+        ]
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Names whose values aren't the same to the bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "double": {"averaged_dtype": torch.float64},
+    "every": {"every": 2},
+    "foreach": {"backend": "foreach"},
+}
+
+
+def averages(bf16: bool) -> dict[str, list[str]]:
+    engine = partitioned(network(), bf16=bf16, sub_group_size=600)
+    every = {name: Beside(engine, momentum=0.1, **options) for name, options in OPTIONS.items()}
+    for beside in every.values():
+        beside.averaged.update_parameters(engine.module)
+        beside.expected.update_parameters(beside.recorded)
+    for number in range(4):
+        train(engine, number)
+        for beside in every.values():
+            beside.step(number)
+    return {name: beside.differing() for name, beside in every.items()}
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_averages_are_those_of_the_float32_pieces(two_ranks: Ranks, bf16: bool) -> None:
+    for found in two_ranks.run(averages, bf16):
+        assert found == {name: [] for name in OPTIONS}
+
+
+def what_is_sent() -> tuple[int, int]:
+    engine = partitioned(network())
+    averaged = AveragedWeights(engine.module, 0.1)
+    averaged.update_parameters(engine.module)
+    train(engine, 0)
+    with CommDebugMode() as updating:
+        averaged.update_parameters(engine.module)
+    with CommDebugMode() as gathering:
+        averaged.weights["first.weight"].full_tensor()  # type: ignore[attr-defined]
+    assert int(averaged.steps) == 2
+    return updating.get_total_counts(), gathering.get_total_counts()
+
+
+def test_an_update_sends_nothing(two_ranks: Ranks) -> None:
+    assert two_ranks.run(what_is_sent) == [(0, 1)] * 2
+
+
+def swaps(bf16: bool, options: dict[str, Any]) -> None:
+    engine = partitioned(network(), bf16=bf16)
+    averaged = AveragedWeights(engine.module, 0.3, **options)
+    for number in range(3):
+        train(engine, number)
+        averaged.update_parameters(engine.module)
+    assert statuses(engine) == {"AVAILABLE", "NOT_AVAILABLE"}  # what persists is gathered
+    own, said = bits_of(engine), outputs(engine)
+    assert statuses(engine) == {"AVAILABLE"}  # and so is what the last pass has left
+    plain = network()
+    plain.load_state_dict(whole_weights(averaged))
+    expected = outputs(plain.bfloat16() if bf16 else plain)
+    assert not torch.equal(expected, said)
+    for _ in range(2):
+        with averaged.swapped(engine.module):
+            assert torch.equal(outputs(engine), expected)
+        assert not differing(bits_of(engine), own)
+        assert torch.equal(outputs(engine), said)
+    with averaged.swapped(engine.module), gathered(engine):
+        assert torch.equal(engine.module.last.weight, plain.last.weight)
+    with pytest.raises(ZeroDivisionError), averaged.swapped(engine.module):
+        broken = engine.module.last.register_forward_pre_hook(lambda *_: 1 / 0)
+        outputs(engine)
+    broken.remove()
+    assert not differing(bits_of(engine), own)
+    assert torch.equal(outputs(engine), said)
+    train(engine, 4)
+
+
+def statuses(engine: Any) -> set[str]:
+    return {parameter.ds_status.name for parameter in engine.module.parameters()}
+
+
+def gathered(engine: Any) -> Any:
+    return deepspeed().zero.GatheredParameters(list(engine.module.parameters()))
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("options", [{}, {"averaged_dtype": torch.bfloat16}, {"offload": "cpu"}])
+def test_averages_swapped_in_are_what_is_gathered(
+    two_ranks: Ranks, bf16: bool, options: dict[str, Any]
+) -> None:
+    two_ranks.run(swaps, bf16, options)
+
+
+def copies(bf16: bool) -> None:
+    engine = partitioned(network(), bf16=bf16)
+    averaged = AveragedWeights(engine.module, 0.3)
+    for number in range(3):
+        train(engine, number)
+        averaged.update_parameters(engine.module)
+    averaged.copy_to(engine.module)
+    pieces = {name: local(one) for name, one in averaged.module.named_parameters()}
+    assert not differing(masters(engine), pieces)
+    plain = network()
+    plain.load_state_dict(whole_weights(averaged))
+    assert torch.equal(outputs(engine), outputs(plain.bfloat16() if bf16 else plain))
+    train(engine, 4)
+    trained = {name for name, piece in pieces.items() if piece.numel()} - FROZEN
+    assert set(differing(masters(engine), pieces)) == trained
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_training_goes_on_from_averages_copied_in(two_ranks: Ranks, bf16: bool) -> None:
+    two_ranks.run(copies, bf16)
+
+
+def of_the_engine() -> None:
+    engine = partitioned(network())
+    averaged = AveragedWeights(engine, 0.3, share_frozen=True)
+    assert averaged.shared_names == FROZEN
+    assert list(averaged.weights) == list(network().state_dict())
+    for number in range(2):
+        train(engine, number)
+        averaged.update_parameters(engine)
+    first, tied = averaged.module.first, averaged.module.tied
+    assert first.weight is tied.weight
+    own = bits_of(engine)
+    with averaged.swapped(engine):
+        inside = bits_of(engine)
+    pieces = {f"{name} piece" for name, _ in engine.module.named_parameters()}
+    assert set(differing(inside, own)) <= pieces - {f"{name} piece" for name in FROZEN}
+    assert not differing(bits_of(engine), own)
+
+
+def test_the_engine_itself_is_a_wrapper_and_frozen_pieces_are_shared(two_ranks: Ranks) -> None:
+    two_ranks.run(of_the_engine)
+
+
+def refusals() -> list[str]:
+    model = network()
+    before = AveragedWeights(model), ExponentialMovingAverage(model)
+    engine = partitioned(model)
+    averaged = AveragedWeights(engine.module)
+    attempts: list[Callable[[], object]] = [
+        lambda: ExponentialMovingAverage(engine.module),
+        lambda: before[0].update_parameters(engine.module),
+        lambda: before[1].update_parameters(engine.module),
+        lambda: AveragedWeights(engine.module, skip_nonfinite=True),
+        lambda: averaged.weights["first.weight"] + 1,
+    ]
+    messages = []
+    for attempt in attempts:
+        with pytest.raises((TypeError, ValueError, NotImplementedError)) as found:
+            attempt()
+        messages.append(f"{type(found.value).__name__}: {found.value}")
+    assert int(before[0].steps) == 0
+    return messages
+
+
+def test_what_cannot_be_is_refused_with_what_to_do(two_ranks: Ranks) -> None:
+    made_before = r"TypeError: 'scale' is cut into flat pieces in the model .*deepspeed.initialize"
+    expected = [
+        r"TypeError: 'scale' is partitioned by DeepSpeed ZeRO-3.*AveragedWeights\(engine.module",
+        made_before,
+        made_before,
+        r"ValueError: skip_nonfinite=True with ZeRO-3.*was_step_applied",
+        r"NotImplementedError: .* of a FlatShard.*to_local\(\).*full_tensor\(",
+    ]
+    for found in two_ranks.run(refusals):
+        for message, pattern in zip(found, expected, strict=True):
+            assert re.match(pattern, message, re.DOTALL), message

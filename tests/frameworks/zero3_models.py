@@ -1,0 +1,135 @@
+"""Models that DeepSpeed's ZeRO-3 partitions between gloo processes, and their training."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ema_fused import AveragedWeights
+from ema_fused.engine.dtensors import is_sharded
+
+IN, HIDDEN, OUT = 33, 16, 7
+
+
+class Network(nn.Module):
+    """One parameter is tied, two are frozen, some are cut unevenly, one has a single element."""
+
+    batches: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(IN, HIDDEN)
+        self.tied = nn.Linear(IN, HIDDEN)
+        self.tied.weight = self.first.weight
+        self.norm = nn.LayerNorm(HIDDEN)
+        self.register_buffer("batches", torch.tensor(0))
+        self.frozen = nn.Linear(HIDDEN, HIDDEN)
+        self.last = nn.Linear(HIDDEN, OUT)
+        self.scale = nn.Parameter(torch.ones(1))
+        self.frozen.requires_grad_(False)
+
+    def forward(self, batch: Tensor) -> Tensor:
+        if self.training:
+            self.batches += 1
+        hidden = torch.relu(self.first(batch)) + self.tied(batch)
+        hidden = self.frozen(self.norm(hidden))
+        result: Tensor = self.last(torch.relu(hidden)) * self.scale
+        return result
+
+
+def network(seed: int = 0) -> Network:
+    torch.manual_seed(seed)
+    return Network()
+
+
+@functools.cache
+def deepspeed() -> Any:
+    """The package, told that there is no GPU."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ.setdefault("LOCAL_RANK", str(dist.get_rank()))
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("ERROR")
+    # Or it compiles its own collectives first, for half a minute ...
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # ... and imports torch's compiler, for an optimizer that nobody asks for here.
+    with mock.patch.object(torch, "compile", lambda function: function):
+        import deepspeed.runtime.zero.muon.original_muon
+    return deepspeed
+
+
+def partitioned(
+    model: nn.Module, *, stage: int = 3, bf16: bool = True, persistent: int = 40, **more: Any
+) -> Any:
+    """DeepSpeed's engine around ``model``; parameters of up to ``persistent`` elements persist."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": persistent, **more}
+    engine, *_ = deepspeed().initialize(
+        model=model,
+        config={
+            "train_micro_batch_size_per_gpu": 6,
+            "bf16": {"enabled": bf16},
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
+        },
+    )
+    return engine
+
+
+def train(engine: Any, step: int) -> None:
+    """One step, in each process on samples of its own."""
+    random = torch.Generator().manual_seed(100 * step + dist.get_rank())
+    batch = torch.randn(6, IN, generator=random)
+    dtype = torch.bfloat16 if engine.bfloat16_enabled() else torch.float32
+    engine.train()
+    engine.backward(engine(batch.to(dtype)).float().square().mean())
+    engine.step()
+
+
+def outputs(model: Any) -> Tensor:
+    """What an engine or a plain model says at the moment; an engine gathers as ever."""
+    batch = torch.randn(5, IN, generator=torch.Generator().manual_seed(7))
+    model.eval()
+    with torch.no_grad():
+        result: Tensor = model(batch.to(next(model.parameters()).dtype)).float()
+    return result
+
+
+def whole(tensor: Any) -> Tensor:
+    """All elements, in every process."""
+    result: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor.clone()
+    return result
+
+
+def whole_weights(averaged: AveragedWeights) -> dict[str, Tensor]:
+    return {name: whole(tensor) for name, tensor in averaged.weights.items()}
+
+
+def bits_of(engine: Any) -> dict[str, Tensor]:
+    """Copies of all that the engine keeps of the model in this process: pieces and masters."""
+    held = {}
+    for name, parameter in engine.module.named_parameters():
+        held[f"{name} piece"] = parameter.ds_tensor.detach().clone()
+        master = deepspeed().utils.safe_get_local_fp32_param(parameter)
+        if master is not None:
+            held[f"{name} master"] = master.detach().clone()
+    held |= {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
+    return held
+
+
+def masters(engine: Any) -> dict[str, Tensor]:
+    """Copies of what an average is made of: float32 pieces without padding, by name."""
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        piece = deepspeed().utils.safe_get_local_fp32_param(parameter)
+        piece = parameter.ds_tensor if piece is None else piece
+        start = dist.get_rank() * piece.numel()
+        numel = max(0, min(piece.numel(), parameter.ds_numel - start))
+        found[name] = piece[:numel].detach().clone()
+    return found
