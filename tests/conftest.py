@@ -56,6 +56,7 @@ _START_RANKS = (
     "tests/averages/test_nonfinite_steps.py",
     "tests/examples/test_example_fsdp2.py",
     "tests/frameworks/test_zero3.py",
+    "tests/frameworks/test_zero3_states.py",
 )
 # What takes longest is begun first, so that no process is left alone with it at the end.
 _FIRST = (
@@ -99,7 +100,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if {"two_ranks", "four_ranks"} & set(getattr(item, "fixturenames", ())):
+        if {"two_ranks", "four_ranks", "deepspeed_ranks"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") is None:
             continue
@@ -167,4 +168,11 @@ def two_ranks() -> Iterator[Ranks]:
 @pytest.fixture(scope="session")
 def four_ranks() -> Iterator[Ranks]:
     with ranks.started(4) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="session")
+def deepspeed_ranks() -> Iterator[Ranks]:
+    """Two processes into which DeepSpeed is imported, which other tests' don't get."""
+    with ranks.started(2) as processes:
         yield processes

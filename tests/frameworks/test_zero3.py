@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
 from ema_fused import AveragedWeights, ExponentialMovingAverage
@@ -16,6 +16,7 @@ from ema_fused.engine.dtensors import local
 from tests.frameworks.zero3_models import (
     bits_of,
     deepspeed,
+    differing,
     masters,
     network,
     outputs,
@@ -23,18 +24,11 @@ from tests.frameworks.zero3_models import (
     train,
     whole_weights,
 )
-from tests.ranks import Ranks, started
+from tests.ranks import Ranks
 
 pytest.importorskip("deepspeed", reason="DeepSpeed isn't installed")
 
 FROZEN = {"frozen.weight", "frozen.bias"}
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    """Of this file's own: other files' processes don't get DeepSpeed imported into them."""
-    with started(2) as ranks:
-        yield ranks
 
 
 class Beside:
@@ -64,12 +58,6 @@ class Beside:
         ]
 
 
-def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
-    """Names whose values aren't the same to the bit."""
-    assert one.keys() == other.keys()
-    return [name for name in one if not torch.equal(one[name], other[name])]
-
-
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "double": {"averaged_dtype": torch.float64},
@@ -92,8 +80,8 @@ def averages(bf16: bool) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_averages_are_those_of_the_float32_pieces(two_ranks: Ranks, bf16: bool) -> None:
-    for found in two_ranks.run(averages, bf16):
+def test_averages_are_those_of_the_float32_pieces(deepspeed_ranks: Ranks, bf16: bool) -> None:
+    for found in deepspeed_ranks.run(averages, bf16):
         assert found == {name: [] for name in OPTIONS}
 
 
@@ -110,8 +98,8 @@ def what_is_sent() -> tuple[int, int]:
     return updating.get_total_counts(), gathering.get_total_counts()
 
 
-def test_an_update_sends_nothing(two_ranks: Ranks) -> None:
-    assert two_ranks.run(what_is_sent) == [(0, 1)] * 2
+def test_an_update_sends_nothing(deepspeed_ranks: Ranks) -> None:
+    assert deepspeed_ranks.run(what_is_sent) == [(0, 1)] * 2
 
 
 def swaps(bf16: bool, options: dict[str, Any]) -> None:
@@ -154,9 +142,9 @@ def gathered(engine: Any) -> Any:
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("options", [{}, {"averaged_dtype": torch.bfloat16}, {"offload": "cpu"}])
 def test_averages_swapped_in_are_what_is_gathered(
-    two_ranks: Ranks, bf16: bool, options: dict[str, Any]
+    deepspeed_ranks: Ranks, bf16: bool, options: dict[str, Any]
 ) -> None:
-    two_ranks.run(swaps, bf16, options)
+    deepspeed_ranks.run(swaps, bf16, options)
 
 
 def copies(bf16: bool) -> None:
@@ -177,8 +165,8 @@ def copies(bf16: bool) -> None:
 
 
 @pytest.mark.parametrize("bf16", [True, False])
-def test_training_goes_on_from_averages_copied_in(two_ranks: Ranks, bf16: bool) -> None:
-    two_ranks.run(copies, bf16)
+def test_training_goes_on_from_averages_copied_in(deepspeed_ranks: Ranks, bf16: bool) -> None:
+    deepspeed_ranks.run(copies, bf16)
 
 
 def of_the_engine() -> None:
@@ -199,8 +187,10 @@ def of_the_engine() -> None:
     assert not differing(bits_of(engine), own)
 
 
-def test_the_engine_itself_is_a_wrapper_and_frozen_pieces_are_shared(two_ranks: Ranks) -> None:
-    two_ranks.run(of_the_engine)
+def test_the_engine_itself_is_a_wrapper_and_frozen_pieces_are_shared(
+    deepspeed_ranks: Ranks,
+) -> None:
+    deepspeed_ranks.run(of_the_engine)
 
 
 def refusals() -> list[str]:
@@ -224,7 +214,7 @@ def refusals() -> list[str]:
     return messages
 
 
-def test_what_cannot_be_is_refused_with_what_to_do(two_ranks: Ranks) -> None:
+def test_what_cannot_be_is_refused_with_what_to_do(deepspeed_ranks: Ranks) -> None:
     made_before = r"TypeError: 'scale' is cut into flat pieces in the model .*deepspeed.initialize"
     expected = [
         r"TypeError: 'scale' is partitioned by DeepSpeed ZeRO-3.*AveragedWeights\(engine.module",
@@ -233,6 +223,6 @@ def test_what_cannot_be_is_refused_with_what_to_do(two_ranks: Ranks) -> None:
         r"ValueError: skip_nonfinite=True with ZeRO-3.*was_step_applied",
         r"NotImplementedError: .* of a FlatShard.*to_local\(\).*full_tensor\(",
     ]
-    for found in two_ranks.run(refusals):
+    for found in deepspeed_ranks.run(refusals):
         for message, pattern in zip(found, expected, strict=True):
             assert re.match(pattern, message, re.DOTALL), message

@@ -133,3 +133,9 @@ def masters(engine: Any) -> dict[str, Tensor]:
         numel = max(0, min(piece.numel(), parameter.ds_numel - start))
         found[name] = piece[:numel].detach().clone()
     return found
+
+
+def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
+    """Names whose values aren't the same to the bit."""
+    assert one.keys() == other.keys()
+    return [name for name in one if not torch.equal(one[name], other[name])]
