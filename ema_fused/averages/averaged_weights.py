@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, NoReturn, Unpack
 
@@ -18,6 +19,7 @@ from ema_fused.modules.choosing import Pattern
 from ema_fused.modules.copying import averaged_skeleton
 from ema_fused.modules.partitions import partitioned_parameters
 from ema_fused.modules.sharding import is_flattened
+from ema_fused.modules.sources import Given, Sources
 
 
 class AveragedWeights(ExponentialMovingAverage):
@@ -47,6 +49,14 @@ class AveragedWeights(ExponentialMovingAverage):
             regular expressions and momenta, as of :class:`ExponentialMovingAverage`.
         arithmetic: how an average is written (see :class:`~ema_fused.Plan`); ``"delta"`` with
             ``momentum=schedules.mean`` is stochastic weight averaging.
+        source: average these tensors in place of the model's own: the float32 "master weights" that
+            an optimizer keeps of 16-bit weights. A mapping from the plain model's names to tensors,
+            or a function that is called with the model, at each update, and returns one. A tensor
+            that was replaced in it is noticed. All parameters that train must be there, and
+            nothing that the model lacks; what isn't there is the model's own, and so are frozen
+            parameters with ``share_frozen``. The averages have the sources' dtype and device unless
+            ``averaged_dtype`` and ``device`` say otherwise; :meth:`swapped` writes them rounded
+            into the model alone, and :meth:`copy_to` into both.
 
     The others as :class:`BaseAveragedModel`, except ``version_counters``: None is False here, as
     there is no module to call. Set it if the averages are in a graph all the same (by
@@ -66,10 +76,17 @@ class AveragedWeights(ExponentialMovingAverage):
         momentum: Momentum | Mapping[Pattern, Momentum] = 0.0002,
         *shared: Any,
         arithmetic: str = "lerp",
+        source: Given | None = None,
         **options: Unpack[Options],
     ) -> None:
         if arithmetic not in ARITHMETICS:
             raise ValueError(f"arithmetic {arithmetic!r} is none of {', '.join(ARITHMETICS)}")
+        sources = None
+        if source is not None:
+            sources = Sources(source, frozen_too=not options.get("share_frozen"))
+            copied = functools.partial(averaged_skeleton, sources=sources)
+            # Not by nn.Module's __setattr__, whose constructor comes later; ours calls it.
+            self.__dict__["_copied"] = copied
         flattened = isinstance(model, nn.Module) and is_flattened(model)
         if options.get("skip_nonfinite") and partitioned_parameters(model):
             raise ValueError(
@@ -84,6 +101,7 @@ class AveragedWeights(ExponentialMovingAverage):
                 "(FSDP2), where the processes decide together"
             )
         super().__init__(model, momentum, *shared, **options)
+        self._sources = sources
         self.arithmetic = arithmetic
         self._is_flattened = flattened
         self.register_state_dict_post_hook(_leave_out_what_is_shared)  # type: ignore[no-untyped-call]

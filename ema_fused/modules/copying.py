@@ -27,6 +27,7 @@ from ema_fused.modules.shared_parameter import (
     shared,
 )
 from ema_fused.modules.skeleton import skeleton_of, without_frameworks
+from ema_fused.modules.sources import Sources
 
 
 def averaged_copy(
@@ -107,10 +108,15 @@ def averaged_skeleton(
     *,
     share_frozen: bool,
     pinned: bool = False,
+    sources: Sources | None = None,
 ) -> tuple[nn.Module, set[str]]:
     """The averaged tensors of ``model`` in bare modules; otherwise as :func:`averaged_copy`.
 
+    Args:
+        sources: what is averaged in place of the model's own tensors.
+
     Raises:
+        ValueError: ``sources`` don't fit the model.
         TypeError: ZeRO-3 keeps a parameter where it can't be averaged.
     """
     drop_gathered(model)
@@ -128,7 +134,7 @@ def averaged_skeleton(
         average = converted(tensor, device, wanted, pinned=pinned)
         return nn.Parameter(average, requires_grad=False) if is_parameter else average
 
-    module = skeleton_of(model, average_of)
+    module = skeleton_of(model, average_of, sources=sources)
     return module, _names_of(aliases, module)
 
 

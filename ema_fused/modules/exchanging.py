@@ -19,6 +19,7 @@ from ema_fused.modules.first_values import FirstValues
 from ema_fused.modules.kept_elsewhere import have_moved
 from ema_fused.modules.module_pairs import Pair, Pairs, pair_up, plan_of, refuse_untied
 from ema_fused.modules.sharding import Gathered
+from ema_fused.modules.sources import Sources
 from ema_fused.modules.waiting import wait_until_all_have_read
 from ema_fused.modules.watch import ModuleWatch
 
@@ -36,15 +37,32 @@ def _each_source_once(pairs: Iterable[Pair]) -> list[Pair]:
 
 
 def _pairs(
-    averaged: nn.Module, model: nn.Module, shares: FrozenShares, *, for_passes: bool = True
+    averaged: nn.Module,
+    model: nn.Module,
+    shares: FrozenShares,
+    *,
+    for_passes: bool = True,
+    sources: Sources | None = None,
 ) -> Pairs:
     """The pairs of all tensors that the average holds."""
-    found = pair_up(averaged, model, update_buffers=False, shares=shares, for_passes=for_passes)
+    found = pair_up(
+        averaged,
+        model,
+        update_buffers=False,
+        shares=shares,
+        for_passes=for_passes,
+        sources=sources,
+    )
     return found._replace(updated=_each_source_once(found.updated))
 
 
 def copy_to(
-    averaged: nn.Module, model: nn.Module, *, shares: FrozenShares, backend: str | None
+    averaged: nn.Module,
+    model: nn.Module,
+    *,
+    shares: FrozenShares,
+    backend: str | None,
+    sources: Sources | None = None,
 ) -> None:
     """Copies every averaged tensor into ``model``, converting dtypes.
 
@@ -54,8 +72,8 @@ def copy_to(
     Gathered(model).drop()
     found = _pairs(averaged, model, shares)
     pairs = found.updated
-    if found.elsewhere:
-        masters = _pairs(averaged, model, shares, for_passes=False).updated
+    if found.elsewhere or sources is not None:
+        masters = _pairs(averaged, model, shares, for_passes=False, sources=sources).updated
         pairs = _each_source_once([*pairs, *masters])
     Plan(
         [pair.source for pair in pairs],

@@ -2,7 +2,8 @@
 
 Those that accelerate keeps in host memory (``cpu_offload``): the parameters are on the meta device
 meanwhile, and each pass reads them anew from where they are kept. And those that ZeRO-3 partitions
-(:mod:`.partitions`). So that is what is averaged, and what averages are written into.
+(:mod:`.partitions`). So that is what is averaged, and what averages are written into. And those
+that the caller names (:mod:`.sources`), which are averaged alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ema_fused.engine.memory import memory_of
 from ema_fused.modules.partitions import Partitions, is_partitioned
+from ema_fused.modules.sources import Sources
 
 
 class Kept(Protocol):
@@ -48,14 +50,25 @@ class KeptElsewhere:
     Args:
         for_passes: find what the model's passes read, not what the optimizer steps on, where these
             are two.
+        sources: what is averaged in place of the model's own tensors.
 
     Attributes:
         found: where :meth:`find` has found something.
+
+    Raises:
+        ValueError: ``sources`` don't fit the model.
     """
 
-    def __init__(self, model: nn.Module, *, for_passes: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, for_passes: bool = False, sources: Sources | None = None
+    ) -> None:
         self.found: list[Kept] = []
         self._model = model
+        self._given: dict[int, Tensor] = {}
+        if sources is not None and not for_passes:
+            given = sources.of(model)
+            self._given = given.by_tensor
+            self.found.append(given)
         self._partitions = Partitions(self.found, for_passes=for_passes)
         self._seen: dict[tuple[object, ...], Tensor] = {}
 
@@ -85,6 +98,8 @@ class KeptElsewhere:
         Raises:
             TypeError: ZeRO-3 keeps it where it can't be averaged.
         """
+        if id(tensor) in self._given:
+            return self._given[id(tensor)]
         if is_partitioned(tensor):
             return self._partitions.find(key, tensor)
         keeper = self._keepers.get((id(owner), key)) if tensor.is_meta else None

@@ -17,6 +17,7 @@ from ema_fused.modules.copying import FrozenShares, is_view_of
 from ema_fused.modules.kept_elsewhere import Kept, KeptElsewhere
 from ema_fused.modules.naming import match_names, named_once, without_wrappers
 from ema_fused.modules.shared_parameter import has_own_class, shared
+from ema_fused.modules.sources import Sources
 
 
 class Kind(enum.Enum):
@@ -138,6 +139,7 @@ def pair_up(
     leave: Collection[Kind] = (),
     caches_are_buffers: bool = False,
     for_passes: bool = False,
+    sources: Sources | None = None,
 ) -> Pairs:
     """The pairs of both modules, tied ones once; kinds in ``leave`` are ignored.
 
@@ -148,6 +150,7 @@ def pair_up(
     Args:
         for_passes: the sources are what the model's passes read, not what its optimizer steps on,
             where these are two (ZeRO-3's 16-bit and float32 partitions).
+        sources: what is averaged in place of the model's own tensors.
 
     Raises:
         KeyError: names don't match.
@@ -158,7 +161,7 @@ def pair_up(
     """
     ours, theirs = (slots_of(root, leave, caches_are_buffers) for root in (averaged, model))
     names = partners(ours, theirs)
-    kept = KeptElsewhere(model, for_passes=for_passes)
+    kept = KeptElsewhere(model, for_passes=for_passes, sources=sources)
     pairs: list[Pair] = []
     for number, (name, source_name) in enumerate(names.items()):
         slot, (source, _, owner, key) = ours[name], theirs[source_name]
@@ -204,7 +207,11 @@ def differ(averaged: nn.Module, model: nn.Module) -> bool:
         value = source.detach()
         if {type(average), type(value)} != {Tensor} or value.is_meta:
             continue
-        if average.shape == value.shape and not torch.equal(average, value.to(average)):
+        if average.shape != value.shape:
+            continue
+        # A 16-bit weight is the rounded value of what an optimizer keeps.
+        rounded = average.to(value.dtype) if average.itemsize > value.itemsize else average
+        if not torch.equal(rounded, value.to(rounded)):
             return True
     return False
 

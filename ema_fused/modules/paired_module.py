@@ -26,6 +26,7 @@ from ema_fused.modules.module_pairs import is_averaged, slots_of
 from ema_fused.modules.pairing import Pairing
 from ema_fused.modules.sharding import drop_gathered
 from ema_fused.modules.skeleton import wrapped_by
+from ema_fused.modules.sources import Sources
 from ema_fused.modules.swapping import refuse_while_swapped
 from ema_fused.modules.waiting import WaitingModule
 
@@ -58,6 +59,7 @@ class PairedModule(WaitingModule):
     arithmetic: str = "lerp"
     # Whether the averages are a module that can be called, so that they can get into a graph.
     _is_callable = True
+    _sources: Sources | None = None  # what is averaged in place of the model's own tensors
 
     def __init__(
         self,
@@ -175,7 +177,9 @@ class PairedModule(WaitingModule):
         check_model("copy_to()", model)
         refuse_while_swapped("copy_to() was called", self, model)
         averaged = self._averages()
-        exchanging.copy_to(averaged, model, shares=self._shares, backend=self.backend)
+        exchanging.copy_to(
+            averaged, model, shares=self._shares, backend=self.backend, sources=self._sources
+        )
         extra_state = ExtraState.between(model, averaged)
         if extra_state is not None:
             extra_state.take_over()
@@ -374,6 +378,7 @@ class PairedModule(WaitingModule):
             counts_versions=self._counts_versions(),
             mends_buffers=True,
             follows_extra_state=True,
+            sources=self._sources,
             when_one_is_gone=functools.partial(_forget_pairing, weakref.ref(self)),
         )
         self._pairing = pairing

@@ -25,6 +25,7 @@ from ema_fused.modules.materialising import materialise
 from ema_fused.modules.module_pairs import Kind, Pair, lists_of, pair_up, plan_of, refuse_untied
 from ema_fused.modules.non_finite import NonFiniteBuffers, averaged_buffers, those_non_finite
 from ema_fused.modules.shared_parameter import writes_through
+from ema_fused.modules.sources import Sources
 from ema_fused.modules.watch import ModuleWatch
 from ema_fused.offloading.offloaded_plan import OffloadedPlan
 
@@ -59,6 +60,7 @@ class Pairing:
             take the model's value (:mod:`.non_finite`). Which buffers these are is looked up once,
             at the first update after tensors were paired.
         follows_extra_state: find the modules whose extra state the averaged ones take over.
+        sources: what is averaged in place of the model's own tensors.
 
     Attributes:
         counts_versions: as given; may be set.
@@ -90,6 +92,7 @@ class Pairing:
         counts_versions: bool = True,
         mends_buffers: bool = False,
         follows_extra_state: bool = False,
+        sources: Sources | None = None,
     ) -> None:
         self._buffers_follow = buffers_follow
         self.update_buffers = update_buffers
@@ -108,6 +111,7 @@ class Pairing:
         self._leave = leave
         self._caches_are_buffers = caches_are_buffers
         self._mends_buffers = mends_buffers
+        self._sources = sources
         self._prepare()
 
     def _prepare(self) -> None:
@@ -136,6 +140,7 @@ class Pairing:
             shares=self._shares,
             leave=self._leave,
             caches_are_buffers=self._caches_are_buffers,
+            sources=self._sources,
         )
         refuse_untied(pairs)
         devices = list(dict.fromkeys(pair.averaged.device for pair in pairs))

@@ -9,6 +9,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ema_fused.engine.dtensors import class_if_imported
 from ema_fused.modules.kept_elsewhere import KeptElsewhere
+from ema_fused.modules.sources import Sources
 
 # The child of a wrapper that is the wrapped module itself. The wrapper may be removed later.
 _WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -26,7 +27,7 @@ _OF_FRAMEWORKS = (
 Copy = Callable[[str, Tensor], Tensor]
 
 
-def skeleton_of(model: nn.Module, copy: Copy) -> nn.Module:
+def skeleton_of(model: nn.Module, copy: Copy, *, sources: Sources | None = None) -> nn.Module:
     """A tree of bare modules with copies of the parameters and buffers of ``model``.
 
     Nothing else of the model is copied, so it works for models that can't be deep-copied. Tied
@@ -36,8 +37,9 @@ def skeleton_of(model: nn.Module, copy: Copy) -> nn.Module:
     Args:
         copy: makes the copy of a tensor, given its name and the tensor; for a parameter, an
             ``nn.Parameter``.
+        sources: what is copied in place of the model's own tensors.
     """
-    return _Copier(copy, KeptElsewhere(model)).module(model, "")
+    return _Copier(copy, KeptElsewhere(model, sources=sources)).module(model, "")
 
 
 class _Copier:

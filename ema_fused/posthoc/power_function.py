@@ -26,7 +26,8 @@ from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.following import following_buffers
 from ema_fused.modules.model_argument import check_model
 from ema_fused.modules.module_pairs import Pair, pair_up, refuse_lazy, refuse_untied
-from ema_fused.modules.sharding import converted, refuse_partitioned
+from ema_fused.modules.partitions import partitioned_parameters
+from ema_fused.modules.sharding import converted
 from ema_fused.modules.skeleton import skeleton_of
 from ema_fused.modules.swapping import refuse_while_swapped
 from ema_fused.modules.watch import ModuleWatch
@@ -92,6 +93,11 @@ class PowerFunctionEMA(nn.Module):
             accepted = arguments_of(type(self), PowerFunctionEMA)
             raise unexpected_keyword(type(self), unknown, accepted)
         check_model(f"{type(self).__name__}()", model)
+        if partitioned_parameters(model):
+            raise TypeError(
+                "DeepSpeed ZeRO-3 has partitioned the model, and snapshots are of whole tensors; "
+                "average it by ema_fused.AveragedWeights"
+            )
         one = plain(sigma_rel)
         given: Any = sigma_rel if one is None else [one]
         self.sigma_rel = tuple(float(one) for one in given)
@@ -371,7 +377,6 @@ class PowerFunctionEMA(nn.Module):
 
 def _average_of(name: str, tensor: Tensor) -> Tensor:
     """A copy; float32 for parameters of 16 bits or fewer, which would lose most updates."""
-    refuse_partitioned(name, tensor)
     refuse_lazy(name, tensor, "model")
     if not isinstance(tensor, nn.Parameter):
         return converted(tensor, None, None)
