@@ -56,6 +56,7 @@ _START_RANKS = (
     "tests/averages/test_nonfinite_steps.py",
     "tests/examples/test_example_fsdp2.py",
     "tests/frameworks/test_zero3.py",
+    "tests/frameworks/test_zero3_engines.py",
     "tests/frameworks/test_zero3_states.py",
 )
 # What takes longest is begun first, so that no process is left alone with it at the end.

@@ -97,7 +97,7 @@ def attach(optimizer: Any | Sequence[Any], model: nn.Module, averaged: Averaged)
 
     Raises:
         RuntimeError: ``averaged`` is already attached to ``optimizer``.
-        TypeError: an argument is of a wrong type.
+        TypeError: an argument is of a wrong type; or DeepSpeed's engine makes the model's steps.
         ValueError: the optimizer has no parameter of the model at the time of the call; parameters
             added later (``add_param_group``) don't count. Or an optimizer is listed twice.
 
@@ -303,6 +303,13 @@ def _check_types(optimizers: list[Any], model: Any, averaged: Any) -> None:
     if not optimizers:
         raise TypeError(f"the list of optimizers is empty; pass those of the model. {order}")
     for one in optimizers:
+        if _is_stepped_by_deepspeed(one, model):
+            raise TypeError(
+                f"DeepSpeed's engine makes the steps of this model, by optimizers that have flat "
+                f"copies of its parameters ({type(one).__name__}); update after its steps instead: "
+                f"engine.step(), and then, if engine.was_step_applied(), "
+                f"averaged.update_parameters(engine.module)"
+            )
         if isinstance(one, nn.Module) or not is_optimizer(one):
             raise TypeError(
                 f"the optimizer is a {type(one).__name__}; a torch.optim.Optimizer, a wrapper of "
@@ -317,6 +324,14 @@ def _check_types(optimizers: list[Any], model: Any, averaged: Any) -> None:
             f"the average is a {type(averaged).__name__}, which has no update_parameters(model); "
             f"pass an averaged model, ema_fused's or torch's. {order}"
         )
+
+
+def _is_stepped_by_deepspeed(optimizer: Any, model: Any) -> bool:
+    if hasattr(optimizer, "was_step_applied"):  # the engine itself
+        return True
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    # Marks of ZeRO-3, and of ZeRO-1, ZeRO-2 and bf16.
+    return any(hasattr(one, "ds_id") or hasattr(one, "_hp_mapping") for one in parameters)
 
 
 def _instead_of(value: Any) -> str:

@@ -103,16 +103,17 @@ class FlatShard(Tensor):
 
     def full_tensor(self) -> Tensor:
         """The whole tensor; every process of the group calls it."""
-        size, numel = self.cut.size(self.numel()), self.numel()
+        numel = self.numel()
+        size = max(1, self.cut.size(numel))
         if self.cut.group is None and not (dist.is_initialized() and len(self.cut.ranks) > 1):
             _refuse_without_group(self.cut)
             return self._local_tensor.clone().view(self.shape)
         piece = self._local_tensor.detach().to(self.cut.device_type)
         padded = piece.new_zeros(size)
         padded[: piece.numel()] = piece
-        pieces = [torch.empty_like(padded) for _ in self.cut.ranks]
-        dist.all_gather(pieces, padded, group=self.cut.group)
-        return torch.cat(pieces)[:numel].view(self.shape)
+        whole = padded.new_empty(size * len(self.cut.ranks))
+        dist.all_gather(list(whole.split(size)), padded, group=self.cut.group)
+        return whole[:numel].view(self.shape)
 
     def with_shard(self, shard: Tensor) -> FlatShard:
         """``shard`` as a piece of a tensor of this shape and cut."""

@@ -418,7 +418,9 @@ def _forget_pairing(owner: weakref.ref[PairedModule], _: object) -> None:
     averaged = owner()
     if averaged is None or averaged._pairing is None:
         return
-    pairing, averaged._pairing = averaged._pairing, None
+    pairing = averaged._pairing
+    # Not by nn.Module's __setattr__, which may be gone when the interpreter ends.
+    averaged.__dict__["_pairing"] = None
     # This may run in the thread of an update, during garbage collection: it must not wait.
     if not pairing.is_idle():
         averaged._unfinished.append(pairing)

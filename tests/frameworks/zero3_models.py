@@ -64,21 +64,24 @@ def deepspeed() -> Any:
     return deepspeed
 
 
-def partitioned(
-    model: nn.Module, *, stage: int = 3, bf16: bool = True, persistent: int = 40, **more: Any
-) -> Any:
-    """DeepSpeed's engine around ``model``; parameters of up to ``persistent`` elements persist."""
-    zero = {"stage": stage, "stage3_param_persistence_threshold": persistent, **more}
-    engine, *_ = deepspeed().initialize(
-        model=model,
-        config={
-            "train_micro_batch_size_per_gpu": 6,
-            "bf16": {"enabled": bf16},
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "optimizer": {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}},
-        },
-    )
+def configuration(
+    *, stage: int = 3, bf16: bool = True, trains: bool = True, accumulation: int = 1, **zero: Any
+) -> dict[str, Any]:
+    """DeepSpeed's; ``zero`` are its options of ZeRO."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 40} | zero
+    adam = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
+    return {
+        "train_micro_batch_size_per_gpu": 6,
+        "gradient_accumulation_steps": accumulation,
+        "bf16": {"enabled": bf16},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,  # that of torch serves where weights are offloaded
+    } | ({"optimizer": adam} if trains else {})
+
+
+def partitioned(model: nn.Module, **options: Any) -> Any:
+    """DeepSpeed's engine around ``model``; parameters of up to 40 elements persist."""
+    engine, *_ = deepspeed().initialize(model=model, config=configuration(**options))
     return engine
 
 

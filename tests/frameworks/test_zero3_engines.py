@@ -1,0 +1,210 @@
+"""Averages with DeepSpeed's other ways: offloaded, without an optimizer, ZeRO-1 and ZeRO-2."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ema_fused import AveragedWeights, ExponentialMovingAverage, attach
+from ema_fused.engine.dtensors import local
+from tests.frameworks.zero3_models import (
+    bits_of,
+    configuration,
+    deepspeed,
+    differing,
+    masters,
+    network,
+    outputs,
+    partitioned,
+    train,
+    whole_weights,
+)
+from tests.ranks import Ranks
+
+pytest.importorskip("deepspeed", reason="DeepSpeed isn't installed")
+
+HOST = {"device": "cpu"}
+WAYS: dict[str, dict[str, Any]] = {
+    "offloaded optimizer": {"offload_optimizer": HOST},
+    "offloaded parameters": {"offload_optimizer": HOST, "offload_param": HOST},
+    "second pieces inside a node": {"zero_hpz_partition_size": 2},
+}
+
+
+def averages(options: dict[str, Any]) -> None:
+    engine = partitioned(network(), **options)
+    averaged = AveragedWeights(engine.module, 0.3)
+    expected: dict[str, Tensor] = {}
+    for number in range(3):
+        train(engine, number)
+        averaged.update_parameters(engine.module)
+        for name, piece in masters(engine).items():
+            expected.setdefault(name, piece).lerp_(piece, 0.3)
+    assert not differing(pieces_of(averaged), expected)
+    own, said, wanted = bits_of(engine), outputs(engine), outputs(plain_with(averaged))
+    with averaged.swapped(engine.module):
+        assert torch.equal(outputs(engine), wanted)
+    assert not differing(bits_of(engine), own)
+    assert torch.equal(outputs(engine), said)
+
+
+def pieces_of(averaged: AveragedWeights) -> dict[str, Tensor]:
+    return {name: local(one) for name, one in averaged.module.named_parameters()}
+
+
+def plain_with(averaged: AveragedWeights) -> nn.Module:
+    plain = network()
+    plain.load_state_dict(whole_weights(averaged))
+    return plain.bfloat16()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_averages_are_those_of_the_pieces_wherever_they_are(
+    deepspeed_ranks: Ranks, way: str
+) -> None:
+    deepspeed_ranks.run(averages, WAYS[way])
+
+
+def made_before() -> None:
+    with deepspeed().zero.Init(config_dict_or_path=configuration()):
+        model = network()
+    averaged = AveragedWeights(model, 0.3, averaged_dtype=torch.float32)
+    averaged.update_parameters(model)
+    before = pieces_of(averaged)["first.weight"].clone()
+    engine = partitioned(model)
+    train(engine, 0)
+    averaged.update_parameters(model)
+    master = masters(engine)["first.weight"]
+    assert torch.equal(pieces_of(averaged)["first.weight"], before.lerp(master, 0.3))
+
+
+def test_an_optimizer_that_comes_later_is_noticed(deepspeed_ranks: Ranks) -> None:
+    deepspeed_ranks.run(made_before)
+
+
+def moved() -> None:
+    engine = partitioned(network())
+    averaged = AveragedWeights(engine.module, 0.3)
+    for number in range(2):
+        train(engine, number)
+        averaged.update_parameters(engine.module)
+    before = {name: piece.clone() for name, piece in pieces_of(averaged).items()}
+    # As offload_states() and reload_states() do it.
+    for flat in engine.optimizer.fp32_partitioned_groups_flat:
+        flat.data = flat.data * 2
+    averaged.update_parameters(engine.module)
+    for name, piece in masters(engine).items():
+        assert torch.equal(pieces_of(averaged)[name], before[name].lerp(piece, 0.3)), name
+    # Frozen weights aren't the optimizer's.
+    frozen = engine.module.frozen.weight
+    replaced = frozen.ds_tensor.clone().mul_(2)
+    vars(replaced).update(vars(frozen.ds_tensor))
+    frozen.ds_tensor = replaced
+    averaged.update_parameters(engine.module)
+    average = before["frozen.weight"].lerp(replaced, 0.3)
+    assert torch.equal(pieces_of(averaged)["frozen.weight"], average)
+
+
+def test_pieces_that_have_moved_are_noticed(deepspeed_ranks: Ranks) -> None:
+    deepspeed_ranks.run(moved)
+
+
+def without_an_optimizer() -> None:
+    engine = partitioned(network(), trains=False)
+    averaged = AveragedWeights(engine.module, averaged_dtype=torch.float32)
+    averaged.update_parameters(engine.module)
+    for parameter in averaged.module.parameters():
+        local(parameter).mul_(2)
+    said, wanted = outputs(engine), outputs(plain_with(averaged))
+    with averaged.swapped(engine.module):
+        assert torch.equal(outputs(engine), wanted)
+    assert torch.equal(outputs(engine), said)
+
+
+def test_weights_that_no_optimizer_has_are_swapped_too(deepspeed_ranks: Ranks) -> None:
+    deepspeed_ranks.run(without_an_optimizer)
+
+
+def copied() -> None:
+    engine = partitioned(network())
+    averaged = AveragedWeights(engine.module, 0.3)
+    averaged.update_parameters(engine.module)
+    other = copy.deepcopy(averaged)
+    for number in range(2):
+        train(engine, number)
+        averaged.update_parameters(engine.module)
+        other.update_parameters(engine.module)
+    assert other.adopt(engine.module).kept == len(network().state_dict())
+    assert not differing(whole_weights(other), whole_weights(averaged))
+
+
+def test_averages_are_copied_and_adopt_the_model(deepspeed_ranks: Ranks) -> None:
+    deepspeed_ranks.run(copied)
+
+
+def whole_on_each_rank(stage: int) -> tuple[dict[str, Tensor], list[str]]:
+    engine = partitioned(network(), stage=stage, accumulation=2)
+    averaged = ExponentialMovingAverage(engine.module, 0.3, averaged_dtype=torch.float32)
+    expected: dict[str, Tensor] = {}
+    messages = []
+    for optimizer in (engine, engine.optimizer, engine.optimizer.optimizer):
+        with pytest.raises(TypeError) as found:
+            attach(optimizer, engine.module, averaged)
+        messages.append(str(found.value))
+    for number in range(6):
+        train(engine, number)
+        assert engine.was_step_applied() == (number % 2 == 1)
+        if engine.was_step_applied():
+            averaged.update_parameters(engine.module)
+            for name, weight in engine.module.named_parameters():
+                expected.setdefault(name, weight.detach().float()).lerp_(weight.float(), 0.3)
+    assert int(averaged.steps) == 3
+    assert not differing(dict(averaged.module.named_parameters()), expected)
+    return {name: tensor.clone() for name, tensor in averaged.module.state_dict().items()}, messages
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_1_and_2_have_whole_weights(deepspeed_ranks: Ranks, stage: int) -> None:
+    (first, messages), (second, _) = deepspeed_ranks.run(whole_on_each_rank, stage)
+    assert not differing(first, second)
+    for message in messages:
+        assert re.search(r"engine\.step\(\).*was_step_applied\(\).*engine\.module", message)
+
+
+def attached() -> str:
+    engine = partitioned(network())
+    with pytest.raises(TypeError) as found:
+        attach(engine, engine.module, AveragedWeights(engine.module))
+    return str(found.value)
+
+
+def test_attach_says_what_to_do_with_an_engine(deepspeed_ranks: Ranks) -> None:
+    for message in deepspeed_ranks.run(attached):
+        assert message.startswith("DeepSpeed's engine makes the steps of this model")
+
+
+def dropped() -> None:
+    engine = partitioned(network())
+    weight = engine.module.last.weight
+    with deepspeed().zero.GatheredParameters([weight]):
+        before = weight.detach().clone()
+        weight.data.add_(1)
+    with deepspeed().zero.GatheredParameters([weight]):
+        assert torch.equal(weight, before)
+    averaged = AveragedWeights(engine.module)
+    averaged.update_parameters(engine.module)
+    for parameter in averaged.module.parameters():
+        local(parameter).add_(1)
+    averaged.copy_to(engine.module)
+    with deepspeed().zero.GatheredParameters([weight]):
+        assert torch.equal(weight, whole_weights(averaged)["last.weight"].bfloat16())
+
+
+def test_writes_that_zero_3_drops(deepspeed_ranks: Ranks) -> None:
+    """Of gathered weights, without a modifier_rank; ours go to the pieces."""
+    deepspeed_ranks.run(dropped)
