@@ -28,7 +28,9 @@ class AveragedWeights(ExponentialMovingAverage):
     It does everything that :class:`ExponentialMovingAverage` does, but it can't be called: swap the
     averages into the model to evaluate them. Models sharded by ``fully_shard`` (FSDP2) or made of
     DTensors are averaged shard by shard, in the process of each shard; so are those of FSDP1 with
-    ``use_orig_params=True``. The processes don't communicate, and each launches one kernel::
+    ``use_orig_params=True``, and those that DeepSpeed's ZeRO-3 partitions, whose sources are the
+    float32 pieces that its optimizer steps on. The processes don't communicate, and each launches
+    one kernel::
 
         fully_shard(model)
         averaged = AveragedWeights(model, momentum=0.001, averaged_dtype=torch.float32)
@@ -38,8 +40,9 @@ class AveragedWeights(ExponentialMovingAverage):
             evaluate(model)
 
     ``state_dict()`` has the keys of the other averaged models (``steps``, ``module.*``), with
-    DTensors where the model has them, so ``torch.distributed.checkpoint`` can save it and load it
-    on another number of processes. Parameters shared with the model (``share_frozen``) are left
+    DTensors where the model has them (and a ``FlatShard``, which is used as one, where ZeRO-3 has
+    partitioned it), so ``torch.distributed.checkpoint`` can save it and load it on another number
+    of processes. Parameters shared with the model (``share_frozen``) are left
     out. Weights that ``accelerate.cpu_offload`` keeps in host memory between passes are averaged
     and swapped there.
 
@@ -63,8 +66,9 @@ class AveragedWeights(ExponentialMovingAverage):
     ``torch.func.functional_call``, say).
 
     Raises:
-        TypeError: also if ZeRO-3 has partitioned a parameter.
-        ValueError: also with ``skip_nonfinite`` of an FSDP1 model.
+        TypeError: also if ZeRO-3 keeps a parameter where it can't be averaged (on a disk).
+        ValueError: also with ``skip_nonfinite`` of an FSDP1 or ZeRO-3 model; or ``source`` doesn't
+            fit the model.
     """
 
     _copied = staticmethod(averaged_skeleton)
@@ -110,9 +114,10 @@ class AveragedWeights(ExponentialMovingAverage):
     def weights(self) -> dict[str, Tensor]:
         """The averaged tensors and persistent buffers by the names of the plain model; not copies.
 
-        DTensors if the model is sharded. Parameters shared with the model are included. A model
-        that renames its tensors when it is saved, or saves more than tensors, loads
-        ``ema_fused.export.model_state_dict(model, averaged.weights)``.
+        DTensors if the model is sharded, or a ``FlatShard`` of each parameter that ZeRO-3 has
+        partitioned: ``to_local()`` and ``full_tensor()`` are the same. Parameters shared with the
+        model are included. A model that renames its tensors when it is saved, or saves more than
+        tensors, loads ``ema_fused.export.model_state_dict(model, averaged.weights)``.
         """
         return dict(self.module.state_dict())
 

@@ -137,7 +137,8 @@ def averaged_state_dict(
 
     Args:
         averaged: of ``model``.
-        model: sharded or not. FSDP1 restores the parameters from its flattened pieces.
+        model: sharded or not; of DeepSpeed, ``engine.module``. FSDP1 restores the parameters from
+            its flattened pieces.
         full_state_dict: whole tensors instead of shards; with ``cpu_offload`` only the first
             process gets them, and the others an empty dict.
         cpu_offload: return tensors on the CPU.
