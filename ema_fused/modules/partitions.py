@@ -75,7 +75,6 @@ class _Piece(NamedTuple):
     parameter: Any
     piece: Tensor
     address: int
-    optimizer: Any
     trains: bool
 
     def has_moved(self) -> bool:
@@ -83,7 +82,6 @@ class _Piece(NamedTuple):
             self.parameter.ds_tensor is not self.piece
             or self.piece.data_ptr() != self.address
             or self.parameter.requires_grad != self.trains
-            or _optimizer_of(self.parameter) is not self.optimizer
         )
 
 
@@ -141,9 +139,8 @@ class Partitions:
             )
         if piece.numel() < parameter.ds_tensor.ds_numel:
             _refuse_on_disk(name)
-        optimizer = _optimizer_of(parameter)
-        trains = parameter.requires_grad
-        self._found.append(_Piece(parameter, piece, piece.data_ptr(), optimizer, trains))
+        # An optimizer that comes later moves the pieces that it trains into memory of its own.
+        self._found.append(_Piece(parameter, piece, piece.data_ptr(), parameter.requires_grad))
         return piece.detach()
 
 

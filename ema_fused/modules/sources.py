@@ -99,7 +99,13 @@ class SourcesOf:
             )
 
     def _now(self, model: nn.Module) -> Mapping[str, Tensor]:
-        return self._given if isinstance(self._given, Mapping) else self._given(model)
+        values = self._given if isinstance(self._given, Mapping) else self._given(model)
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"the function passed as source returned a {type(values).__name__}; a mapping from "
+                f"the model's names to tensors is expected"
+            )
+        return values
 
     def has_moved(self) -> bool:
         """Whether the mapping, or the one that the function returns, has other tensors by now."""

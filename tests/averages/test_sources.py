@@ -204,6 +204,8 @@ def test_what_does_not_fit_is_told_all_at_once_and_changes_nothing() -> None:
     assert int(averaged.steps) == 2
     with pytest.raises(TypeError, match=r"source is a list; a mapping"):
         AveragedWeights(model, source=[])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"returned a list; a mapping"):
+        AveragedWeights(model, source=lambda _: [])  # type: ignore[arg-type, return-value]
 
 
 def test_copies_of_the_average_have_the_same_source_and_pickles_are_refused() -> None:

@@ -30,6 +30,7 @@ FOR_ALL = {"frameworks"}
 # Everything else finds them inside the function that needs them, or not at all.
 HOMES = {
     "accelerate": ("callbacks.accelerate",),
+    "deepspeed": (),
     "diffusers": ("adapters.diffusers",),
     "ema_pytorch": ("adapters.ema_pytorch",),
     "lightning": (),  # two packages have it: callbacks.lightning finds the one that is in use
