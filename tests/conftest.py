@@ -48,6 +48,7 @@ if _WORKERS > 1:
 # that start distributed processes: several such groups at a time would disturb each other.
 _START_RANKS = (
     "tests/modules/test_sharded.py",
+    "tests/modules/test_sharded_left_out.py",
     "tests/modules/test_sharded_refusals.py",
     "tests/modules/test_sharded_states.py",
     "tests/saving/test_export.py",

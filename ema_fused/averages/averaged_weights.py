@@ -42,9 +42,10 @@ class AveragedWeights(ExponentialMovingAverage):
     ``state_dict()`` has the keys of the other averaged models (``steps``, ``module.*``), with
     DTensors where the model has them (and a ``FlatShard``, which is used as one, where ZeRO-3 has
     partitioned it), so ``torch.distributed.checkpoint`` can save it and load it on another number
-    of processes. Parameters shared with the model (``share_frozen``) are left
-    out. Weights that ``accelerate.cpu_offload`` keeps in host memory between passes are averaged
-    and swapped there.
+    of processes. Parameters shared with the model (``share_frozen``, ``include``, ``exclude``) are
+    left out of it. What ``include`` and ``exclude`` leave out isn't loaded from a state that has
+    it. Weights that ``accelerate.cpu_offload`` keeps in host memory between passes are averaged and
+    swapped there.
 
     Args:
         model: the model to average, wrapped or not; tensors have the names of the plain model.
@@ -162,7 +163,7 @@ class AveragedWeights(ExponentialMovingAverage):
         for name, tensor in tensors.items():
             key = f"{prefix}module.{name}"
             if name in self.shared_names:
-                if key in state_dict:
+                if key in state_dict and not self._shares.leave_out(name):
                     # In the checkpoint it isn't shared: it was trained in that run.
                     self._shares.end(name, tensor, tensor)
                 else:

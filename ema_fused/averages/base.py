@@ -25,6 +25,7 @@ from ema_fused.engine.plan import Plan
 from ema_fused.modules.choosing import Buffers, checked_buffers
 from ema_fused.modules.copying import FrozenShares, averaged_copy
 from ema_fused.modules.finite import nonfinite_flag
+from ema_fused.modules.leaving_out import Parameters, Selection, copied_without
 from ema_fused.modules.model_argument import check_model
 from ema_fused.modules.module_pairs import names_of_buffers
 from ema_fused.modules.paired_module import PairedModule
@@ -107,8 +108,15 @@ class BaseAveragedModel(PairedModule):
             ``found_inf`` that is set does: nothing changes and the call isn't counted. It is found
             out on the device, in another read of the parameters, which takes about as long as an
             update and some microseconds a tensor; the host waits for it where it would wait for
-            ``found_inf``. Buffers aren't looked at, nor frozen parameters with ``share_frozen``.
-            Each process decides by its own parameters; those that share DTensors decide together.
+            ``found_inf``. Buffers aren't looked at, nor parameters in the model's memory. Each
+            process decides by its own parameters; those that share DTensors decide together.
+        include: average only parameters in whose plain names (without wrappers' components) this
+            regular expression, or one of a list of them, is found; or for which this function of
+            name and tensor is true. None: all.
+        exclude: of these, average no parameters that this names, in the same ways. What is left out
+            is in the memory of the model's own and always has its present values: it takes no
+            memory and no time. A copy of the module that is on another device or in another dtype
+            has copies of it, made at each update. Buffers have ``update_buffers``.
 
     With ``offload`` and ``overlap`` the next optimizer step must wait until the model has been
     read: :func:`ema_fused.attach` updates and waits. Swapping and :meth:`copy_to` wait by
@@ -152,6 +160,8 @@ class BaseAveragedModel(PairedModule):
         distance_every: int | None = None,
         version_counters: bool | None = None,
         skip_nonfinite: bool = False,
+        include: Parameters | None = None,
+        exclude: Parameters | None = None,
         **unknown: Any,
     ) -> None:
         if unknown:
@@ -175,6 +185,8 @@ class BaseAveragedModel(PairedModule):
             "distance_every": distance_every,
             "version_counters": version_counters,
             "skip_nonfinite": skip_nonfinite,
+            "include": include,
+            "exclude": exclude,
         }
         check_options(options)
         update_buffers = checked_buffers(update_buffers, functools.partial(names_of_buffers, model))
@@ -187,16 +199,20 @@ class BaseAveragedModel(PairedModule):
         # Inference tensors could never be updated outside inference mode.
         with torch.inference_mode(False):
             copied = functools.partial(
-                self._copied,
-                device=device,
-                dtype=averaged_dtype,
-                share_frozen=share_frozen,
-                pinned=pinned,
+                copied_without,
+                copied=functools.partial(
+                    self._copied,
+                    device=device,
+                    dtype=averaged_dtype,
+                    share_frozen=share_frozen,
+                    pinned=pinned,
+                ),
+                selection=Selection(include, exclude),
             )
-            module, shared = copied(model)
+            module, shared, left_out = copied(model)
             super().__init__(
                 module,
-                FrozenShares(shared, device, averaged_dtype, pinned=pinned),
+                FrozenShares(shared, device, averaged_dtype, pinned=pinned, left_out=left_out),
                 copied,
                 update_buffers=update_buffers,
                 backend=backend,
@@ -505,6 +521,11 @@ class BaseAveragedModel(PairedModule):
         seed = self._buffers.get("rounding_seed")
         fit_state(state_dict, prefix, seed=seed, calls_per_average=self.every * self.interval)
         self._has_loaded_steps = f"{prefix}steps" in state_dict
+        if self._shares.left_out:
+            # Averages of tensors alone save none of them.
+            held = self._averages().state_dict(keep_vars=True)
+            for left in self._shares.left_out:
+                state_dict.setdefault(f"{prefix}module.{left}", held[left])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         steps = self._buffers["steps"]
         assert steps is not None

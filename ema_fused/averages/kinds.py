@@ -80,7 +80,10 @@ class ExponentialMovingAverage(BaseAveragedModel):
         self._momenta = momenta
         if momenta is not None:
             self._is_plain = False
-            momenta.check(self._averages(), self.update_buffers, self.shared_names)
+            self._check_momenta(momenta)
+
+    def _check_momenta(self, momenta: MomentumByName) -> None:
+        momenta.check(self._averages(), self.update_buffers, self.shared_names, self.left_out_names)
 
     def momentum_at(self, steps: Any) -> Any:
         momentum = self.momentum
@@ -102,7 +105,7 @@ class ExponentialMovingAverage(BaseAveragedModel):
                 one_by_one=self._one_by_one,
             )
             momenta = MomentumByName(momentum)
-            momenta.check(self._averages(), self.update_buffers, self.shared_names)
+            self._check_momenta(momenta)
             self._momenta = momenta
         return momenta.at(self, steps, self.every)
 

@@ -85,7 +85,13 @@ class MomentumByName:
     def _is_named(self, name: str) -> bool:
         return any(each.search(without_wrappers(name)) for each in self._expressions)
 
-    def check(self, averaged: nn.Module, update_buffers: Buffers, shared: Collection[str]) -> None:
+    def check(
+        self,
+        averaged: nn.Module,
+        update_buffers: Buffers,
+        shared: Collection[str],
+        left_out: Collection[str] = (),
+    ) -> None:
         """Raises ValueError unless each averaged tensor has a momentum, and each pattern a tensor.
 
         Nothing is asked of a module without any.
@@ -93,13 +99,14 @@ class MomentumByName:
         Args:
             averaged: the module with the averages.
             shared: names that aren't averaged at present, and need no momentum.
+            left_out: names that are never averaged, and have none.
         """
         tied: dict[int, tuple[str, int]] = {}
         names, used = [], set()
         for name, slot in slots_of(averaged).items():
             if not is_averaged(name, slot, update_buffers) or not has_average(slot.tensor):
                 continue
-            if name in shared and not self._is_named(name):
+            if name in left_out or (name in shared and not self._is_named(name)):
                 continue
             place = self.place_of(name)
             names.append(without_wrappers(name))

@@ -10,6 +10,7 @@ from ema_fused.engine import backends
 from ema_fused.engine.checks import check_integer
 from ema_fused.engine.rounding import check_rounding, check_seed
 from ema_fused.modules.choosing import Buffers
+from ema_fused.modules.leaving_out import Parameters
 from ema_fused.modules.sharding import Device
 
 
@@ -32,6 +33,8 @@ class Options(TypedDict, total=False):
     distance_every: int | None
     version_counters: bool | None
     skip_nonfinite: bool
+    include: Parameters | None
+    exclude: Parameters | None
 
 
 # Options that a class with its own avg_func can't have, and their defaults.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ def carry_over(
     resize: Resize | None,
     update_buffers: Buffers,
     pinned: bool = False,
+    left_out: Collection[str] = (),
 ) -> Adopted:
     """Puts the averages of ``old`` into ``new``, a fresh average of the changed model.
 
@@ -67,6 +68,7 @@ def carry_over(
             average and the model's value; None: the model's value is taken.
         update_buffers: which buffers are averaged too.
         pinned: new tensors are in host memory, pinned if CUDA is available.
+        left_out: names in ``new`` of parameters that aren't averaged; they keep the model's values.
 
     Raises:
         TypeError, ValueError: ``resize`` didn't return a tensor of the new shape and kind, or the
@@ -82,6 +84,8 @@ def carry_over(
     taken: set[int] = set()
     for group in tied.values():
         name, slot = group[0], slots[group[0]]
+        if name in left_out:
+            continue
         own = [n for n in group if n in before and common[n] not in shared_before]
         own = [n for n in own if _is_alike(slot, before[n])]
         equal = next((n for n in own if before[n].tensor.shape == slot.tensor.shape), None)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import weakref
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_l
 from ema_fused.engine.dtensors import local, replace_local
 from ema_fused.engine.memory import memory_of
 from ema_fused.modules.deep_copies import deep_copy
+from ema_fused.modules.naming import without_wrappers
 from ema_fused.modules.sharding import (
     Device,
     converted,
@@ -37,6 +39,7 @@ def averaged_copy(
     *,
     share_frozen: bool,
     pinned: bool = False,
+    left_out: Collection[str] = (),
 ) -> tuple[nn.Module, set[str]]:
     """A deep copy of ``model`` without gradients, on ``device``, floating-point tensors in
     ``dtype``.
@@ -50,6 +53,8 @@ def averaged_copy(
         share_frozen: parameters of ``model`` that need no gradient are not copied: those of the
             copy are in the same memory (:func:`~ema_fused.modules.shared_parameter.shared`).
         pinned: in host memory, pinned if CUDA is available.
+        left_out: plain names of parameters that aren't averaged. They share memory too, unless
+            ``device`` or ``dtype`` is another than theirs: the copy is to be called with them.
 
     Returns:
         The copy, and the names of the parameters that share memory with ``model``.
@@ -78,6 +83,10 @@ def averaged_copy(
         # deepcopy takes what it finds in the memo as the copy, and doesn't copy it again.
         if is_lazy(parameter):
             memo[id(parameter)] = _without_elements(parameter)
+        elif without_wrappers(name) in left_out and _stays(parameter, device, dtype):
+            alias = shared(parameter, trains=True)
+            memo[id(parameter)] = alias
+            aliases.add(id(alias))
         elif share_frozen and not parameter.requires_grad:
             alias = shared(parameter)
             memo[id(parameter)] = alias
@@ -108,9 +117,12 @@ def averaged_skeleton(
     *,
     share_frozen: bool,
     pinned: bool = False,
+    left_out: Collection[str] = (),
     sources: Sources | None = None,
 ) -> tuple[nn.Module, set[str]]:
     """The averaged tensors of ``model`` in bare modules; otherwise as :func:`averaged_copy`.
+
+    What is left out always shares memory: nothing is called with it.
 
     Args:
         sources: what is averaged in place of the model's own tensors.
@@ -126,8 +138,9 @@ def averaged_skeleton(
         if is_lazy(tensor):
             return _without_elements(tensor)
         is_parameter = isinstance(tensor, nn.Parameter)
-        if share_frozen and is_parameter and not tensor.requires_grad:
-            alias = shared(tensor)
+        leaves = is_parameter and without_wrappers(name) in left_out
+        if leaves or (share_frozen and is_parameter and not tensor.requires_grad):
+            alias = shared(tensor, trains=leaves)
             aliases.add(id(alias))
             return alias
         wanted = dtype if tensor.is_floating_point() else None
@@ -136,6 +149,13 @@ def averaged_skeleton(
 
     module = skeleton_of(model, average_of, sources=sources)
     return module, _names_of(aliases, module)
+
+
+def _stays(parameter: Tensor, device: Device, dtype: torch.dtype | None) -> bool:
+    """Whether an average on ``device`` and in ``dtype`` would be where the parameter is."""
+    if dtype not in (None, parameter.dtype) and parameter.is_floating_point():
+        return False
+    return device is None or torch.empty(0, device=device).device == parameter.device
 
 
 def _without_elements(tensor: Tensor) -> Tensor:
@@ -159,13 +179,16 @@ def _names_of(identities: set[int], module: nn.Module) -> set[str]:
 
 
 class FrozenShares:
-    """Keeps track of the averaged parameters that are views of frozen source parameters.
+    """Keeps track of the averaged parameters that are views of source parameters: of frozen ones,
+    and of those that are left out of the average, whether they train or not.
 
     Args:
         names: names of these parameters in the averaged module.
         device: of a parameter that stops sharing; None: its source's.
         dtype: of such a parameter; None: its source's.
         pinned: in host memory, pinned if CUDA is available.
+        left_out: the model's parameters that aren't averaged, by their names in the averaged
+            module. Those that aren't in ``names`` are copies.
     """
 
     def __init__(
@@ -175,29 +198,55 @@ class FrozenShares:
         dtype: torch.dtype | None = None,
         *,
         pinned: bool = False,
+        left_out: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.names = set(names)
+        self.take(names, left_out or {})
         self._device = device
         self._dtype = dtype
         self._pinned = pinned
+
+    def take(self, names: Iterable[str], left_out: Mapping[str, Tensor]) -> None:
+        """Takes over the names of another averaged module; arguments as the constructor's."""
+        self.names = set(names)
+        self.left_out = list(left_out)
+        self._left_out = frozenset(left_out)
+        self._sources = {name: weakref.ref(source) for name, source in left_out.items()}
+
+    def leave_out(self, name: str) -> bool:
+        """Whether the parameter isn't averaged, but shared with the model or copied from it."""
+        return name in self._left_out
+
+    def share(self, name: str, source: Tensor) -> bool:
+        """Whether the average of ``source`` is to be in its memory."""
+        return name in self.names and (name in self._left_out or not source.requires_grad)
+
+    def is_of_another(self, name: str, averaged: Tensor, source: Tensor) -> bool:
+        """Whether ``averaged`` is left out and shared, and with another model than ``source``'s."""
+        if name not in self.names or name not in self._left_out:
+            return False
+        known = self._sources.get(name)
+        is_known = known is not None and known() is source
+        return not is_known and not is_view_of(local(averaged), local(source))
 
     def settle(self, name: str, averaged: Tensor, source: Tensor) -> bool:
         """Makes ``averaged`` a view of ``source`` again if either has been moved or written.
 
         If the source has become trainable, the sharing ends: the average gets its own memory with
-        the source's current value.
+        the source's current value. (Not of one that is left out.)
 
         Returns:
             Whether the two share memory.
         """
         if name not in self.names:
             return False
-        if source.requires_grad:
+        if not self.share(name, source):
             self.end(name, averaged, source)
             return False
         if not is_view_of(local(averaged), local(source)):
             replace_local(averaged, local(source).data)
         protect(averaged)
+        if name in self._left_out:
+            self._sources[name] = weakref.ref(source)
         return True
 
     def end(self, name: str, averaged: Tensor, source: Tensor) -> None:
@@ -221,10 +270,15 @@ class FrozenShares:
         """
         if dtype is None and source.is_floating_point():
             dtype = self._dtype
-        if name in self.names and not source.requires_grad:
-            return source.data  # with a version counter of its own
+        if self.share(name, source):
+            # That of a frozen parameter gets a version counter of its own.
+            return source.detach() if name in self._left_out else source.data
         self.names.discard(name)
         return converted(source, self._device, dtype, pinned=self._pinned)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles know no model."""
+        return self.__dict__ | {"_sources": {}}
 
 
 def is_view_of(averaged: Tensor, source: Tensor) -> bool:

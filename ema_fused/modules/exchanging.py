@@ -51,6 +51,7 @@ def _pairs(
         update_buffers=False,
         shares=shares,
         for_passes=for_passes,
+        into_model=True,
         sources=sources,
     )
     return found._replace(updated=_each_source_once(found.updated))
@@ -99,7 +100,8 @@ class Exchange:
     """Swaps averages into a model and out again; planned once, used any number of times.
 
     Pairs of one dtype are swapped in place. Where the dtypes differ, a swap would lose bits: the
-    model's tensor is saved on the average's device and then overwritten. What is written into the
+    model's tensor is saved on the average's device and then overwritten. So it is where the average
+    shares a parameter that is left out with another model. What is written into the
     model meanwhile (recomputed statistics) is in the average afterwards, in both cases.
 
     Each exchange is done or not done, even if Ctrl-C or another signal arrives meanwhile: its
@@ -137,16 +139,16 @@ class Exchange:
 
     @property
     def overwrites(self) -> list[str]:
-        """Names of the tensors that are saved and overwritten instead of swapped."""
-        return [pair.name for pair in self._overwrites]
+        """Names of the tensors that are saved and overwritten, as their dtypes differ."""
+        return [pair.name for pair in self._overwrites if not pair.of_another]
 
     def _prepare(self) -> None:
         self._gathered = Gathered(self._model)
         self._gathered.drop()
         slots_changed, pairs = self._found()
         refuse_untied(pairs)
-        self._swaps = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
-        self._overwrites = [pair for pair in pairs if pair.averaged.dtype != pair.source.dtype]
+        self._swaps = [pair for pair in pairs if _can_swap(pair)]
+        self._overwrites = [pair for pair in pairs if not _can_swap(pair)]
         self._swap = plan_of(self._swaps, backend=self._backend)
         self._overwrite = self._plan_overwriting([pair.averaged for pair in self._overwrites])
         self._written = _written(self._swaps, self._overwrites)
@@ -238,7 +240,12 @@ class Exchange:
             ) from error
         try:
             if own and not is_unchanged:
-                take_over_changes(self._overwrites, own)
+                kept = [
+                    (pair, tensor)
+                    for pair, tensor in zip(self._overwrites, own, strict=True)
+                    if not pair.of_another
+                ]
+                take_over_changes([pair for pair, _ in kept], [tensor for _, tensor in kept])
         finally:
             if restore is not None:
                 restore.copy_()
@@ -259,6 +266,11 @@ class Exchange:
         self._swap = plan_of(self._swaps, backend=self._backend)
         self._overwrite = self._plan_overwriting([pair.averaged for pair in self._overwrites])
         self._written = _written(self._swaps, self._overwrites)
+
+
+def _can_swap(pair: Pair) -> bool:
+    """Not between dtypes, and not with the weights of a third model, which trains with them."""
+    return pair.averaged.dtype == pair.source.dtype and not pair.of_another
 
 
 def _written(swaps: list[Pair], overwrites: list[Pair]) -> VersionCounters:
@@ -293,7 +305,12 @@ def exchange_of_averages(
 
     def find_pairs() -> Pairs:
         found = pair_up(
-            averaged, model, update_buffers=update_buffers, shares=shares, for_passes=True
+            averaged,
+            model,
+            update_buffers=update_buffers,
+            shares=shares,
+            for_passes=True,
+            into_model=True,
         )
         averages = [pair for pair in found.updated if pair.averages]
         return found._replace(updated=_each_source_once(averages))

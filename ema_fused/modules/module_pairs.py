@@ -42,6 +42,7 @@ class Pair(NamedTuple):
     trains: bool  # whether the source requires a gradient
     kind: Kind
     held: tuple[Tensor, Tensor]
+    of_another: bool = False  # left out, and the averaged side is another model's memory
 
 
 class Pairs(NamedTuple):
@@ -139,17 +140,21 @@ def pair_up(
     leave: Collection[Kind] = (),
     caches_are_buffers: bool = False,
     for_passes: bool = False,
+    into_model: bool = False,
     sources: Sources | None = None,
 ) -> Pairs:
     """The pairs of both modules, tied ones once; kinds in ``leave`` are ignored.
 
     Parameters are averaged, and the persistent buffers of ``update_buffers``. Tensors that can't be
-    averaged (integers, bool), sparse buffers and all other buffers are copied. A non-persistent
-    buffer is left alone unless the model has one of its shape and kind.
+    averaged (integers, bool), sparse buffers, all other buffers and what ``shares`` leaves out are
+    copied. A non-persistent buffer is left alone unless the model has one of its shape and kind.
 
     Args:
         for_passes: the sources are what the model's passes read, not what its optimizer steps on,
             where these are two (ZeRO-3's 16-bit and float32 partitions).
+        into_model: the model is to be written. If it is another one than the average is of, the
+            parameters that are left out and shared stay shared with that, and are among ``updated``
+            (``of_another``).
         sources: what is averaged in place of the model's own tensors.
 
     Raises:
@@ -163,26 +168,29 @@ def pair_up(
     names = partners(ours, theirs)
     kept = KeptElsewhere(model, for_passes=for_passes, sources=sources)
     pairs: list[Pair] = []
+    aliases: dict[Tensor, nn.Parameter] = {}
     for number, (name, source_name) in enumerate(names.items()):
         slot, (source, _, owner, key) = ours[name], theirs[source_name]
-        slot = _follow_shared(name, slot, source, shares)
+        of_another = into_model and shares.is_of_another(name, slot.tensor, source)
+        if not of_another:
+            slot = _follow_shared(name, slot, source, shares, aliases)
         if slot.kind is Kind.CACHE and not _is_like(slot.tensor, source):
             continue
-        is_shared = name in shares.names and not source.requires_grad
-        if not (is_shared and local(slot.tensor).is_meta):
+        if not (shares.share(name, source) and local(slot.tensor).is_meta):
             source = kept.find(owner, key, source)
             if local(source).is_meta or local(slot.tensor).is_meta:
                 _refuse_offloaded(source_name, owner)
         _check(name, slot.tensor, source)
         averages = is_averaged(name, slot, update_buffers) and has_average(slot.tensor)
+        averages = averages and not shares.leave_out(name)
         trains = source.requires_grad
         held = slot.tensor, source
-        pairs.append(Pair(name, *held, averages, number, trains, slot.kind, held))
+        pairs.append(Pair(name, *held, averages, number, trains, slot.kind, held, of_another))
 
     updated: dict[tuple[int, int], Pair] = {}
     shared: list[Pair] = []
     for pair in pairs:
-        if shares.settle(pair.name, pair.averaged, pair.source):
+        if not pair.of_another and shares.settle(pair.name, pair.averaged, pair.source):
             shared.append(pair)
         else:
             in_shards = pair._replace(averaged=local(pair.averaged), source=local(pair.source))
@@ -216,13 +224,27 @@ def differ(averaged: nn.Module, model: nn.Module) -> bool:
     return False
 
 
-def _follow_shared(name: str, slot: Slot, source: Tensor, shares: FrozenShares) -> Slot:
-    """Shares a parameter of a class of its own anew where the model's is another one now."""
-    if name not in shares.names or source.requires_grad or not has_own_class(source):
+def _follow_shared(
+    name: str,
+    slot: Slot,
+    source: Tensor,
+    shares: FrozenShares,
+    aliases: dict[Tensor, nn.Parameter],
+) -> Slot:
+    """Shares a parameter anew where the model's is another one now, if only a new one can be it:
+    one of a class of its own, and one that is left out, for its version counter.
+
+    Args:
+        aliases: those made so far; tied parameters stay one.
+    """
+    leaves = shares.leave_out(name)
+    if not shares.share(name, source) or not (leaves or has_own_class(source)):
         return slot
-    if is_view_of(slot.tensor, source):
+    if is_view_of(local(slot.tensor), local(source)):
         return slot
-    alias = slot.owner._parameters[slot.key] = shared(source)
+    if source not in aliases:
+        aliases[source] = shared(source, trains=leaves)
+    alias = slot.owner._parameters[slot.key] = aliases[source]
     return slot._replace(tensor=alias)
 
 

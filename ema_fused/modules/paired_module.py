@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ema_fused.engine.graphs import outside_graphs
-from ema_fused.modules import exchanging, swapping
+from ema_fused.modules import exchanging, naming, swapping
 from ema_fused.modules.adopting import Adopted, Resize, carry_over
 from ema_fused.modules.advice import Advice, of_first_copy
 from ema_fused.modules.choosing import Buffers
@@ -21,6 +21,7 @@ from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.exchanging import Exchange
 from ema_fused.modules.extra_state import ExtraState
 from ema_fused.modules.first_values import FirstValues
+from ema_fused.modules.leaving_out import Copied
 from ema_fused.modules.model_argument import check_model
 from ema_fused.modules.module_pairs import is_averaged, slots_of
 from ema_fused.modules.pairing import Pairing
@@ -40,7 +41,7 @@ class PairedModule(WaitingModule):
         module: the averages.
         shares: the parameters of ``module`` that share memory with the model's.
         update_buffers: which persistent floating-point buffers are averaged too.
-        copied: makes such a module of a model, and the names of such parameters.
+        copied: makes such a module of a model, with the names of such parameters.
         update_buffers: whether persistent floating-point buffers are averaged too.
         backend: as in :class:`~ema_fused.Plan`; likewise ``rounding``.
         offload: ``"cpu"``: the averages are in host memory and updated there, in a thread.
@@ -65,7 +66,7 @@ class PairedModule(WaitingModule):
         self,
         module: nn.Module,
         shares: FrozenShares,
-        copied: Callable[[nn.Module], tuple[nn.Module, set[str]]],
+        copied: Callable[[nn.Module], Copied],
         *,
         update_buffers: Buffers,
         backend: str | None,
@@ -93,8 +94,21 @@ class PairedModule(WaitingModule):
 
     @property
     def shared_names(self) -> set[str]:
-        """Names of the averaged parameters that share the model's memory (``share_frozen``)."""
+        """Names of the averaged parameters that share the model's memory: of frozen ones with
+        ``share_frozen``, and of those that ``include`` and ``exclude`` leave out.
+        """
         return self._shares.names
+
+    @property
+    def left_out_names(self) -> list[str]:
+        """Names of the parameters that ``include`` and ``exclude`` leave out of the average."""
+        return list(self._shares.left_out)
+
+    def extra_repr(self) -> str:
+        """Names what is left out."""
+        names = self._shares.left_out
+        plain = [naming.without_wrappers(name) for name in names]
+        return f"left_out={len(names)}: {naming._list(plain)}" if names else ""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the averaged copy."""
@@ -228,19 +242,20 @@ class PairedModule(WaitingModule):
             model = inside
         was_written = self.first_values.look(old)
         with torch.inference_mode(False), torch.no_grad():
-            module, shared = self._make(model)
+            module, shared, left_out = self._make(model)
             adopted = carry_over(
                 module,
                 shared,
                 old,
                 self.shared_names,
+                left_out=left_out,
                 resize=resize,
                 update_buffers=self.update_buffers,
                 pinned=self.offload is not None,
             )
         module.train(old.training)
         self._modules["module"] = module
-        self._shares.names = shared
+        self._shares.take(shared, left_out)
         self._pairing = None
         if not was_written:
             self.first_values.start_again(module, shared)
@@ -328,11 +343,16 @@ class PairedModule(WaitingModule):
 
     @property
     def avg_parameters(self) -> dict[str, Tensor]:
-        """The averaged tensors by name, as in mmengine; with the buffers of ``update_buffers``."""
+        """The averaged tensors by name, as in mmengine; with the buffers of ``update_buffers``.
+
+        Without the parameters that ``include`` and ``exclude`` leave out.
+        """
         choice = self.update_buffers
-        if not choice:
-            return dict(self.module.named_parameters())
-        tensors = dict(self.module.state_dict())
+        tensors: dict[str, Tensor] = (
+            self.module.state_dict() if choice else dict(self.module.named_parameters())
+        )
+        for name in self._shares.left_out:
+            tensors.pop(name, None)
         if isinstance(choice, int):
             return tensors
         slots = slots_of(self.module)

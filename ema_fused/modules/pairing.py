@@ -162,8 +162,16 @@ class Pairing:
             self._slots_changed = lambda: watch.changed() or have_moved(elsewhere)
         self._pairs = pairs
         self._shared = [
-            (pair.name, pair.averaged, pair.source, writes_through(pair.averaged))
+            (
+                pair.name,
+                pair.averaged,
+                pair.source,
+                # One that is left out has one counter with the model's, which trains it.
+                None if leaves else writes_through(pair.averaged),
+                leaves,
+            )
             for pair in shared
+            for leaves in (self._shares.leave_out(pair.name),)
         ]
         self._run_by(*planned)
         self._unseen = averaged_buffers(pairs) if self._mends_buffers else []
@@ -254,12 +262,14 @@ class Pairing:
         return self._shares_hold()
 
     def _shares_hold(self) -> bool:
-        """Whether the shared parameters are still frozen, unwritten, and in the model's memory."""
+        """Whether the shared parameters are still in the model's memory; and, but for those that
+        are left out, frozen and unwritten.
+        """
         hold = not any(
-            source.requires_grad
+            (source.requires_grad and not leaves)
             or (alias is not source and local(alias).data_ptr() != local(source).data_ptr())
             or writes_through(alias, writes) != writes
-            for _, alias, source, writes in self._shared
+            for _, alias, source, writes, leaves in self._shared
         )
         if not hold:
             self._tell_of_writes()
@@ -269,10 +279,13 @@ class Pairing:
         """Warns of writes through the average that have reached the model; its methods copy."""
         written = [
             name
-            for name, alias, source, writes in self._shared
+            for name, alias, source, writes, _ in self._shared
             if writes_through(alias, writes) != writes and is_view_of(local(alias), local(source))
         ]
-        self._shared = [(n, alias, of, writes_through(alias)) for n, alias, of, _ in self._shared]
+        self._shared = [
+            (name, alias, source, writes_through(alias, writes), leaves)
+            for name, alias, source, writes, leaves in self._shared
+        ]
         if written:
             warn(
                 f"{', '.join(written[:6])}: frozen parameters of the average were written by a "
@@ -487,7 +500,7 @@ class Pairing:
     def parameters(self) -> list[nn.Parameter]:
         """The model's parameters, without those that share memory with the average."""
         if self._parameters is None:
-            shared = {id(source) for _, _, source, _ in self._shared}
+            shared = {id(source) for _, _, source, *_ in self._shared}
             every = self._model.present().parameters()
             self._parameters = [each for each in every if id(each) not in shared]
         return self._parameters

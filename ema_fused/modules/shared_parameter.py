@@ -121,19 +121,25 @@ def has_own_class(parameter: Tensor) -> bool:
     return type(parameter) not in (nn.Parameter, SharedParameter) and not is_sharded(parameter)
 
 
-def shared(parameter: Tensor) -> nn.Parameter:
-    """A parameter for an average, in the memory of ``parameter``, which is frozen.
+def shared(parameter: Tensor, *, trains: bool = False) -> nn.Parameter:
+    """A parameter for an average, in the memory of ``parameter``.
 
     One of a class of its own (bitsandbytes' ``Int8Params``) stays of that class, with the
-    attributes that it has now; a wrapper (torchao's weights) is returned itself.
+    attributes that it has now; a wrapper (torchao's weights) that is frozen is returned itself.
+
+    Args:
+        trains: the model may write it: it has one version counter with ``parameter``, by which
+            autograd refuses a backward pass through values that were written since.
     """
     assert isinstance(parameter, nn.Parameter)
     if is_sharded(parameter):
         return nn.Parameter(parameter.detach(), requires_grad=False)
     if not has_own_class(parameter):
-        return SharedParameter(_plain(parameter), requires_grad=False)
+        elements = parameter.detach() if trains else _plain(parameter)
+        return SharedParameter(elements, requires_grad=False)
     if is_wrapper(parameter):
-        return parameter
+        # Not itself, whose requires_grad an average's is not.
+        return nn.Parameter(parameter.detach(), requires_grad=False) if trains else parameter
     # Another object: bitsandbytes' layers take attributes away from their weight.
     alias: nn.Parameter = Tensor._make_subclass(type(parameter), _plain(parameter), False)
     vars(alias).update(vars(parameter))

@@ -163,6 +163,8 @@ def averaged_state_dict(
     if is_flattened(model):
         with _in_the_model(averaged, model):
             tensors = _copied(get_model_state_dict(model, options=options))
+        for name in averaged.left_out_names:
+            tensors.pop(name, None)
     else:
         tensors = get_model_state_dict(averaged.module, options=options)
         for name in averaged.shared_names:
@@ -206,6 +208,10 @@ def load_averaged_state_dict(
             f"averaged_state_dict() gave is expected"
         )
     with _in_the_model(averaged, model):
+        if averaged.left_out_names:
+            # They are the model's own, which a state must have all of.
+            present = get_model_state_dict(model, options=options)
+            tensors |= {name: present[name] for name in averaged.left_out_names}
         set_model_state_dict(model, tensors, options=options)
     for name, buffer in own.items():
         if name in state_dict:  # checkpoints written without stochastic rounding have no seed

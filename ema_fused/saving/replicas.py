@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ema_fused.engine.dtensors import is_sharded
+from ema_fused.engine.dtensors import class_if_imported, is_sharded
 from ema_fused.modules.changes import bits_of
 
 MODULE = "module."  # prefix of the averaged tensors in a state
@@ -75,12 +75,18 @@ def _from_all(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
     return answers
 
 
+def _is_a_part(tensor: Tensor) -> bool:
+    """Whether each process holds a part of it: of DTensors, and of what FSDP1 saves."""
+    of_fsdp1 = class_if_imported("torch.distributed._shard.sharded_tensor", "ShardedTensor")
+    return is_sharded(tensor) or (of_fsdp1 is not None and isinstance(tensor, of_fsdp1))
+
+
 @torch.no_grad()
 def _checksums(tensors: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
     """Dtype, shape and the sum of the bits, read as integers, of each tensor that counts."""
     sums: dict[torch.device, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or is_sharded(tensor) or tensor.is_meta:
+        if not isinstance(tensor, Tensor) or _is_a_part(tensor) or tensor.is_meta:
             continue
         if tensor.layout != torch.strided or name.endswith(_STATISTICS):
             continue
