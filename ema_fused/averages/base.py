@@ -114,8 +114,8 @@ class BaseAveragedModel(PairedModule):
             regular expression, or one of a list of them, is found; or for which this function of
             name and tensor is true. None: all.
         exclude: of these, average no parameters that this names, in the same ways. What is left out
-            is in the memory of the model's own and always has its present values: it takes no
-            memory and no time. A copy of the module that is on another device or in another dtype
+            is in the memory of the model's own and always has its present values; no update reads
+            or writes it. A copy of the module that is on another device or in another dtype
             has copies of it, made at each update. Buffers have ``update_buffers``.
 
     With ``offload`` and ``overlap`` the next optimizer step must wait until the model has been

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from ema_fused.engine.dtensors import local
 from ema_fused.engine.memory import starts_in_one_place
-from ema_fused.engine.notices import warn
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.versions import VersionCounters
 from ema_fused.modules.choosing import Buffers
-from ema_fused.modules.copying import FrozenShares, is_view_of
+from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.extra_state import ExtraState
 from ema_fused.modules.following import following_buffers
 from ema_fused.modules.kept_elsewhere import have_moved
@@ -24,7 +23,7 @@ from ema_fused.modules.known_model import KnownModel
 from ema_fused.modules.materialising import materialise
 from ema_fused.modules.module_pairs import Kind, Pair, lists_of, pair_up, plan_of, refuse_untied
 from ema_fused.modules.non_finite import NonFiniteBuffers, averaged_buffers, those_non_finite
-from ema_fused.modules.shared_parameter import writes_through
+from ema_fused.modules.shared_pairs import SharedPairs
 from ema_fused.modules.sources import Sources
 from ema_fused.modules.watch import ModuleWatch
 from ema_fused.offloading.offloaded_plan import OffloadedPlan
@@ -161,18 +160,7 @@ class Pairing:
             self._slots = None
             self._slots_changed = lambda: watch.changed() or have_moved(elsewhere)
         self._pairs = pairs
-        self._shared = [
-            (
-                pair.name,
-                pair.averaged,
-                pair.source,
-                # One that is left out has one counter with the model's, which trains it.
-                None if leaves else writes_through(pair.averaged),
-                leaves,
-            )
-            for pair in shared
-            for leaves in (self._shares.leave_out(pair.name),)
-        ]
+        self._shared = SharedPairs(shared, self._shares) if shared else None
         self._run_by(*planned)
         self._unseen = averaged_buffers(pairs) if self._mends_buffers else []
         self._non_finite: NonFiniteBuffers | None = None
@@ -259,41 +247,7 @@ class Pairing:
             return False
         if self._slots_changed():
             return False
-        return self._shares_hold()
-
-    def _shares_hold(self) -> bool:
-        """Whether the shared parameters are still in the model's memory; and, but for those that
-        are left out, frozen and unwritten.
-        """
-        hold = not any(
-            (source.requires_grad and not leaves)
-            or (alias is not source and local(alias).data_ptr() != local(source).data_ptr())
-            or writes_through(alias, writes) != writes
-            for _, alias, source, writes, leaves in self._shared
-        )
-        if not hold:
-            self._tell_of_writes()
-        return hold
-
-    def _tell_of_writes(self) -> None:
-        """Warns of writes through the average that have reached the model; its methods copy."""
-        written = [
-            name
-            for name, alias, source, writes, _ in self._shared
-            if writes_through(alias, writes) != writes and is_view_of(local(alias), local(source))
-        ]
-        self._shared = [
-            (name, alias, source, writes_through(alias, writes), leaves)
-            for name, alias, source, writes, leaves in self._shared
-        ]
-        if written:
-            warn(
-                f"{', '.join(written[:6])}: frozen parameters of the average were written by a "
-                f"function of torch or through a view, and share_frozen keeps them in the model's "
-                f"memory, so the model holds the new values too. Write by methods (weight.add_(), "
-                f"weight.data += ...), which copy first, or into averaged.module of an average "
-                f"without share_frozen"
-            )
+        return self._shared is None or self._shared.hold()
 
     def average_at_once(
         self,
@@ -324,7 +278,7 @@ class Pairing:
             or averaged is not self._averaged()
             or model is not self._model.last()
             or update_buffers != self.update_buffers
-            or (self._shared and not self._shares_hold())
+            or (self._shared is not None and not self._shared.hold())
             or weight < self.lossy_below  # its caller warns of that
         ):
             return False
@@ -500,7 +454,7 @@ class Pairing:
     def parameters(self) -> list[nn.Parameter]:
         """The model's parameters, without those that share memory with the average."""
         if self._parameters is None:
-            shared = {id(source) for _, _, source, *_ in self._shared}
+            shared = set() if self._shared is None else self._shared.sources
             every = self._model.present().parameters()
             self._parameters = [each for each in every if id(each) not in shared]
         return self._parameters
