@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema_fused.engine.dtensors import local
 from ema_fused.engine.memory import starts_in_one_place
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.versions import VersionCounters
