@@ -7,6 +7,9 @@ arguments and pass the function to a model::
 
     ExponentialMovingAverage(model, momentum=partial(annealing, momentum=0.001, gamma=200))
 
+Durations (half-lives, time constants, lengths of runs) are in steps; :func:`in_steps` makes steps
+of samples, tokens and epochs.
+
 ``step`` may also be a 0-dim float64 tensor. The momentum is then a tensor too, computed on the same
 device without synchronising (``capturable`` averages need that).
 
@@ -17,10 +20,13 @@ Other packages use the weight of the average instead, the decay: ``momentum = 1 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 
 from ema_fused.engine.checks import (
+    as_integer,
     check_fraction,
     check_integer,
     check_not_negative,
@@ -245,6 +251,61 @@ def half_life_ramp_up(
     return one_until(step, -expm1(-math.log(2) * batch_size / reached))
 
 
+def half_life_fraction(
+    step: Number, *, fraction: float = 0.05, total: float | None = None, step_bias: int = 0
+) -> Number | float:
+    """``1 - 2 ** (-1 / (fraction * n))``: the half-life is a fraction of the run's length ``n``.
+
+    Of the run so far, ``n = step + 1 + step_bias``, the updates with this one, and at least 1: the
+    schedule of torchtitan's ``EMA``, written there as the decay ``2 ** (-1 / (half_life_fraction *
+    num_updates))``. Its memory grows with the run. Or, with ``total``, of a run of known length,
+    ``n = total``: one momentum at every step.
+
+    Args:
+        fraction: the half-life in lengths of the run.
+        total: the length of the whole run, in steps; None: the run so far.
+        step_bias: added to the updates so far: negative at the beginning of a new phase that is to
+            forget the earlier ones sooner.
+
+    Raises:
+        ValueError: ``fraction`` or ``total`` is not above 0, or ``step`` negative.
+        TypeError: ``step_bias`` is no integer.
+    """
+    _check_step(step)
+    fraction = check_positive("fraction", fraction)
+    step_bias = as_integer(step_bias, "step_bias")
+    if total is not None:
+        return momentum_of_half_life(fraction * check_positive("total", total))
+    updates = at_least(step + (1 + step_bias), 1)
+    return -expm1(-math.log(2) / (fraction * updates))
+
+
+def copy_first(
+    step: Number, *, updates: int, then: float | Callable[[Any], Any] = 0.0002
+) -> Number | float:
+    """1 (a copy) for the first ``updates`` updates, later ``then(step - updates + 1)``.
+
+    A decay of 0 at the beginning. ``then`` counts from the last copy as if the run began with it,
+    so it is as :class:`~ema_fused.BaseAveragedModel`'s ``begin_step=updates``, for places that take
+    a momentum alone.
+
+    Args:
+        updates: how many updates copy; 1 or 0 is the initial copy alone.
+        then: the momentum after them: a number, or a function of the step as those here.
+
+    Raises:
+        ValueError: ``updates`` or ``step`` is negative, or the number ``then`` outside [0, 1].
+        TypeError: ``updates`` is no integer, or ``then`` neither a number nor a function.
+    """
+    _check_step(step)
+    updates = check_integer("updates", updates, least=0)
+    since = step - max(updates, 1) + 1
+    value = then(at_least(since, 1)) if callable(then) else check_fraction("then", then)
+    if isinstance(since, Tensor) and not isinstance(value, Tensor):
+        value = since.new_full((), float(value))
+    return one_until(since, value)
+
+
 def power_function(step: Number, *, sigma_rel: float = 0.1) -> Number:
     """``1 - (1 - 1 / t) ** (gamma + 1)`` with ``t = step + 1``: the power function of EDM2.
 
@@ -271,6 +332,52 @@ def momentum_of_half_life(half_life: float, *, batch_size: float = 1) -> float:
     half_life = check_positive("half_life", half_life)
     batch_size = check_positive("batch_size", batch_size)
     return -math.expm1(-math.log(2) * batch_size / half_life)
+
+
+def in_steps(
+    *,
+    samples: float | None = None,
+    batch_size: float | None = None,
+    tokens: float | None = None,
+    tokens_per_step: float | None = None,
+    epochs: float | None = None,
+    steps_per_epoch: float | None = None,
+) -> float:
+    """A duration in steps: ``samples / batch_size``, ``tokens / tokens_per_step`` or
+    ``epochs * steps_per_epoch``.
+
+    For every argument that is a duration::
+
+        momentum_of_half_life(in_steps(tokens=2e9, tokens_per_step=4_000_000))
+        partial(cosine, total=in_steps(epochs=300, steps_per_epoch=len(loader)))
+
+    A step is an update of the average: an optimizer step, of all processes and micro-batches.
+
+    Args:
+        samples: with ``batch_size``, the samples of one step.
+        tokens: with ``tokens_per_step``.
+        epochs: with ``steps_per_epoch``.
+
+    Raises:
+        TypeError: not one duration and its measure are given.
+        ValueError: a number is not above 0.
+    """
+    measures = [
+        ("samples", samples, "batch_size", batch_size),
+        ("tokens", tokens, "tokens_per_step", tokens_per_step),
+        ("epochs", epochs, "steps_per_epoch", steps_per_epoch),
+    ]
+    given = [measure for measure in measures if measure[1] is not None or measure[3] is not None]
+    if len(given) != 1 or None in given[0]:
+        pairs = [pair for each in given for pair in (each[:2], each[2:])]
+        found = [f"{name}={value!r}" for name, value in pairs if value is not None]
+        raise TypeError(
+            f"in_steps() got {', '.join(found) or 'nothing'}; one of samples= with batch_size=, "
+            f"tokens= with tokens_per_step=, epochs= with steps_per_epoch= is expected"
+        )
+    (name, duration, measure, per) = given[0]
+    duration, per = check_positive(name, duration), check_positive(measure, per)
+    return duration * per if name == "epochs" else duration / per
 
 
 def scale_momentum(momentum: float, kappa: float) -> float:

@@ -11,14 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from ema_fused import ExponentialMovingAverage
 from ema_fused.averages import schedules
 from ema_fused.averages.schedules import (
     annealing,
     constant,
+    copy_first,
     cosine,
     delayed_warmup_ratio,
     exponential,
+    half_life_fraction,
     half_life_ramp_up,
+    in_steps,
     linear_warmup,
     mean,
     momentum_of_half_life,
@@ -28,6 +32,7 @@ from ema_fused.averages.schedules import (
     warmup_power,
     warmup_ratio,
 )
+from tests.networks import conv_net, differences, run, snapshot
 
 ALL = {
     "constant": partial(constant, momentum=0.25),
@@ -41,6 +46,8 @@ ALL = {
     "delayed_warmup_ratio": partial(delayed_warmup_ratio, momentum=0.01, after=4),
     "warmup_exponential": partial(warmup_exponential, momentum=0.01, tau=30),
     "half_life_ramp_up": partial(half_life_ramp_up, half_life=500, batch_size=16),
+    "half_life_fraction": half_life_fraction,
+    "copy_first": partial(copy_first, updates=5, then=partial(annealing, momentum=0.01, gamma=20)),
     "power_function": partial(power_function, sigma_rel=0.05),
 }
 # Those whose memory grows from nothing: the first value is a copy, and none outweighs the last.
@@ -172,6 +179,86 @@ def test_scaled_momentum_forgets_as_fast_per_sample() -> None:
         assert scaled == pytest.approx(momentum_of_half_life(half_life, batch_size=16))
 
 
+def test_a_half_life_can_be_a_fraction_of_the_run_so_far() -> None:
+    # torchtitan's formula, which counts the updates with this one.
+    for fraction, bias in ((0.05, 0), (0.05, 7), (0.2, -3), (1.0, 0)):
+        for step in (0, 1, 2, 19, 99, 10**6):
+            updates = max(step + 1 + bias, 1)
+            expected = 1 - 2.0 ** (-1.0 / (fraction * updates))
+            found = half_life_fraction(step, fraction=fraction, step_bias=bias)
+            assert found == pytest.approx(expected, rel=1e-9)
+    assert half_life_fraction(19) == 0.5  # a half-life of one step
+    # What was seen before the last fraction of a long run has half the weight.
+    kept = math.prod(1 - half_life_fraction(step) for step in range(9_500, 10_000))
+    assert kept == pytest.approx(2 ** -(math.log(10_000 / 9_500) / 0.05), rel=1e-4)
+    assert half_life_fraction(4, step_bias=-100) == half_life_fraction(0)
+
+
+def test_or_of_a_run_of_known_length() -> None:
+    of_run = partial(half_life_fraction, fraction=0.03, total=10_000)
+    assert {of_run(step) for step in (0, 7, 10**6)} == {momentum_of_half_life(300)}
+    with pytest.raises(TypeError, match=r"step_bias is 1\.5; an integer"):
+        half_life_fraction(1, step_bias=1.5)
+
+
+def test_the_first_updates_copy() -> None:
+    seen = []
+
+    def then(step: int) -> float:
+        seen.append(step)
+        return 0.25
+
+    first = partial(copy_first, updates=3, then=then)
+    assert [first(step) for step in range(6)] == [1.0, 1.0, 1.0, 0.25, 0.25, 0.25]
+    assert seen[3:] == [1, 2, 3]
+    assert [copy_first(step, updates=2, then=0.5) for step in range(4)] == [1.0, 1.0, 0.5, 0.5]
+    for updates in (0, 1):
+        assert [copy_first(step, updates=updates, then=0.5) for step in (0, 1)] == [1.0, 0.5]
+    found = copy_first(torch.tensor(2.0, dtype=torch.float64), updates=2, then=0.5)
+    assert isinstance(found, Tensor) and found == 0.5
+    with pytest.raises(TypeError, match=r"updates is 1\.5"):
+        copy_first(1, updates=1.5, then=0.5)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="then is 'x'"):
+        copy_first(1, updates=1, then="x")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("updates", [0, 1, 2, 5])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_copying_first_is_as_beginning_later(updates: int, capturable: bool) -> None:
+    fall = partial(annealing, momentum=0.01, gamma=3)
+    models = conv_net(), conv_net()
+    scheduled = ExponentialMovingAverage(
+        models[0], partial(copy_first, updates=updates, then=fall), capturable=capturable
+    )
+    begun = ExponentialMovingAverage(models[1], fall, begin_step=updates, capturable=capturable)
+    run(scheduled, models[0], 8)
+    run(begun, models[1], 8)
+    assert differences(snapshot(scheduled.module), snapshot(begun.module)) == []
+
+
+def test_durations_are_told_in_other_units() -> None:
+    assert in_steps(samples=256_000, batch_size=256) == 1000
+    assert in_steps(tokens=2e9, tokens_per_step=4_000_000) == 500
+    assert in_steps(epochs=1.5, steps_per_epoch=1251) == 1876.5
+    # 5 % of a run of 10 epochs, and the same in samples.
+    of_epochs = half_life_fraction(0, total=in_steps(epochs=10, steps_per_epoch=100))
+    assert of_epochs == momentum_of_half_life(in_steps(samples=50 * 32, batch_size=32))
+    for wrong, message in (
+        ({}, "got nothing; one of samples="),
+        ({"samples": 5}, "got samples=5; one of"),
+        ({"batch_size": 5}, "got batch_size=5; one of"),
+        ({"samples": 5, "tokens_per_step": 3}, "got samples=5, tokens_per_step=3; one"),
+        (
+            {"samples": 5, "batch_size": 5, "epochs": 1, "steps_per_epoch": 2},
+            "got samples=5, batch_size=5, epochs=1, steps_per_epoch=2; one",
+        ),
+    ):
+        with pytest.raises(TypeError, match=message):
+            in_steps(**wrong)
+    with pytest.raises(ValueError, match="batch_size is 0; a finite number above 0"):
+        in_steps(samples=5, batch_size=0)
+
+
 @pytest.mark.parametrize("name", FALLING)
 def test_a_warm_up_begins_with_much_and_falls(name: str) -> None:
     values = [ALL[name](step) for step in range(2000)]
@@ -219,6 +306,10 @@ def test_a_negative_step_is_refused(name: str) -> None:
         (half_life_ramp_up, {"half_life": 0}),
         (half_life_ramp_up, {"ratio": 0, "half_life": 5}),
         (half_life_ramp_up, {"batch_size": 0, "half_life": 5}),
+        (half_life_fraction, {"fraction": 0}),
+        (half_life_fraction, {"total": -5}),
+        (copy_first, {"updates": -1}),
+        (copy_first, {"then": 1.5, "updates": 1}),
         (power_function, {"sigma_rel": 0.0}),
         (power_function, {"sigma_rel": 0.28868}),
         (power_function, {"sigma_rel": math.nan}),
