@@ -53,6 +53,7 @@ _START_RANKS = (
     "tests/modules/test_sharded_states.py",
     "tests/saving/test_export.py",
     "tests/saving/test_killed_saves.py",
+    "tests/saving/test_load_or_start.py",
     "tests/saving/test_replicas.py",
     "tests/averages/test_nonfinite_steps.py",
     "tests/examples/test_example_fsdp2.py",

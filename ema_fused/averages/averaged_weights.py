@@ -163,7 +163,8 @@ class AveragedWeights(ExponentialMovingAverage):
         for name, tensor in tensors.items():
             key = f"{prefix}module.{name}"
             if name in self.shared_names:
-                if key in state_dict and not self._shares.leave_out(name):
+                in_state = state_dict.get(key, tensor)
+                if in_state is not tensor and not self._shares.leave_out(name):
                     # In the checkpoint it isn't shared: it was trained in that run.
                     self._shares.end(name, tensor, tensor)
                 else:

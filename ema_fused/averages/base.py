@@ -521,11 +521,11 @@ class BaseAveragedModel(PairedModule):
         seed = self._buffers.get("rounding_seed")
         fit_state(state_dict, prefix, seed=seed, calls_per_average=self.every * self.interval)
         self._has_loaded_steps = f"{prefix}steps" in state_dict
-        if self._shares.left_out:
-            # Averages of tensors alone save none of them.
+        not_saved = self.shared_names.union(self.left_out_names)  # by averages of tensors alone
+        if not_saved:
             held = self._averages().state_dict(keep_vars=True)
-            for left in self._shares.left_out:
-                state_dict.setdefault(f"{prefix}module.{left}", held[left])
+            for own in not_saved:
+                state_dict.setdefault(f"{prefix}module.{own}", held[own])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         steps = self._buffers["steps"]
         assert steps is not None

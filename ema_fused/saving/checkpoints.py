@@ -8,16 +8,22 @@ different number of processes than saved it, or by one process without a process
     state = averaged_state_dict(averaged, model)
     checkpoints.load({"averaged": state}, "run/step-1000")
     load_averaged_state_dict(averaged, model, state)
+
+The last three lines in one, also for a checkpoint that has no average yet: one begins with the
+model's weights then::
+
+    load_or_start(averaged, model, "run/step-1000")
 """
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,16 +36,32 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import distribute_tensor
 
-from ema_fused.engine.dtensors import is_sharded
+from ema_fused.engine.dtensors import is_sharded, local
 from ema_fused.engine.flat_shards import FlatShard
+from ema_fused.engine.notices import warn
 from ema_fused.modules.paired_module import PairedModule
 from ema_fused.modules.sharding import is_flattened
 from ema_fused.modules.swapping import refuse_while_swapped
-from ema_fused.saving import whole_files
+from ema_fused.saving import resuming, whole_files
 from ema_fused.saving.first_process import by_the_first
 from ema_fused.saving.replicas import MODULE, averages_in, refuse_differing
 
-__all__ = ["averaged_state_dict", "exists", "load", "load_averaged_state_dict", "save"]
+__all__ = [
+    "averaged_state_dict",
+    "exists",
+    "load",
+    "load_averaged_state_dict",
+    "load_or_start",
+    "save",
+]
+
+
+class Average(Protocol):
+    """Any averaged model, and :class:`~ema_fused.PowerFunctionEMA`."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+    def copy_from(self, model: nn.Module) -> None: ...
 
 
 def save(
@@ -216,6 +238,95 @@ def load_averaged_state_dict(
     for name, buffer in own.items():
         if name in state_dict:  # checkpoints written without stochastic rounding have no seed
             buffer.copy_(state_dict[name])
+
+
+def load_or_start(
+    averaged: Average,
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, Any],
+    *,
+    key: str = "averaged",
+    process_group: dist.ProcessGroup | None = None,
+) -> bool:
+    """Loads the average that a checkpoint has; if it has none, starts one from the model's weights.
+
+    For a run that is resumed from a checkpoint of a time without an average: load the model first.
+    The first process warns that the average begins anew. Every process calls this function, and
+    all of them load, start, or raise. While it loads a file it takes the memory of one more
+    average.
+
+    Args:
+        averaged: a new average of ``model``; also a :class:`~ema_fused.PowerFunctionEMA`.
+        model: with the weights of the checkpoint.
+        source: the ``path`` that was passed to :func:`save`, or to torch's function; or a
+            checkpoint in memory, as ``torch.load`` gives it, with the average's state under
+            ``key``.
+        key: of the average's state in the checkpoint.
+        process_group: the processes that load; None: all.
+
+    Returns:
+        Whether an average was loaded.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint at this path.
+        RuntimeError: the checkpoint has an average of another model, or not in all processes.
+        CheckpointException: torch's, if the files can't be read.
+        If an error is raised, the average is unchanged.
+    """
+    state = _state_apart(averaged, model)
+    if isinstance(source, Mapping):
+        where = "the checkpoint"
+        saved = source.get(key) or {}
+        found = resuming.shapes_of(saved)
+    else:
+        where = str(source)
+        found = resuming.shapes_at(Path(source), key, process_group)
+    wanted = resuming.shapes_of(state)
+    if not resuming.fits_everywhere(wanted, found, where, key=key, group=process_group):
+        averaged.copy_from(model)
+        if not dist.is_initialized() or dist.get_rank(process_group) == 0:
+            warn(
+                f"{where} has no average ({key!r}), so one begins here, with the weights that the "
+                f"model has now. If the checkpoint has one under another name, pass key=; if its "
+                f"run had none, all is as it should be"
+            )
+        return False
+    if isinstance(source, Mapping):
+        state = {name: saved[name] for name in state if name in saved}
+    else:
+        state = {name: one for name, one in state.items() if name in found or name not in wanted}
+        load({key: state}, source, process_group=process_group)
+    if isinstance(averaged, PairedModule):
+        load_averaged_state_dict(averaged, model, state)
+    else:
+        averaged.load_state_dict(state)
+    return True
+
+
+def _state_apart(averaged: Average, model: nn.Module) -> dict[str, Any]:
+    """A copy of the state of an average, to load into; on the devices of the model."""
+
+    def present() -> dict[str, Any]:
+        if isinstance(averaged, PairedModule):
+            return averaged_state_dict(averaged, model)
+        return averaged.state_dict()
+
+    state = present()
+    if any(isinstance(one, Tensor) and _is_meta(one) for one in state.values()):
+        averaged.copy_from(model)  # it has no values yet that could be lost
+        state = present()
+    if is_flattened(model):
+        return state  # copies
+    with torch.no_grad():
+        return {
+            name: one.clone() if isinstance(one, Tensor) else copy.deepcopy(one)
+            for name, one in state.items()
+        }
+
+
+def _is_meta(tensor: Tensor) -> bool:
+    # FSDP1's are no plain tensors, and of a model that has its values.
+    return (type(tensor) is Tensor or is_sharded(tensor)) and local(tensor).is_meta
 
 
 def _own_buffers(averaged: PairedModule) -> dict[str, Tensor]:
