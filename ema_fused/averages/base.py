@@ -28,6 +28,7 @@ from ema_fused.modules.finite import nonfinite_flag
 from ema_fused.modules.leaving_out import Parameters, Selection, copied_without
 from ema_fused.modules.model_argument import check_model
 from ema_fused.modules.module_pairs import names_of_buffers
+from ema_fused.modules.naming import plain_names, without_wrappers
 from ema_fused.modules.paired_module import PairedModule
 from ema_fused.modules.pairing import Pairing
 from ema_fused.modules.sharding import Device
@@ -521,11 +522,12 @@ class BaseAveragedModel(PairedModule):
         seed = self._buffers.get("rounding_seed")
         fit_state(state_dict, prefix, seed=seed, calls_per_average=self.every * self.interval)
         self._has_loaded_steps = f"{prefix}steps" in state_dict
-        not_saved = self.shared_names.union(self.left_out_names)  # by averages of tensors alone
+        # Averages of tensors alone don't save them.
+        not_saved = plain_names(self.shared_names.union(self.left_out_names))
         if not_saved:
-            held = self._averages().state_dict(keep_vars=True)
-            for own in not_saved:
-                state_dict.setdefault(f"{prefix}module.{own}", held[own])
+            for own, tensor in self._averages().state_dict(keep_vars=True).items():
+                if without_wrappers(own) in not_saved:
+                    state_dict.setdefault(f"{prefix}module.{own}", tensor)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         steps = self._buffers["steps"]
         assert steps is not None

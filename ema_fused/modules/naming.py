@@ -35,6 +35,11 @@ def without_wrappers(name: str) -> str:
     return ".".join([part for part in path if part not in WRAPPERS] + [last])
 
 
+def plain_names(names: Iterable[str]) -> set[str]:
+    """``names`` without wrappers' components, which some wrappers leave out of states."""
+    return {without_wrappers(name) for name in names}
+
+
 def named_once(modules: Mapping[str, object]) -> list[str]:
     """The names of submodules without those that Lightning Fabric's wrapper gives a second time."""
     once, twice = _TWICE

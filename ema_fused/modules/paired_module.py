@@ -351,8 +351,9 @@ class PairedModule(WaitingModule):
         tensors: dict[str, Tensor] = (
             self.module.state_dict() if choice else dict(self.module.named_parameters())
         )
-        for name in self._shares.left_out:
-            tensors.pop(name, None)
+        left_out = naming.plain_names(self._shares.left_out)
+        for name in [one for one in tensors if naming.without_wrappers(one) in left_out]:
+            del tensors[name]
         if isinstance(choice, int):
             return tensors
         slots = slots_of(self.module)

@@ -39,6 +39,7 @@ from torch.distributed.tensor import distribute_tensor
 from ema_fused.engine.dtensors import is_sharded, local
 from ema_fused.engine.flat_shards import FlatShard
 from ema_fused.engine.notices import warn
+from ema_fused.modules.naming import plain_names
 from ema_fused.modules.paired_module import PairedModule
 from ema_fused.modules.sharding import is_flattened
 from ema_fused.modules.swapping import refuse_while_swapped
@@ -185,22 +186,31 @@ def averaged_state_dict(
     if is_flattened(model):
         with _in_the_model(averaged, model):
             tensors = _copied(get_model_state_dict(model, options=options))
-        for name in averaged.left_out_names:
-            tensors.pop(name, None)
+        not_saved = set(averaged.left_out_names)
     else:
         tensors = get_model_state_dict(averaged.module, options=options)
-        for name in averaged.shared_names:
-            tensors.pop(name, None)
-        # Torch's function doesn't know how to gather these.
-        for name, tensor in averaged.module.state_dict().items() if full_state_dict else ():
-            if isinstance(tensor, FlatShard) and name not in averaged.shared_names:
-                whole = tensor.full_tensor()
-                tensors[name] = whole.to("cpu") if cpu_offload else whole
-                if not whole_here:
-                    del tensors[name]
+        not_saved = plain_names(averaged.shared_names)
+        if full_state_dict:
+            _gather_flat_shards(tensors, averaged, keep=whole_here, cpu_offload=cpu_offload)
+    tensors = {name: one for name, one in tensors.items() if name not in not_saved}
     if not whole_here:
         return {}
     return own | {MODULE + name: tensor for name, tensor in tensors.items()}
+
+
+def _gather_flat_shards(
+    tensors: dict[str, Any], averaged: PairedModule, *, keep: bool, cpu_offload: bool
+) -> None:
+    """Puts whole tensors in place of flat shards, which torch's function can't gather.
+
+    Args:
+        keep: whether this process wants them; all take part.
+    """
+    for name, tensor in averaged.module.state_dict().items():
+        if isinstance(tensor, FlatShard) and name not in averaged.shared_names:
+            whole = tensor.full_tensor()
+            if keep:
+                tensors[name] = whole.to("cpu") if cpu_offload else whole
 
 
 def load_averaged_state_dict(

@@ -10,12 +10,24 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from ema_fused import AveragedWeights, CosineEMA, ExponentialMovingAverage, attach
 from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.averages.kinds import ExpMomentumEMA, MomentumAnnealingEMA, StochasticWeightAverage
+from ema_fused.saving.checkpoints import averaged_state_dict
 from ema_fused.saving.export import model_state_dict
-from tests.networks import ConvNet, Tied, conv_net, differences, generator, run, snapshot, train
+from tests.networks import (
+    ConvNet,
+    Tied,
+    conv_net,
+    differences,
+    generator,
+    own,
+    run,
+    snapshot,
+    train,
+)
 from tests.wrapper_tensors import Wrapped
 
 HEAD = {"head.weight", "head.bias"}
@@ -135,6 +147,31 @@ def test_names_are_those_of_the_plain_model(kind: Any) -> None:
     plain.hidden = plain.hidden._orig_mod
     run(averaged, plain, 1)
     assert torch.equal(dict(averaged.module.named_parameters()).popitem()[1], plain.head.bias)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("update_buffers", [False, "running"])
+def test_wrappers_that_hide_in_states_and_names(kind: Any, update_buffers: Any) -> None:
+    model = conv_net()
+    model.head = checkpoint_wrapper(model.head)
+    averaged = make(kind, model, exclude="head", share_frozen=True, update_buffers=update_buffers)
+    model.conv.requires_grad_(False)
+    run(averaged, model, 2)
+    averages = {"conv.weight", "conv.bias", "norm.weight", "norm.bias", "hidden.weight"}
+    statistics = {"norm.running_mean", "norm.running_var"} if update_buffers else set()
+    assert set(averaged.avg_parameters) == averages | statistics
+    assert not any("head" in name for name in averaged_state_dict(averaged, model))
+    fresh = make(kind, model, exclude="head", share_frozen=True, update_buffers=update_buffers)
+    fresh.load_state_dict(make_state_without(averaged, "head"))
+    for one in (averaged, fresh):
+        weights = one.module.state_dict()
+        assert weights["head.weight"].data_ptr() == model.head.weight.data_ptr()
+    assert differences(own(averaged), own(fresh)) == []
+
+
+def make_state_without(averaged: Any, part: str) -> dict[str, Tensor]:
+    state = averaged.state_dict()
+    return {name: tensor for name, tensor in state.items() if part not in name}
 
 
 @pytest.mark.parametrize(
