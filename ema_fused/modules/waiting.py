@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-# Averages with updates that may still be reading their models.
-_beside: weakref.WeakSet[WaitingModule] = weakref.WeakSet()
+
+class Reader(Protocol):
+    """What has updates that may still be reading a model."""
+
+    def wait_until_read(self) -> None: ...
 
 
-def reads_beside(averaged: WaitingModule) -> None:
+_beside: weakref.WeakSet[Reader] = weakref.WeakSet()
+
+
+def reads_beside(averaged: Reader) -> None:
     """Registers ``averaged`` as one whose updates run in parallel with training."""
     _beside.add(averaged)
 
