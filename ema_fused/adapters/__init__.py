@@ -5,10 +5,14 @@
 * :mod:`ema_fused.adapters.diffusers`: diffusers' ``EMAModel``
 * :mod:`ema_fused.adapters.ema_pytorch`: ema-pytorch's ``EMA``
 * :mod:`ema_fused.adapters.torch_ema`: torch-ema's ``ExponentialMovingAverage``
+* :mod:`ema_fused.adapters.ultralytics`: ultralytics' ``ModelEMA``
+* :mod:`ema_fused.adapters.torchtitan`: torchtitan's ``EMA``
 
 Each module imports its package and no other, and has a class with the name of the original, derived
-from it: the same arguments, methods and ``state_dict``. :func:`accelerate` converts an existing
-instance. May import ``engine``, ``modules`` and ``averages``.
+from it (torchtitan's from ``OptimizersContainer``, as the original is): the same arguments, methods
+and ``state_dict``. :func:`accelerate` converts an existing instance, but torchtitan's.
+:mod:`ema_fused.adapters.torchtitan_keys` converts checkpoints of torchtitan's to those of ours and
+back. May import ``engine``, ``modules``, ``averages`` and ``offloading``.
 """
 
 from __future__ import annotations

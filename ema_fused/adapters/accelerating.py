@@ -16,6 +16,7 @@ _REPLACED = {
     "diffusers.training_utils.EMAModel": "diffusers",
     "ema_pytorch.ema_pytorch.EMA": "ema_pytorch",
     "torch_ema.ema.ExponentialMovingAverage": "torch_ema",
+    "ultralytics.utils.torch_utils.ModelEMA": "ultralytics",
 }
 
 

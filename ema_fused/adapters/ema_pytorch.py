@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Collection, Iterator
 from itertools import chain
 from typing import NamedTuple
@@ -11,14 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ema_fused.adapters.following import known_integer, notes_of
+from ema_fused.adapters.following import KeptPlan, known_integer, notes_of
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.versions import VersionCounters
 from ema_fused.frameworks import missing
 from ema_fused.modules.exchanging import tell_of_writes
 from ema_fused.modules.naming import match_names
-from ema_fused.modules.watch import ModuleWatch
 
 try:
     from ema_pytorch import ema_pytorch as original
@@ -132,7 +130,8 @@ class EMA(original.EMA):  # type: ignore[misc]
             except ValueError:  # a module was converted in place
                 pass
         # Copies, as the names may be changed in place.
-        kept = _Kept(ma_model, current_model, _Chosen(*map(copy.copy, chosen)))
+        copies = _Chosen(*map(copy.copy, chosen))
+        kept = KeptPlan(ma_model, current_model, copies.plan, made_for=copies)
         kept.plan.lerp_(weight)
         notes[place] = kept
 
@@ -182,17 +181,3 @@ def _numbers_in(module: nn.Module) -> dict[str, Tensor]:
         for name, tensor in chain(module.named_parameters(), module.named_buffers())
         if tensor.is_floating_point() or tensor.is_complex()
     }
-
-
-class _Kept:
-    """A plan, valid as long as the modules and options don't change."""
-
-    def __init__(self, averaged: nn.Module, model: nn.Module, chosen: _Chosen) -> None:
-        self._modules = weakref.ref(averaged), weakref.ref(model)
-        self._chosen = chosen
-        self._changed = ModuleWatch(averaged, model).changed
-        self.plan = chosen.plan(averaged, model)
-
-    def holds(self, averaged: nn.Module, model: nn.Module, chosen: _Chosen) -> bool:
-        is_same = averaged is self._modules[0]() and model is self._modules[1]()
-        return is_same and chosen == self._chosen and not self._changed()

@@ -1,4 +1,4 @@
-"""State of a wrapper between calls: its pairing with a model, and the values of its counters.
+"""State of a wrapper between calls: its pairing or plan with a model, and its counters' values.
 
 Kept here and not in the wrapper, because wrappers are copied and pickled, and may get our class
 only after they were made.
@@ -13,8 +13,10 @@ from typing import Any, NotRequired, TypedDict
 from torch import nn
 
 from ema_fused.averages.known_integer import KnownInteger
+from ema_fused.engine.plan import Plan
 from ema_fused.modules.module_pairs import Kind
 from ema_fused.modules.pairing import Pairing
+from ema_fused.modules.watch import ModuleWatch
 
 _notes: weakref.WeakKeyDictionary[object, dict[str, Any]] = weakref.WeakKeyDictionary()
 
@@ -91,3 +93,31 @@ def pairing_of(
     )
     notes.update(pairing=pairing, made_for=made_for)
     return pairing
+
+
+class KeptPlan:
+    """A plan of two modules' tensors, valid as long as modules and options don't change.
+
+    Args:
+        averaged, model: the modules; not kept alive, but their tensors are.
+        make: makes the plan of the two.
+        made_for: the values that the plan depends on.
+    """
+
+    def __init__(
+        self,
+        averaged: nn.Module,
+        model: nn.Module,
+        make: Callable[[nn.Module, nn.Module], Plan],
+        *,
+        made_for: object = None,
+    ) -> None:
+        self._modules = weakref.ref(averaged), weakref.ref(model)
+        self._made_for = made_for
+        self._changed = ModuleWatch(averaged, model).changed
+        self.plan = make(averaged, model)
+
+    def holds(self, averaged: nn.Module, model: nn.Module, made_for: object = None) -> bool:
+        """Whether it is the plan of these modules as they are now, made for equal values."""
+        is_same = averaged is self._modules[0]() and model is self._modules[1]()
+        return is_same and made_for == self._made_for and not self._changed()

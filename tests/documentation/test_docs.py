@@ -65,6 +65,7 @@ def test_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(site: Pa
 INTERNAL = {
     "ema_fused.adapters.accelerating",
     "ema_fused.adapters.following",
+    "ema_fused.adapters.optimizer_states",
     "ema_fused.callbacks.huggingface_files",
     "ema_fused.callbacks.lightning_saving",
     "ema_fused.callbacks.skipped_steps",

@@ -13,7 +13,7 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,15 @@ _UNPACKED = Path(sys.prefix) / "unpacked"
 _imported: dict[str, dict[str, types.ModuleType]] = {}
 
 
-def original(pin: str, module: str) -> Any:
+def original(
+    pin: str, module: str, *, stand_ins: Mapping[str, Mapping[str, object]] | None = None
+) -> Any:
     """The module of an unpacked package, say ``original("mmdet==3.3.0", "mmdet.models.x")``.
 
     It is imported once and removed from ``sys.modules``, so that two versions can be used.
+
+    Args:
+        stand_ins: modules of the package to stand in for those it has, by what they have.
     """
     folder = _UNPACKED / pin
     if not folder.is_dir():
@@ -40,6 +45,8 @@ def original(pin: str, module: str) -> Any:
                 bare = types.ModuleType(name)
                 bare.__path__ = [str(folder.joinpath(*parents[:depth]))]
                 sys.modules[name] = bare
+        for name, names in (stand_ins or {}).items():
+            vars(sys.modules.setdefault(name, types.ModuleType(name))).update(names)
         with _torchvision_stands_in():
             return importlib.import_module(module)
     finally:

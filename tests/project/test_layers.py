@@ -44,8 +44,10 @@ HOMES = {
     "sklearn": (),
     "timm": ("adapters.timm",),
     "torch_ema": ("adapters.torch_ema",),
+    "torchtitan": ("adapters.torchtitan",),
     "tqdm": (),
     "transformers": ("callbacks.huggingface", "callbacks.huggingface_files"),
+    "ultralytics": ("adapters.ultralytics",),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 import types
 import weakref
@@ -110,18 +111,58 @@ def timm_originals() -> Any:
     """
     loaded = original("timm==1.0.31", "timm.utils.model_ema")
     if "ema_fused.adapters.timm" not in sys.modules:
-        with timm_in_place(loaded):
+        with in_place("timm.utils.model_ema", loaded):
             import ema_fused.adapters.timm  # noqa: F401
     return loaded
 
 
 @contextmanager
-def timm_in_place(loaded: Any) -> Iterator[None]:
-    timm, utils = types.ModuleType("timm"), types.ModuleType("timm.utils")
-    timm.utils = utils  # type: ignore[attr-defined]
-    utils.model_ema = loaded  # type: ignore[attr-defined]
-    modules = {"timm": timm, "timm.utils": utils, "timm.utils.model_ema": loaded}
+def in_place(path: str, loaded: Any) -> Iterator[None]:
+    """Makes a loaded module importable by its path, in packages that stand in bare."""
+    package, utils, _ = path.split(".")
+    modules = {
+        package: types.ModuleType(package),
+        f"{package}.{utils}": types.ModuleType(f"{package}.{utils}"),
+        path: loaded,
+    }
     with pytest.MonkeyPatch.context() as patched:
         for name, module in modules.items():
             patched.setitem(sys.modules, name, module)
+            around, _, last = name.rpartition(".")
+            if around:
+                setattr(modules[around], last, module)
         yield
+
+
+def ultralytics_originals() -> Any:
+    """ultralytics' module of averages, and with it our adapter for it imported.
+
+    What that module imports needs torchvision, and would write settings into the home folder. Its
+    averages use none of it but the comparison of versions, of which torch has the newest.
+    """
+    unused = ("DEFAULT_CFG_DICT", "DEFAULT_CFG_KEYS", "colorstr")
+    flags = ("ARM64", "MACOS", "WINDOWS")
+    stand_ins: dict[str, dict[str, object]] = {
+        "ultralytics": {"__version__": "8.4.190"},
+        "ultralytics.utils": {
+            **dict.fromkeys(unused),
+            **dict.fromkeys(flags, False),
+            "LOCAL_RANK": -1,
+            "LOGGER": logging.getLogger("ultralytics"),
+            "NUM_THREADS": 1,
+            "PYTHON_VERSION": "3.11",
+            "TORCH_VERSION": torch.__version__,
+            "TORCHVISION_VERSION": "0.28.0",
+        },
+        "ultralytics.utils.checks": {
+            "check_requirements": None,
+            "check_version": lambda *_, **__: True,
+        },
+        "ultralytics.utils.cpu": {"CPUInfo": None},
+        "ultralytics.utils.patches": {"torch_load": None},
+    }
+    loaded = original("ultralytics==8.4.190", "ultralytics.utils.torch_utils", stand_ins=stand_ins)
+    if "ema_fused.adapters.ultralytics" not in sys.modules:
+        with in_place("ultralytics.utils.torch_utils", loaded):
+            import ema_fused.adapters.ultralytics  # noqa: F401
+    return loaded

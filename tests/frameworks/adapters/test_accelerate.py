@@ -14,7 +14,11 @@ from torch.optim import swa_utils
 import ema_fused
 from ema_fused.adapters import accelerate
 from tests import processes
-from tests.frameworks.adapters.adapter_cases import timm_originals, without_integers
+from tests.frameworks.adapters.adapter_cases import (
+    timm_originals,
+    ultralytics_originals,
+    without_integers,
+)
 from tests.networks import conv_net, generator, train
 
 
@@ -63,6 +67,13 @@ def _torch_ema(model: nn.Module) -> Any:
     return original.ExponentialMovingAverage(model.parameters(), decay=0.9)
 
 
+def _ultralytics(model: nn.Module) -> Any:
+    try:
+        return ultralytics_originals().ModelEMA(model, decay=0.9, tau=50)
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+
+
 CASES = {
     "AveragedModel": _swa(multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True),
     "AveragedModel, mean": _swa(),
@@ -79,6 +90,11 @@ CASES = {
         lambda wrapper, _: wrapper.update(),
         lambda wrapper: wrapper.shadow_params,
         to_the_bit=False,
+    ),
+    "ModelEMA": Case(
+        _ultralytics,
+        lambda wrapper, model: wrapper.update(model),
+        lambda wrapper: _state(wrapper.ema),
     ),
 }
 
@@ -143,6 +159,7 @@ def test_other_classes_raise_and_stay_what_they_are(wrapper: Any) -> None:
         "diffusers.training_utils.EMAModel",
         "ema_pytorch.ema_pytorch.EMA",
         "torch_ema.ema.ExponentialMovingAverage",
+        "ultralytics.utils.torch_utils.ModelEMA",
     ):
         assert name in str(error.value)
     assert type(wrapper) is cls
@@ -165,6 +182,7 @@ def test_none_of_the_packages_is_imported_before_it_is_needed() -> None:
         "import sys, torch, ema_fused.adapters as adapters\n"
         "from torch.optim.swa_utils import AveragedModel\n"
         "adapters.accelerate(AveragedModel(torch.nn.Linear(1, 1)))\n"
-        "print([p for p in ('timm', 'diffusers', 'ema_pytorch', 'torch_ema') if p in sys.modules])"
+        "packages = ('timm', 'diffusers', 'ema_pytorch', 'torch_ema', 'torchtitan', 'ultralytics')\n"
+        "print([package for package in packages if package in sys.modules])"
     )
     assert processes.run("-c", code).stdout.strip() == "[]"

@@ -16,8 +16,8 @@ from tests.frameworks.adapters.adapter_cases import (
     DTYPES,
     SLOW,
     assert_freed,
+    in_place,
     no_value_asked_of,
-    timm_in_place,
     timm_originals,
     without_integers,
 )
@@ -190,7 +190,7 @@ def test_copies_and_pickles_go_on_equally(kind: str) -> None:
     model = without_integers()
     our, their = both(kind, model, decay=0.9)
     assert_equal_for(2, model, our, their)
-    with timm_in_place(theirs):
+    with in_place("timm.utils.model_ema", theirs):
         pickled = pickle.loads(pickle.dumps(our))
     for made in (copy.deepcopy(our), pickled):
         assert_equal_for(5, copy.deepcopy(model), made, copy.deepcopy(their))
