@@ -26,8 +26,9 @@ class ModelEMA(original.ModelEMA):  # type: ignore[misc]
     results are bitwise those of ultralytics 8.4 with torch 2.4 or later.
 
     Better than the original: tied weights are averaged once, not once for each name; dtypes and
-    devices may differ within a pair; a model that is converted or moved in place, another model object and replaced tensors are followed, where the original
-    goes on with the tensors of its first update; ``updates`` counts only what was done.
+    devices may differ within a pair; a model that is converted or moved in place, another model
+    object and replaced tensors are followed, where the original goes on with the tensors of its
+    first update; ``updates`` counts only what was done.
 
     Arguments, methods and attributes as ultralytics'. Only ``update`` is replaced.
 

@@ -21,6 +21,18 @@ _UNPACKED = Path(sys.prefix) / "unpacked"
 _imported: dict[str, dict[str, types.ModuleType]] = {}
 
 
+def folder_of(pin: str) -> Path:
+    """Where a package is unpacked.
+
+    Raises:
+        FileNotFoundError: it isn't.
+    """
+    folder = _UNPACKED / pin
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} isn't there: `make test` unpacks {pin} into it")
+    return folder
+
+
 def original(
     pin: str, module: str, *, stand_ins: Mapping[str, Mapping[str, object]] | None = None
 ) -> Any:
@@ -31,9 +43,7 @@ def original(
     Args:
         stand_ins: modules of the package to stand in for those it has, by what they have.
     """
-    folder = _UNPACKED / pin
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} isn't there: `make test` unpacks {pin} into it")
+    folder = folder_of(pin)
     package = module.partition(".")[0]
     others = _take_out(package)
     sys.modules.update(_imported.get(pin, {}))

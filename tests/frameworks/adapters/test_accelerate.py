@@ -182,7 +182,7 @@ def test_none_of_the_packages_is_imported_before_it_is_needed() -> None:
         "import sys, torch, ema_fused.adapters as adapters\n"
         "from torch.optim.swa_utils import AveragedModel\n"
         "adapters.accelerate(AveragedModel(torch.nn.Linear(1, 1)))\n"
-        "packages = ('timm', 'diffusers', 'ema_pytorch', 'torch_ema', 'torchtitan', 'ultralytics')\n"
-        "print([package for package in packages if package in sys.modules])"
+        "names = ('timm', 'diffusers', 'ema_pytorch', 'torch_ema', 'torchtitan', 'ultralytics')\n"
+        "print([name for name in names if name in sys.modules])"
     )
     assert processes.run("-c", code).stdout.strip() == "[]"

@@ -1,0 +1,297 @@
+"""torchtitan's EMA on shards: beside foreach on DTensors to the bit, checkpoints both ways."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.tensor.debug import CommDebugMode
+
+from ema_fused import AveragedWeights
+from ema_fused.adapters.torchtitan_keys import from_torchtitan, to_torchtitan
+from ema_fused.engine.dtensors import is_sharded, local
+from tests import sharded_models
+from tests.frameworks import originals, titan
+from tests.ranks import Ranks
+from tests.sharded_models import perceptron, spread, whole
+
+pytestmark = [
+    pytest.mark.skipif(
+        not all((originals._UNPACKED / pin).is_dir() for pin in titan.PINS),
+        reason="torchtitan isn't unpacked: `make test` does it",
+    )
+]
+PATTERNS = ("running_",)
+STEPS = 5
+
+
+class Run:
+    """A sharded model in two parts, as of a pipeline, and its training."""
+
+    def __init__(self, way: str | None = "fsdp2") -> None:
+        self.way = way
+        made = [perceptron(seed) for seed in range(2)]
+        self.models = made if way is None else [spread(one, way) for one in made]
+        self.parts: list[nn.Module] = [
+            nn.ModuleDict({str(i): model}) for i, model in enumerate(self.models)
+        ]
+        self.optimizers = [sharded_models.trainer(model) for model in self.models]
+
+    def step(self, number: int) -> None:
+        assert self.way is not None
+        for model, optimizer in zip(self.models, self.optimizers, strict=True):
+            sharded_models.train(model, optimizer, number, self.way)
+            for buffer in model.buffers():  # equal in all processes, as a bias of experts is
+                dist.broadcast(buffer, 0)
+
+    def average(self, **options: Any) -> Any:
+        titan.import_torchtitan()
+        from ema_fused.adapters.torchtitan import EMA
+
+        return EMA.Config(buffer_patterns=[*PATTERNS], **options).build(model_parts=self.parts)
+
+    def restated(self) -> Any:
+        return titan.restated(self.parts, patterns=PATTERNS)
+
+
+def different(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
+    """The keys whose shards in this process differ, or where only one of the two is sharded."""
+    return [
+        key
+        for key in {**ours, **theirs}
+        if key not in ours
+        or key not in theirs
+        or is_sharded(ours[key]) != is_sharded(theirs[key])
+        or not torch.equal(local(ours[key]), local(theirs[key]))
+    ]
+
+
+def steps_beside(way: str, **options: Any) -> list[str]:
+    run = Run(way)
+    ours, theirs = run.average(**options), run.restated()
+    found = []
+    for number in range(1, STEPS + 1):
+        run.step(number)
+        theirs.step(number)
+        with CommDebugMode() as communication:
+            ours.step(number)
+        if communication.get_total_counts():
+            found.append(f"step {number} communicates: {communication.get_comm_counts()}")
+        found += [f"{number}: {key}" for key in different(ours.state_dict(), theirs.state_dict())]
+    if not options and (launches := ours._updates.plan().launches) != 1:
+        found.append(f"{launches} launches")
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"offload_to_cpu": True}], ids=["here", "offloaded"])
+@pytest.mark.parametrize("way", ["fsdp2", "fsdp2_kept", "tensor_parallel"])
+def test_shards_are_equal_to_the_bit_without_communication(
+    two_ranks: Ranks, way: str, options: dict[str, Any]
+) -> None:
+    assert two_ranks.run(partial(steps_beside, way, **options)) == [[], []]
+
+
+def test_four_processes_some_without_a_row(four_ranks: Ranks) -> None:
+    assert four_ranks.run(steps_beside, "fsdp2") == [[]] * 4
+
+
+def an_update_after_an_evaluation() -> list[str]:
+    run = Run("fsdp2_kept")
+    ours, theirs = run.average(), run.restated()
+    run.step(1)
+    theirs.step(1)
+    for model in run.models:
+        model.eval()
+        with torch.no_grad():
+            model(torch.ones(2, 7))  # gathered, and no backward pass frees it
+    assert not any(is_sharded(p) for model in run.models for p in model.parameters())
+    ours.step(1)
+    return different(ours.state_dict(), theirs.state_dict())
+
+
+def test_parameters_gathered_by_an_evaluation_are_dropped_first(two_ranks: Ranks) -> None:
+    assert two_ranks.run(an_update_after_an_evaluation) == [[], []]
+
+
+# ---- Checkpoints ---------------------------------------------------------------------------------
+
+
+def save(folder: str, kind: str) -> dict[str, Tensor]:
+    """Trains, averages and saves; the whole averages."""
+    run = Run()
+    ours, theirs = run.average(offload_to_cpu=kind == "offloaded"), run.restated()
+    for number in range(1, STEPS + 1):
+        run.step(number)
+        for ema in (ours, theirs):
+            ema.step(number)
+    saved = theirs if kind == "torchtitan" else ours
+    dcp.save({"ema": saved}, checkpoint_id=folder)
+    return {key: whole(value) for key, value in theirs.state_dict().items()}
+
+
+def load(folder: str, kind: str) -> dict[str, Tensor]:
+    """Loads into another model's averages; the whole averages."""
+    run = Run()
+    run.step(0)
+    ema = run.restated() if kind == "torchtitan" else run.average(offload_to_cpu=kind != "ours")
+    dcp.load({"ema": ema}, checkpoint_id=folder)
+    return {key: whole(value) for key, value in ema.state_dict().items()}
+
+
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"),
+    [("ours", "torchtitan"), ("torchtitan", "ours"), ("offloaded", "offloaded")],
+)
+def test_checkpoints_are_read_both_ways_on_other_numbers_of_ranks(
+    two_ranks: Ranks, four_ranks: Ranks, tmp_path: Path, saved_by: str, loaded_by: str
+) -> None:
+    folder = str(tmp_path)
+    expected = two_ranks.run(save, folder, saved_by)[0]
+    for found in four_ranks.run(load, folder, loaded_by):
+        assert different(found, expected) == []
+    run = Run(way=None)
+    one: Any = run.restated() if loaded_by == "torchtitan" else run.average()
+    dcp.load({"ema": one}, checkpoint_id=folder, no_dist=True)
+    assert different(one.state_dict(), expected) == []
+
+
+def refused() -> list[str]:
+    run = Run()
+    ema = run.average()
+    before = {key: value.clone() for key, value in ema.state_dict().items()}
+    messages = []
+    gathered = {key: whole(value) + 1 for key, value in before.items()}
+    elsewhere = {
+        key: value.redistribute(placements=[torch.distributed.tensor.Replicate()])
+        if is_sharded(value)
+        else value
+        for key, value in before.items()
+    }
+    for state in (gathered, elsewhere):
+        try:
+            ema.load_state_dict(state)
+        except (TypeError, ValueError) as error:
+            messages.append(f"{type(error).__name__}: {error}")
+    assert different(ema.state_dict(), before) == []
+    return messages
+
+
+def test_values_in_another_layout_are_refused(two_ranks: Ranks) -> None:
+    for plain, elsewhere in two_ranks.run(refused):
+        assert plain.startswith("TypeError: state.0.scale.ema_params is a plain tensor")
+        assert elsewhere.startswith("ValueError: state.0.scale.ema_params is placed as ")
+
+
+def by_the_manager(folder: str) -> list[str]:
+    """torchtitan's own checkpoints of a run, which is then resumed."""
+    run = Run()
+    ours, theirs = run.average(), run.restated()
+    manager = manager_of(run, ours, folder)
+    for number in range(1, STEPS + 1):
+        run.step(number)
+        for ema in (ours, theirs):
+            ema.step(number)
+    manager.save(STEPS)
+    resumed = Run()
+    average = resumed.average()
+    assert manager_of(resumed, average, folder).load()
+    found = different(average.state_dict(), theirs.state_dict())
+    for number in range(STEPS + 1, STEPS + 3):
+        resumed.step(number)
+        run.step(number)
+        average.step(number)
+        theirs.step(number)
+    return found + different(average.state_dict(), theirs.state_dict())
+
+
+def manager_of(run: Run, ema: Any, folder: str) -> Any:
+    from torchtitan.components.checkpointer import CheckpointManager
+
+    config = CheckpointManager.Config(enable=True, interval=1, keep_latest_k=0)
+    optimizers: Any = Momenta(run.optimizers)
+    return CheckpointManager(
+        config,
+        dataloader=None,
+        model_parts=run.parts,
+        optimizers=optimizers,
+        lr_schedulers=Momenta([]),  # type: ignore[arg-type]
+        states={"ema": ema},
+        sd_adapter=None,
+        base_folder=folder,
+    )
+
+
+class Momenta:
+    """What a checkpoint has of optimizers with momentum, by numbers."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        self.optimizers = optimizers
+
+    def state_dict(self) -> dict[str, Any]:
+        states: dict[str, Any] = {}
+        for i, optimizer in enumerate(self.optimizers):
+            for j, parameter in enumerate(optimizer.param_groups[0]["params"]):
+                state = optimizer.state[parameter]
+                state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+                states[f"{i}.{j}"] = state["momentum_buffer"]
+        return states
+
+    def load_state_dict(self, states: dict[str, Any]) -> None:
+        """The tensors of :meth:`state_dict` have been loaded into."""
+
+
+def test_torchtitans_checkpoint_manager_saves_and_resumes_it(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    assert two_ranks.run(by_the_manager, str(tmp_path)) == [[], []]
+
+
+# ---- AveragedWeights -----------------------------------------------------------------------------
+
+
+def momentum(step: int) -> float:
+    """torchtitan's, of the update after ``step`` others."""
+    return float(1.0 - 2.0 ** (-1.0 / (0.05 * (step + 1))))
+
+
+def other_averages(folder: str) -> list[str]:
+    """From torchtitan's checkpoint to averages of ours, three steps, and back."""
+    run = Run()
+    theirs = run.restated()
+    averages = [
+        AveragedWeights(part, momentum, update_buffers=[*PATTERNS], share_frozen=True)
+        for part in run.parts
+    ]
+    for number in range(1, 4):
+        run.step(number)
+        theirs.step(number)
+    dcp.save({"ema": theirs}, checkpoint_id=f"{folder}/theirs")
+    state = {key: value for average in averages for key, value in to_torchtitan(average).items()}
+    found = [f"names: {key}" for key in set(state) ^ set(theirs.state_dict())]
+    dcp.load({"ema": state}, checkpoint_id=f"{folder}/theirs")
+    for i, average in enumerate(averages):
+        part = {key: value for key, value in state.items() if key.startswith(f"state.{i}.")}
+        average.load_state_dict(from_torchtitan(part, average, steps=3))
+    for number in range(4, 7):
+        run.step(number)
+        theirs.step(number)
+        for average, model in zip(averages, run.parts, strict=True):
+            average.update_parameters(model)
+    state = {key: value for average in averages for key, value in to_torchtitan(average).items()}
+    found += different(state, theirs.state_dict())
+    dcp.save({"ema": state}, checkpoint_id=f"{folder}/ours")
+    again = Run().restated()
+    dcp.load({"ema": again}, checkpoint_id=f"{folder}/ours")
+    return found + different(again.state_dict(), theirs.state_dict())
+
+
+def test_averaged_weights_go_on_with_torchtitans_averages_and_back(
+    two_ranks: Ranks, tmp_path: Path
+) -> None:
+    assert two_ranks.run(other_averages, str(tmp_path)) == [[], []]
