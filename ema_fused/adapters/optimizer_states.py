@@ -28,48 +28,47 @@ class Tracked(NamedTuple):
     named: list[tuple[str, Tensor]]
 
 
+Find = Callable[[], list[Tracked]]
+
+
 class StateAverages:
     """The updates of all averages: prepared once, prepared again where something was replaced.
 
     Args:
         parts: the parts of the model.
-        find: the tensors to average as the model is now.
         offload: the averages are in host memory and updated by a thread.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[nn.Module],
-        find: Callable[[], list[Tracked]],
-        *,
-        offload: bool,
-    ) -> None:
+    def __init__(self, parts: Sequence[nn.Module], *, offload: bool) -> None:
         self._parts = parts
-        self._find = find
         self._kind = OffloadedPlan if offload else Plan
         self._plan: Plan | OffloadedPlan | None = None
 
-    def average_(self, weight: float) -> None:
+    def average_(self, weight: float, find: Find) -> None:
         """Averages the tensors as they are now.
+
+        Args:
+            weight: of the model's values.
+            find: the tensors to average as the model is now; called if it has changed.
 
         Raises:
             RuntimeError: a tensor has no average.
             If an error is raised, the averages are unchanged.
         """
-        plan = self.plan()
+        plan = self.plan(find)
         try:
             plan.lerp_(weight)
         except ValueError:  # a module was converted in place
-            self._prepare().lerp_(weight)
+            self._prepare(find).lerp_(weight)
 
-    def copy_(self) -> None:
+    def copy_(self, find: Find) -> None:
         """Sets the averages to the tensors as they are now; raises as :meth:`average_`."""
-        self._prepare().copy_()
+        self._prepare(find).copy_()
 
-    def plan(self) -> Plan | OffloadedPlan:
+    def plan(self, find: Find) -> Plan | OffloadedPlan:
         """The plan of the pairs as they are now."""
         if self._plan is None or not self._holds():
-            return self._prepare()
+            return self._prepare(find)
         return self._plan
 
     def wait_until_read(self) -> None:
@@ -91,12 +90,12 @@ class StateAverages:
             or any(map(is_not, map(_AVERAGE, self._entries), self._averages))
         )
 
-    def _prepare(self) -> Plan | OffloadedPlan:
+    def _prepare(self, find: Find) -> Plan | OffloadedPlan:
         self.flush()
         for part in self._parts:
             drop_gathered(part)  # FSDP2 has other parameters while it has gathered them
         slots_changed = ModuleWatch(*self._parts).changed
-        groups = self._find()
+        groups = find()
         _refuse_untracked(groups)
         pairs = [
             (name, tensor, optimizer.state[tensor])

@@ -50,7 +50,7 @@ class _EMAParamOptimizer(Optimizer):
             for tensor in tensors:
                 self.state[tensor][KEY] = converted(tensor, None, None, pinned=pinned)
 
-    def step(self, closure: object = None) -> NoReturn:  # type: ignore[override]
+    def step(self, closure: object = None) -> NoReturn:
         raise RuntimeError(
             "_EMAParamOptimizer must not be step()-ed, it holds averages and trains nothing; call "
             "EMA.step(current_step) instead."
@@ -66,10 +66,11 @@ class EMA(OptimizersContainer):  # type: ignore[misc]
     torchtitan since the versions after 0.3.0; this class needs 0.3.0. There is no communication.
 
     Better than the original: an error leaves all averages as they were, those of other model parts
-    too; a model part without tracked tensors can be saved; after an evaluation without a backward
-    pass FSDP2's gathered parameters are dropped, where the original finds unknown tensors and
-    raises; a model converted to another dtype in place goes on; a checkpoint without some of the
-    averages, or of another placement, raises as it is loaded, not at the next step or never.
+    too; a model part without tracked tensors can be saved; DTensors and plain tensors may be mixed,
+    as under tensor parallelism; after an evaluation without a backward pass FSDP2's gathered
+    parameters are dropped, where the original finds unknown tensors and raises; a model converted
+    to another dtype in place goes on; a checkpoint without some of the averages, or of another
+    placement, raises as it is loaded, not at the next step or never.
 
     ``offload_to_cpu`` is done by :class:`~ema_fused.offloading.offloaded_plan.OffloadedPlan`: a
     thread updates the averages in host memory while the model trains, through two buffers of 64
@@ -132,10 +133,9 @@ class EMA(OptimizersContainer):  # type: ignore[misc]
                 )
             if decay is not None and fraction != _HALF_LIFE_FRACTION:
                 logger.warning(
-                    "ema.half_life_fraction=%s is ignored because ema.decay=%s is set: the decay "
-                    "is the same at every update then. Leave decay out to use half_life_fraction",
-                    fraction,
-                    decay,
+                    f"ema.half_life_fraction={fraction} is ignored because ema.decay={decay} is "
+                    f"set: the decay is the same at every update then. Leave decay out to use "
+                    f"half_life_fraction"
                 )
 
     def __init__(self, config: Config, *, model_parts: list[nn.Module]) -> None:
@@ -160,7 +160,7 @@ class EMA(OptimizersContainer):  # type: ignore[misc]
         self.optimizers = [optimizer for optimizer in every if optimizer is not None]
         _warn_of_16_bits(self._averages())
         self._post_init([tensor for named in parameters for _, tensor in named])
-        self._updates = StateAverages(model_parts, _finder(self), offload=self.offload_to_cpu)
+        self._updates = StateAverages(model_parts, offload=self.offload_to_cpu)
         if self.offload_to_cpu:
             self._let_writers_wait()
 
@@ -210,7 +210,7 @@ class EMA(OptimizersContainer):  # type: ignore[misc]
         if elapsed <= 0 or elapsed % self.update_every_n_steps != 0:
             return
         num_updates = elapsed // self.update_every_n_steps + self.step_bias
-        self._updates.average_(1.0 - self._decay_at(num_updates))
+        self._updates.average_(1.0 - self._decay_at(num_updates), self._find)
 
     def _decay_at(self, num_updates: int) -> float:
         if self.decay is not None:
@@ -285,7 +285,7 @@ class EMA(OptimizersContainer):  # type: ignore[misc]
                 local(average).copy_(local(state_dict[key]))
 
     def _start_from_weights(self) -> None:
-        self._updates.copy_()
+        self._updates.copy_(self._find)
         self.flush()
         logger.warning(
             "EMA state was not restored; cold-starting it from the loaded model weights, without "
@@ -293,18 +293,6 @@ class EMA(OptimizersContainer):  # type: ignore[misc]
             'without EMA; otherwise remove "ema" from checkpoint.exclude_from_loading, or each '
             "resumed run starts its average anew"
         )
-
-
-def _finder(ema: EMA) -> Any:
-    """``ema._find`` without a reference to it, which would make a cycle."""
-    owner = weakref.ref(ema)
-
-    def find() -> list[Tracked]:
-        living = owner()
-        assert living is not None, "it calls this itself"
-        return living._find()
-
-    return find
 
 
 def _trained(part: nn.Module) -> list[tuple[str, Tensor]]:
@@ -326,9 +314,8 @@ def _check_buffers(patterns: list[str], matched: list[tuple[str, Tensor]]) -> No
             )
     if patterns and not matched:
         logger.warning(
-            "EMA.Config.buffer_patterns=%s matched no buffers across any model part, so none is "
-            "averaged; compare the patterns with the names of named_buffers()",
-            patterns,
+            f"EMA.Config.buffer_patterns={patterns} matched no buffers across any model part, so "
+            f"none is averaged; compare the patterns with the names of named_buffers()"
         )
 
 
@@ -336,10 +323,9 @@ def _warn_of_16_bits(averages: Iterable[tuple[str, Tensor]]) -> None:
     dtypes = sorted({str(average.dtype) for _, average in averages if average.dtype not in _WIDE})
     if dtypes:
         logger.warning(
-            "EMA is tracking %s tensors. Changes that are small beside the average are rounded "
-            "away in that precision, and the average stays where it is. Keep what is averaged in "
-            "float32; with FSDP2's mixed_precision_param the shards are",
-            ", ".join(dtypes),
+            f"EMA is tracking {', '.join(dtypes)} tensors. Changes that are small beside the "
+            f"average are rounded away in that precision, and the average stays where it is. Keep "
+            f"what is averaged in float32; with FSDP2's mixed_precision_param the shards are"
         )
 
 
@@ -348,12 +334,11 @@ def _check_fits(key: str, average: Tensor, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{key} is a {type(value).__name__}; a tensor is expected")
     if is_sharded(value) != is_sharded(average):
-        found, wanted = (
-            "a DTensor" if is_sharded(one) else "a plain tensor" for one in (value, average)
-        )
+        which = "isn't" if is_sharded(average) else "is"
         raise TypeError(
-            f"{key} is {found} in the state that is loaded; {wanted} is expected, as in the model. "
-            f"Let torch.distributed.checkpoint load into what state_dict() returns"
+            f"{key} {which} a DTensor in the state that is loaded, unlike the model's tensor; the "
+            f"same is expected. Let torch.distributed.checkpoint load into what state_dict() "
+            f"returns"
         )
     if value.shape != average.shape:
         raise ValueError(

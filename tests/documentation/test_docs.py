@@ -175,7 +175,8 @@ TEXTS = {
 # which its readers don't see: <!--- invisible-code-block: python.
 FRAMEWORKS = {
     "accelerate", "datasets", "diffusers", "ema_pytorch", "lightning", "mmcv", "mmdet", "mmengine",
-    "mmpretrain", "mmselfsup", "safetensors", "timm", "torch_ema", "transformers",
+    "mmpretrain", "mmselfsup", "safetensors", "timm", "torch_ema", "torchtitan", "transformers",
+    "ultralytics",
 }  # fmt: skip
 
 

@@ -20,7 +20,16 @@ PUBLIC_MODULES = [
     "adapters.__init__",
     *(
         f"adapters.{name}"
-        for name in ("diffusers", "ema_pytorch", "swa_utils", "timm", "torch_ema")
+        for name in (
+            "diffusers",
+            "ema_pytorch",
+            "swa_utils",
+            "timm",
+            "torch_ema",
+            "torchtitan",
+            "torchtitan_keys",
+            "ultralytics",
+        )
     ),
     *(f"callbacks.{name}" for name in ("accelerate", "huggingface", "lightning")),
     "saving.checkpoints",

@@ -84,7 +84,7 @@ def steps_beside(way: str, **options: Any) -> list[str]:
         if communication.get_total_counts():
             found.append(f"step {number} communicates: {communication.get_comm_counts()}")
         found += [f"{number}: {key}" for key in different(ours.state_dict(), theirs.state_dict())]
-    if not options and (launches := ours._updates.plan().launches) != 1:
+    if not options and (launches := ours._updates.plan(ours._find).launches) != 1:
         found.append(f"{launches} launches")
     return found
 
@@ -117,6 +117,25 @@ def an_update_after_an_evaluation() -> list[str]:
 
 def test_parameters_gathered_by_an_evaluation_are_dropped_first(two_ranks: Ranks) -> None:
     assert two_ranks.run(an_update_after_an_evaluation) == [[], []]
+
+
+def an_update_of_both_kinds() -> list[str]:
+    run = Run("tensor_parallel")  # a norm's weights are no DTensors
+    parameters = [p.detach() for part in run.parts for p in part.parameters()]
+    averages = [parameter.clone() for parameter in parameters]
+    try:
+        torch._foreach_lerp_(averages, parameters, 0.5)
+    except RuntimeError as error:
+        refused = str(error)
+    run.average().step(1)
+    return [refused]
+
+
+def test_a_model_of_dtensors_and_plain_tensors_is_averaged_where_foreach_refuses_it(
+    two_ranks: Ranks,
+) -> None:
+    for (refused,) in two_ranks.run(an_update_of_both_kinds):
+        assert "got mixed torch.Tensor and DTensor" in refused
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------
@@ -184,7 +203,7 @@ def refused() -> list[str]:
 
 def test_values_in_another_layout_are_refused(two_ranks: Ranks) -> None:
     for plain, elsewhere in two_ranks.run(refused):
-        assert plain.startswith("TypeError: state.0.scale.ema_params is a plain tensor")
+        assert plain.startswith("TypeError: state.0.scale.ema_params isn't a DTensor")
         assert elsewhere.startswith("ValueError: state.0.scale.ema_params is placed as ")
 
 
