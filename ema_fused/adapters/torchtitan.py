@@ -204,7 +204,8 @@ class EMA(OptimizersContainer):  # type: ignore[misc]
         Raises:
             RuntimeError: a tensor to average was replaced or unfrozen since the averages were made;
                 or an earlier offloaded update failed.
-            If an error is raised, the averages are unchanged.
+
+        If an error is raised, the averages are unchanged.
         """
         elapsed = current_step - self.start_step
         if elapsed <= 0 or elapsed % self.update_every_n_steps != 0:
@@ -262,7 +263,8 @@ class EMA(OptimizersContainer):  # type: ignore[misc]
             KeyError: an average is missing.
             TypeError: only one of average and value is a DTensor, or a value is no tensor.
             ValueError: a shape or the placement differs.
-            If an error is raised, the averages are unchanged.
+
+        If an error is raised, the averages are unchanged.
         """
         self.flush()
         if not state_dict:
