@@ -76,10 +76,10 @@ def _contenders(values: list[Tensor]) -> Group:
     contenders = [
         Contender(f"{OURS} Plan of the shards", [partial(plan.lerp_, WEIGHT)], [on_shards]),
         contender(f"{OURS}.lerp_ of DTensors", _ours),
-        contender("foreach lerp of DTensors (torchtitan)", _foreach_lerp),
+        contender("foreach lerp of DTensors (torchtitan)", foreach_lerp),
         contender("foreach mul and add of DTensors (DINOv3)", _foreach_mul_add, exact=False),
         contender("to_local(), foreach mul and add (cosmos-predict2)", _local_foreach, exact=False),
-        contender("loop: mul_().add_() of DTensors (NeMo Automodel)", _loop, exact=False),
+        contender("loop: mul_().add_() of DTensors (NeMo Automodel)", loop, exact=False),
         Contender(
             "to_local().float().cpu(), foreach lerp on the host (FastVideo)",
             [partial(_on_host, on_host.averaged, source)],
@@ -116,7 +116,7 @@ def _ours(averaged: list[Any], source: list[Any]) -> None:
 
 
 # torchtitan: one foreach call on the DTensors as they are.
-def _foreach_lerp(averaged: list[Any], source: list[Any]) -> None:
+def foreach_lerp(averaged: list[Any], source: list[Any]) -> None:
     torch._foreach_lerp_(averaged, source, WEIGHT)
 
 
@@ -134,7 +134,7 @@ def _local_foreach(averaged: list[Any], source: list[Any]) -> None:
 
 
 # NeMo Automodel: parameter by parameter, two operations on DTensors each.
-def _loop(averaged: list[Any], source: list[Any]) -> None:
+def loop(averaged: list[Any], source: list[Any]) -> None:
     for average, value in zip(averaged, source, strict=True):
         average.mul_(1 - WEIGHT).add_(value, alpha=WEIGHT)
 

@@ -56,6 +56,7 @@ _START_RANKS = (
     "tests/saving/test_load_or_start.py",
     "tests/saving/test_replicas.py",
     "tests/averages/test_nonfinite_steps.py",
+    "tests/bench/test_sharded_step.py",
     "tests/frameworks/adapters/test_torchtitan_ranks.py",
     "tests/examples/test_example_fsdp2.py",
     "tests/frameworks/test_zero3.py",

@@ -155,7 +155,7 @@ def test_every_way_of_sharded_trainers_is_checked(monkeypatch: pytest.MonkeyPatc
             each_is_noticed(group)
         finally:
             group.close()
-    monkeypatch.setattr(sharded, "_loop", lambda averaged, source: None)
+    monkeypatch.setattr(sharded, "loop", lambda averaged, source: None)
     (failed,) = measured(sharded.sharded_cases([SHAPES], CpuClock()))["failed"]
     assert "NeMo Automodel" in failed["reason"]
     assert not dist.is_initialized()

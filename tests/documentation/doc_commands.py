@@ -197,6 +197,11 @@ _COVERED = (
         _runs_module,
     ),
     Covered(
+        r"python -m benchmarks\.sharded_step",
+        "tests/bench/test_sharded_step.py",
+        _runs_module,
+    ),
+    Covered(
         r"python -m benchmarks\.(numerics|past)",
         "tests/documentation/test_docs_pictures.py",
         _runs_module,
