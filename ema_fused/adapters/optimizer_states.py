@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from operator import attrgetter, is_not, itemgetter
+from operator import attrgetter, is_not, methodcaller
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ema_fused.offloading.offloaded_plan import OffloadedPlan
 KEY = "ema_params"  # of an average in the state of its optimizer
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
-_AVERAGE = itemgetter(KEY)
+_AVERAGE = methodcaller("get", KEY)
 
 
 class Tracked(NamedTuple):

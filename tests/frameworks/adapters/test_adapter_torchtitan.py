@@ -234,6 +234,9 @@ def test_averages_that_other_code_replaced_are_followed() -> None:
     inner.load_state_dict(copy.deepcopy(inner.state_dict()))  # torch's own: other objects
     ema.step(3)
     assert torch.equal(ema.state_dict()[key], model.conv.weight.detach() * 0.75)
+    del inner.state[model.conv.weight]["ema_params"]
+    with pytest.raises(RuntimeError, match=r"no state for 1 of 7 tensors \(first: 'conv\.weight'"):
+        ema.step(4)
 
 
 def test_a_model_converted_in_place_goes_on_in_the_averages_dtype() -> None:
