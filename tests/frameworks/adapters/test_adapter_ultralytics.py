@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -167,12 +168,22 @@ def test_a_model_converted_in_place_is_followed() -> None:
     torch.testing.assert_close(now["conv.weight"], expected.float(), rtol=1e-6, atol=1e-7)
 
 
-def test_replaced_tensors_are_followed_where_the_original_keeps_the_old_ones() -> None:
+def replace_parameter(weight: Tensor, model: nn.Module) -> None:
+    model.conv.weight = nn.Parameter(weight)
+
+
+def replace_memory(weight: Tensor, model: nn.Module) -> None:
+    model.conv.weight.data = weight  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("replace", [replace_parameter, replace_memory])
+def test_replaced_tensors_are_followed_where_the_original_keeps_the_old_ones(
+    replace: Callable[[Tensor, nn.Module], None],
+) -> None:
     model = conv_net()
     our, their = both(model)
     assert_equal_for(1, model, our, their)
-    with torch.no_grad():
-        model.conv.weight = nn.Parameter(torch.full_like(model.conv.weight, 100.0))
+    replace(torch.full_like(model.conv.weight, 100.0, requires_grad=False), model)
     before = snapshot(our.ema)["conv.weight"]
     weight = 1 - our.decay(2)
     expected = torch.lerp(before, model.conv.weight.detach(), weight)
