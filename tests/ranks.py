@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
+import importlib
 import multiprocessing
+import os
+import signal
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any
@@ -45,26 +48,54 @@ def _serve(rank: int, ranks: int, meeting: str, orders: Connection) -> None:
     dist.destroy_process_group()
 
 
-class Ranks:
-    """Processes that run one function at a time, together."""
+def _fork_each(imported: Sequence[str], served: list[tuple[int, int, str, Connection]]) -> None:
+    """Imports modules once, and serves in as many forks of this process as there are orders."""
+    os.setsid()  # so that all can be killed together
+    for module in imported:
+        importlib.import_module(module)
+    forks = []
+    for arguments in served:
+        fork = os.fork()
+        if fork == 0:
+            for *_, orders in served:  # a process has ended when nobody holds its end of the pipe
+                if orders is not arguments[-1] and not orders.closed:
+                    orders.close()
+            _serve(*arguments)
+            os._exit(0)
+        arguments[-1].close()
+        forks.append(fork)
+    for fork in forks:
+        os.waitpid(fork, 0)
 
-    def __init__(self, count: int) -> None:
+
+class Ranks:
+    """Processes that run one function at a time, together.
+
+    Args:
+        count: how many.
+        imported: names of further modules, imported once for all of them.
+    """
+
+    def __init__(self, count: int, imported: Sequence[str] = ()) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_IMPORTED)
         self._folder = tempfile.TemporaryDirectory()
         self._orders = []
-        self._processes = []
+        self._is_forked = bool(imported)
+        served = []
         for rank in range(count):
             here, there = context.Pipe()
-            process = context.Process(
-                target=_serve,
-                args=(rank, count, f"{self._folder.name}/meeting", there),
-                daemon=True,
-            )
-            process.start()
-            there.close()
             self._orders.append(here)
-            self._processes.append(process)
+            served.append((rank, count, f"{self._folder.name}/meeting", there))
+        self._processes = (
+            [context.Process(target=_fork_each, args=(imported, served), daemon=True)]
+            if imported
+            else [context.Process(target=_serve, args=each, daemon=True) for each in served]
+        )
+        for process in self._processes:
+            process.start()
+        for *_, there in served:
+            there.close()
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What ``function`` returns in each process; fails with what it raises there."""
@@ -94,14 +125,16 @@ class Ranks:
                 continue
         for process in self._processes:
             process.join(5)
+            if self._is_forked and process.is_alive() and process.pid is not None:
+                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         self._folder.cleanup()
 
 
 @contextmanager
-def started(count: int) -> Iterator[Ranks]:
+def started(count: int, imported: Sequence[str] = ()) -> Iterator[Ranks]:
     """``count`` processes for the length of the block."""
-    ranks = Ranks(count)
+    ranks = Ranks(count, imported)
     try:
         yield ranks
     finally:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Sequence
-from types import FunctionType
 
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.optim import swa_utils
 
 from ema_fused.adapters.following import known_integer, pairing_of
+from ema_fused.averages.torch_functions import weight_and_arithmetic
 from ema_fused.engine.checks import check_fraction
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.ops import update_
 
 __all__ = ["AveragedModel", "get_ema_multi_avg_fn", "get_swa_multi_avg_fn"]
-
-_HOMES = (__name__, swa_utils.__name__)
 
 MultiAverage = Callable[[Sequence[Tensor], Sequence[Tensor], Tensor | int], None]
 
@@ -92,7 +89,7 @@ class AveragedModel(swa_utils.AveragedModel):
     def update_parameters(self, model: nn.Module) -> None:
         """Updates the average with the current weights of ``model``; the first call copies them."""
         function = self.multi_avg_fn if self.avg_fn is None else self.avg_fn
-        weight_at, arithmetic = _known(function)
+        weight_at, arithmetic = weight_and_arithmetic(function)
         if weight_at is None:
             super().update_parameters(model)
             return
@@ -112,39 +109,3 @@ class AveragedModel(swa_utils.AveragedModel):
         else:
             pairing.average_(weight_at(n_averaged))
         count.write(self.n_averaged, n_averaged + 1)
-
-
-def _mean(n_averaged: int) -> float:
-    """The weight of the next value in the mean of all values."""
-    return 1 / (n_averaged + 1)
-
-
-def _mean_in_float32(n_averaged: int) -> float:
-    """The same, rounded as in torch's function for lists, which computes it from a tensor."""
-    return ctypes.c_float(_mean(n_averaged)).value
-
-
-def _known(function: Callable[..., object] | None) -> tuple[Callable[[int], float] | None, str]:
-    """The weight as a function of ``n_averaged`` if ``function`` is ours or torch's, else None; and
-    the arithmetic.
-
-    Decided by the module of its code: ``functools.wraps`` can give another function our name.
-    """
-    if function is None:
-        return _mean, "lerp"
-    if _home(function) == "torch.utils._contextlib":  # torch.no_grad() around torch's own
-        function = function.__wrapped__  # type: ignore[attr-defined]
-    if not isinstance(function, FunctionType) or _home(function) not in _HOMES:
-        return None, "lerp"
-    made_by = function.__qualname__.partition(".")[0]
-    if made_by == "get_swa_multi_avg_fn":
-        return _mean_in_float32, "lerp"
-    if made_by in ("get_ema_multi_avg_fn", "get_ema_avg_fn"):
-        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        weight = 1 - float(dict(cells)["decay"].cell_contents)
-        return lambda _: weight, "products" if made_by == "get_ema_avg_fn" else "lerp"
-    return None, "lerp"
-
-
-def _home(function: object) -> object:
-    return function.__globals__["__name__"] if isinstance(function, FunctionType) else None

@@ -4,5 +4,5 @@
 * :mod:`ema_fused.callbacks.accelerate`: training loops with Hugging Face's ``accelerate``
 * :mod:`ema_fused.callbacks.lightning`: Lightning's ``WeightAveraging`` callbacks
 
-May import ``engine``, ``modules``, ``posthoc``, ``averages`` and ``adapters``.
+May import ``engine``, ``modules``, ``saving``, ``posthoc``, ``averages`` and ``adapters``.
 """

@@ -11,8 +11,6 @@ trains on. The docstrings below say which methods differ.
 from __future__ import annotations
 
 import functools
-import importlib
-import sys
 import weakref
 from typing import Any
 
@@ -21,46 +19,29 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from ema_fused.adapters.swa_utils import AveragedModel
+from ema_fused.callbacks.lightning_arguments import check_arguments
+from ema_fused.callbacks.lightning_originals import originals, shards
 from ema_fused.callbacks.lightning_saving import Saving, copied
+from ema_fused.callbacks.lightning_sharding import OnShards
+from ema_fused.callbacks.lightning_shards import ShardAverage
 from ema_fused.engine.checks import as_integer, check_fraction, check_integer
 from ema_fused.engine.versions import VersionCounters
-from ema_fused.frameworks import missing
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.exchanging import Exchange
 from ema_fused.modules.module_pairs import Pairs, pair_up, plan_of
+from ema_fused.modules.sharding import Gathered
 
 __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 
 _AVERAGED = "module."  # prefix of the averaged tensors in an averaged model's state
 
 
-def _originals() -> Any:
-    """Lightning's module with the original callbacks.
-
-    Raises:
-        ImportError: no installed package has it.
-    """
-    packages = ["lightning.pytorch", "pytorch_lightning"]
-    why = None
-    # The package in use first: importing the other one as well would take seconds.
-    for package in sorted(packages, key=lambda name: name not in sys.modules):
-        try:
-            module = importlib.import_module(f"{package}.callbacks.weight_averaging")
-            if not hasattr(module, "EMAWeightAveraging"):
-                raise ImportError(f"this {package} has no EMAWeightAveraging, which came with 2.6")
-            return module
-        except ImportError as error:
-            why = why or error
-    assert why is not None
-    raise missing("lightning", "lightning", why) from why
-
-
-_lightning = _originals()
+_lightning = originals()
 _WeightAveraging: Any = _lightning.WeightAveraging
 _EMAWeightAveraging: Any = _lightning.EMAWeightAveraging
 
 
-class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
+class WeightAveraging(OnShards, _WeightAveraging):  # type: ignore[misc]
     """Keeps an average of the model, evaluates it and saves it, as Lightning's callback.
 
     Arguments, hooks, ``should_update`` and checkpoints are the original's; each loads the other's
@@ -98,7 +79,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         ValueError: ``avg_fn`` and ``multi_avg_fn`` are both given.
     """
 
-    _average_model: Any  # an AveragedModel, or None
+    _average_model: Any  # an AveragedModel, or a ShardAverage, or None
 
     def __init__(
         self,
@@ -106,7 +87,7 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         use_buffers: bool = True,
         **kwargs: Any,
     ) -> None:
-        _check_arguments(device, use_buffers, kwargs)
+        check_arguments(device, use_buffers, kwargs)
         if isinstance(device, int):
             device = torch.device("cuda", device)  # the original treats 0 like None
         # Not super(): in EMAWeightAveraging the next class is the original EMAWeightAveraging.
@@ -116,14 +97,16 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         self._is_ending = False  # within on_train_end
         self._swapped_by_subclass = False
         self._model: weakref.ref[nn.Module] | None = None
+        self._wrapped: weakref.ref[nn.Module] | None = None  # what the strategy made of it
         self._exchange: Exchange | None = None
+        self.own_state: dict[str, Any] | None = None  # while a checkpoint of shards is written
 
     @property
     def _is_swapped(self) -> bool:
         return self._exchange is not None and self._exchange.is_in
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Makes the averaged copy of the model when ``fit`` begins.
+        """Makes the averaged copy of the model when ``fit`` begins, if no strategy shards it.
 
         Counts start anew, so a callback can be used for one run after another.
 
@@ -139,22 +122,30 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
             )
         self._take_out()
         Saving.wrap(trainer, self)
+        self._begin(pl_module, None)
+        if shards(trainer.strategy):
+            return  # until it is sharded
         made_in = type(pl_module).configure_model.__module__.partition(".")[0]
         if made_in not in ("lightning", "pytorch_lightning"):
             # The layers must exist to be copied. Lightning calls configure_model() again later.
             _lightning.rank_zero_warn(
                 "WeightAveraging calls configure_model() to copy the layers that it makes, but "
-                "outside the strategy's context: sharded models can't be averaged"
+                "outside the strategy's context; under FSDPStrategy, ModelParallelStrategy and "
+                "DeepSpeedStrategy it doesn't"
             )
             pl_module.configure_model()
-        self._average_model = AveragedModel(
+        average = AveragedModel(
             pl_module,
             device=self._device or pl_module.device,
             use_buffers=self._use_buffers,
             **self._kwargs,
         )
+        self._begin(pl_module, average)
+
+    def _begin(self, pl_module: Any, average: Any) -> None:
+        self._average_model = average
         self._model = weakref.ref(pl_module)
-        self._exchange = None
+        self._wrapped = self._exchange = None
         self._is_final = self._swapped_by_subclass = False
         self._steps_asked = self._latest_update_step = 0
         self._latest_update_epoch = -1
@@ -176,8 +167,12 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         due = [self.should_update(step_idx=step) for step in range(self._steps_asked, steps)]
         self._steps_asked = steps
         if any(due):
-            self._average_model.update_parameters(pl_module)
+            self._average_model.update_parameters(self._source(pl_module))
             self._latest_update_step = steps
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Updates the average if ``should_update`` is True for this epoch."""
+        super().on_train_epoch_end(trainer, self._source(pl_module))
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Swaps the averages into the model; they stay unless a later callback raises.
@@ -202,7 +197,9 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         if self._has_averaged() and self._overrides("_copy_average_to_current"):
             self._is_final = True
         if self._is_swapped:
-            pairs = _pairs(self._average_model.module, pl_module).updated
+            source = self._source(pl_module)
+            Gathered(source).drop()
+            pairs = _pairs(self._average_model.module, source).updated
             # Pairs of two dtypes weren't swapped: the average still holds them, in its own dtype.
             alike = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
             plan_of(alike, backend=None).copy_()
@@ -257,6 +254,8 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         """Saves the averages as ``state_dict``, the model's weights as ``current_model_state``."""
         if self._average_model is None:
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        elif isinstance(self._average_model, ShardAverage):
+            self._save_shards(trainer, checkpoint)
         elif self._is_final or not self._has_averaged():
             # Save the model's present weights; after fit, update_bn() may have changed them.
             checkpoint["current_model_state"] = dict(checkpoint["state_dict"])
@@ -299,9 +298,12 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         # Nothing to swap out: all weights are overwritten, here or by the trainer.
         self._is_final = self._swapped_by_subclass = False
         self._exchange = None
-        if trainer.state.fn == "fit":
+        is_fit = trainer.state.fn == "fit"
+        if shards(trainer.strategy):
+            self._load_shards(trainer, pl_module, checkpoint, is_fit)
+        elif is_fit:
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        else:
+        if not is_fit:
             self._average_model = None  # it belongs to the weights before loading
 
     def _has_averaged(self) -> bool:
@@ -318,10 +320,15 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
         # Evaluations run in inference mode, and inference tensors can't be updated later.
         with torch.inference_mode(False), torch.no_grad():
             if self._exchange is None:
-                averaged = self._average_model.module
-                find_pairs = functools.partial(_pairs, averaged, model)
-                self._exchange = Exchange(averaged, model, find_pairs, backend=None)
+                self._exchange = self._exchange_with(self._source(model))
             self._exchange.put_in()
+
+    def _exchange_with(self, model: nn.Module) -> Exchange:
+        average = self._average_model
+        if isinstance(average, ShardAverage):
+            return average.exchange_with(model)
+        find_pairs = functools.partial(_pairs, average.module, model)
+        return Exchange(average.module, model, find_pairs, backend=None)
 
     def _take_out(self) -> None:
         """Gives the model its own weights back."""
@@ -369,7 +376,10 @@ class WeightAveraging(_WeightAveraging):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled is everything but the references to the model and its swaps."""
-        left_behind = {"_model": None, "_exchange": None, "_swapped_by_subclass": False}
+        left_behind = {"_model": None, "_wrapped": None, "_exchange": None} | {
+            "_swapped_by_subclass": False,
+            "own_state": None,
+        }
         return self.__dict__ | left_behind
 
 
@@ -424,25 +434,6 @@ class EMAWeightAveraging(WeightAveraging, _EMAWeightAveraging):  # type: ignore[
         self.update_every_n_steps = update_every_n_steps
         self.update_starting_at_step = update_starting_at_step
         self.update_starting_at_epoch = update_starting_at_epoch
-
-
-def _check_arguments(device: object, use_buffers: object, kwargs: dict[str, Any]) -> None:
-    if isinstance(device, bool) or not isinstance(device, (torch.device, str, int, type(None))):
-        raise TypeError(f"device is {device!r}; a torch.device, its name or its index is expected")
-    if not isinstance(use_buffers, bool):
-        raise TypeError(f"use_buffers is {use_buffers!r}; True or False is expected")
-    functions = {"avg_fn", "multi_avg_fn"}
-    if unknown := kwargs.keys() - functions:
-        raise TypeError(
-            f"WeightAveraging got {', '.join(sorted(unknown))}; apart from device and use_buffers "
-            f"it takes avg_fn or multi_avg_fn"
-        )
-    given = {name: function for name, function in kwargs.items() if function is not None}
-    for name, function in given.items():
-        if not callable(function):
-            raise TypeError(f"{name} is {function!r}; a function is expected")
-    if len(given) > 1:
-        raise ValueError("avg_fn and multi_avg_fn are both given; only one of them may be set")
 
 
 def _pairs(averaged: nn.Module, model: nn.Module) -> Pairs:

@@ -1,8 +1,9 @@
-"""Checkpoints of the weights alone: Lightning asks no callback about them."""
+"""Checkpoints of which Lightning asks no callback: of weights alone, and folders of shards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -14,9 +15,16 @@ class HasAverage(Protocol):
     def averaged_state(self, pl_module: Any, own: dict[str, Any]) -> dict[str, Any]:
         """``own``, a state of the model, with the averages in it."""
 
+    def saving_shards(
+        self, trainer: Any, filepath: Any, weights_only: bool
+    ) -> AbstractContextManager[None] | None:
+        """A block in which a sharded model is saved; None if it isn't sharded."""
+
 
 class Saving:
-    """``trainer.save_checkpoint``, which with ``weights_only`` writes the averages of a callback.
+    """``trainer.save_checkpoint``, which writes the averages of a callback.
+
+    With ``weights_only`` and of sharded models; of others the callback's own hook sees to it.
 
     The state is exchanged where the trainer takes it from: before the model's own
     ``on_save_checkpoint``, which sees the averages in checkpoints with everything too.
@@ -43,7 +51,15 @@ class Saving:
         self, filepath: Any, weights_only: bool | None = None, storage_options: Any = None
     ) -> None:
         trainer, strategy = self._trainer, self._trainer.strategy
-        if not weights_only or self._by not in trainer.callbacks:
+        if self._by not in trainer.callbacks:
+            self._save(filepath, weights_only, storage_options)
+            return
+        shards = self._by.saving_shards(trainer, filepath, bool(weights_only))
+        if shards is not None:
+            with shards:
+                self._save(filepath, weights_only, storage_options)
+            return
+        if not weights_only:
             self._save(filepath, weights_only, storage_options)
             return
         own = strategy.lightning_module_state_dict()

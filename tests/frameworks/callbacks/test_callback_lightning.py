@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from ema_fused.callbacks import lightning as ours
+from ema_fused.callbacks.lightning_originals import originals
 from tests.frameworks.callbacks.lightning_cases import (
     QUIET,
     Calls,
@@ -240,4 +241,4 @@ def test_a_missing_lightning_names_what_to_install(monkeypatch: pytest.MonkeyPat
     for package in ("lightning.pytorch", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, f"{package}.callbacks.weight_averaging", None)
     with pytest.raises(ImportError, match=r"pip install 'ema_fused\[lightning\]'"):
-        ours._originals()
+        originals()
