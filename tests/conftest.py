@@ -62,6 +62,7 @@ _START_RANKS = (
     "tests/frameworks/test_zero3.py",
     "tests/frameworks/test_zero3_engines.py",
     "tests/frameworks/test_zero3_states.py",
+    "tests/frameworks/callbacks/test_callback_lightning_sharded.py",
 )
 # What takes longest is begun first, so that no process is left alone with it at the end.
 _FIRST = (

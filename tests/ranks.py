@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import datetime
-import importlib
 import multiprocessing
-import os
-import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from typing import Any
+from unittest import mock
 
 _PATIENCE = 120.0  # seconds, for a collective call and for an answer
 # Imported once, in a process that all others are forks of: it takes each seconds otherwise.
@@ -48,24 +47,19 @@ def _serve(rank: int, ranks: int, meeting: str, orders: Connection) -> None:
     dist.destroy_process_group()
 
 
-def _fork_each(imported: Sequence[str], served: list[tuple[int, int, str, Connection]]) -> None:
-    """Imports modules once, and serves in as many forks of this process as there are orders."""
-    os.setsid()  # so that all can be killed together
-    for module in imported:
-        importlib.import_module(module)
-    forks = []
-    for arguments in served:
-        fork = os.fork()
-        if fork == 0:
-            for *_, orders in served:  # a process has ended when nobody holds its end of the pipe
-                if orders is not arguments[-1] and not orders.closed:
-                    orders.close()
-            _serve(*arguments)
-            os._exit(0)
-        arguments[-1].close()
-        forks.append(fork)
-    for fork in forks:
-        os.waitpid(fork, 0)
+# The processes that others are forks of, by what they have imported further.
+_servers: dict[tuple[str, ...], forkserver.ForkServer] = {}
+
+
+@contextmanager
+def _forked_from_one_with(imported: Sequence[str]) -> Iterator[None]:
+    """A block in which new processes are forks of one that has imported these modules too."""
+    server = _servers.get(tuple(imported))
+    if server is None:
+        server = _servers[tuple(imported)] = forkserver.ForkServer()
+        server.set_forkserver_preload([*_IMPORTED, *imported])
+    with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+        yield
 
 
 class Ranks:
@@ -73,29 +67,26 @@ class Ranks:
 
     Args:
         count: how many.
-        imported: names of further modules, imported once for all of them.
+        imported: names of further modules, imported once for all such processes.
     """
 
     def __init__(self, count: int, imported: Sequence[str] = ()) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_IMPORTED)
         self._folder = tempfile.TemporaryDirectory()
         self._orders = []
-        self._is_forked = bool(imported)
-        served = []
+        self._processes = []
         for rank in range(count):
             here, there = context.Pipe()
-            self._orders.append(here)
-            served.append((rank, count, f"{self._folder.name}/meeting", there))
-        self._processes = (
-            [context.Process(target=_fork_each, args=(imported, served), daemon=True)]
-            if imported
-            else [context.Process(target=_serve, args=each, daemon=True) for each in served]
-        )
-        for process in self._processes:
-            process.start()
-        for *_, there in served:
+            process = context.Process(
+                target=_serve,
+                args=(rank, count, f"{self._folder.name}/meeting", there),
+                daemon=True,
+            )
+            with _forked_from_one_with(imported):
+                process.start()
             there.close()
+            self._orders.append(here)
+            self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """What ``function`` returns in each process; fails with what it raises there."""
@@ -125,8 +116,6 @@ class Ranks:
                 continue
         for process in self._processes:
             process.join(5)
-            if self._is_forked and process.is_alive() and process.pid is not None:
-                os.killpg(process.pid, signal.SIGKILL)
             process.kill()
         self._folder.cleanup()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,12 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.strategies import fsdp as fabric_fsdp
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch import callbacks as original
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies import fsdp as pytorch_fsdp
+from lightning.pytorch.strategies import model_parallel as pytorch_model_parallel
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     FullOptimStateDictConfig,
@@ -38,7 +41,7 @@ from torch.utils.data import DataLoader
 from ema_fused.callbacks import lightning as ours
 from tests.sharded_models import whole_weights
 
-IMPORTED = ("torch.distributed.checkpoint", "lightning.pytorch", __name__)
+IMPORTED = ("lightning.pytorch", "deepspeed", __name__)
 BATCHES = 4  # an epoch
 
 
@@ -244,7 +247,8 @@ class Record(Callback):
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         now = local_values(pl_module)
-        self.kept &= all(map(torch.equal, self.before, now))
+        if not trainer.sanity_checking:  # nothing is swapped there, and FSDP leaves its root whole
+            self.kept &= all(map(torch.equal, self.before, now))
         self.losses[trainer.global_step] = float(trainer.callback_metrics["loss"])
 
 
@@ -284,9 +288,31 @@ class Counted(ours.EMAWeightAveraging):
         self.sent += mode.get_total_counts()
 
 
+class Saves(Callback):
+    """Saves at a moment of the training, under its name."""
+
+    def __init__(self, moment: str, folder: Path, step: int = 2, **options: Any) -> None:
+        def save(trainer: Trainer, *_: Any) -> None:
+            if trainer.global_step == step and not trainer.sanity_checking:
+                trainer.save_checkpoint(folder / f"{moment}.ckpt", **options)
+
+        setattr(self, moment, save)
+
+
+class Fails(Callback):
+    """Raises in the validation after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_validation_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            raise ArithmeticError("in a validation")
+
+
 def trainer(folder: Path, way: str, callbacks: list[Any], **arguments: Any) -> Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning|torch|deepspeed")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     folders = arguments.pop("folders", True)
     quiet: dict[str, Any] = {
         "accelerator": "cpu",
@@ -299,33 +325,168 @@ def trainer(folder: Path, way: str, callbacks: list[Any], **arguments: Any) -> T
         "enable_progress_bar": False,
         "logger": False,
         "use_distributed_sampler": False,
+        "val_check_interval": 2,
         "callbacks": callbacks,
     }
     return Trainer(**quiet | arguments)
 
 
-def fit(folder: Path, way: str, epochs: int, resume: Path | None = None, **options: Any) -> None:
-    """Trains, with a checkpoint after each epoch, and keeps what was seen in ``found.pt``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    average = options.pop("average", None) or Counted(decay=0.75, update_every_n_steps=1)
-    record = Record(average)
-    saving = ModelCheckpoint(
+def after_each_epoch(folder: Path) -> ModelCheckpoint:
+    return ModelCheckpoint(
         folder, "{step}", every_n_epochs=1, save_top_k=-1, save_on_train_epoch_end=True
     )
-    callbacks = [average, record, saving]
-    fitting = trainer(folder, way, callbacks, max_epochs=epochs, val_check_interval=2, **options)
-    model = Model(way)
-    fitting.fit(model, batches(way, BATCHES, 0), held_out(way), ckpt_path=resume)
+
+
+def fit(folder: Path, way: str, resume: Path | None = None, **options: Any) -> None:
+    """Trains, with a checkpoint after each epoch, and keeps what was seen in ``found.pt``.
+
+    Args:
+        options: ``average``: the callback; ``meta``: where the model is made; ``further``: more
+            callbacks; ``fails``: whether the training is expected to raise ArithmeticError. The
+            others are the trainer's.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    average = options.pop("average", None) or Counted(decay=0.75)
+    model = options.pop("model", None) or Model(way, options.pop("meta", False))
+    record = Record(average)
+    further, fails = options.pop("further", []), options.pop("fails", False)
+    callbacks = [average, record, *further, after_each_epoch(folder)]
+    fitting = trainer(folder, way, callbacks, **{"max_epochs": 3} | options)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        try:
+            loader = batches(way, BATCHES, 0)
+            fitting.fit(model, loader, held_out(way), ckpt_path=resume, weights_only=False)
+        except ArithmeticError:
+            assert fails
     found = {
         "own": record.own,
         "at_start": record.at_start,
         "losses": record.losses,
         "kept": record.kept,
         "sent": getattr(average, "sent", None),
-        "configured": model.configured,
+        "configured": getattr(model, "configured", 0),
         "end": whole(fitting.strategy.model),
         "n_averaged": int(average._average_model.n_averaged),
+        "averages_in": str(next(average._average_model.module.parameters()).dtype),
+        "best": [getattr(one, "best_model_score", None) for one in further],
+        "warned": [str(one.message) for one in warned],
     }
-    if dist.get_rank() == 0:
-        torch.save(found, folder / "found.pt")
+    torch.save(found, folder / f"found-{dist.get_rank()}.pt")
     dist.barrier()
+
+
+def evaluate(way: str, path: Path, folders: bool) -> float:
+    """The loss of a test with a checkpoint."""
+    testing = trainer(path.parent, way, [Counted(decay=0.75)], folders=folders)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        [scores] = testing.test(
+            Model(way), held_out(way), ckpt_path=path, verbose=False, weights_only=False
+        )
+    return float(scores["loss"])
+
+
+def theirs(folder: Path, way: str) -> str:
+    """What comes of the original callback, and of resuming with it: the error's class and text."""
+    for resume in (None, folder / "end.ckpt"):
+        fitting = trainer(folder, way, [original.EMAWeightAveraging(decay=0.75)], max_epochs=2)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                fitting.fit(
+                    Model(way),
+                    batches(way, BATCHES, 0),
+                    held_out(way),
+                    ckpt_path=resume,
+                    weights_only=False,
+                )
+                fitting.save_checkpoint(folder / "end.ckpt")
+        except (AssertionError, RuntimeError, KeyError) as error:
+            return f"{'resumed' if resume else 'begun'}: {type(error).__name__}: {error}"
+    return "no error"
+
+
+# Functions of the sort that users pass as avg_fn or multi_avg_fn.
+
+
+def warmed_up(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+    decay = min(0.75, (1 + int(count)) / (10 + int(count)))
+    return decay * averaged + (1 - decay) * current
+
+
+def all_warmed_up(averaged: Any, current: Any, count: Tensor) -> None:
+    for one, other in zip(averaged, current, strict=True):
+        one.copy_(warmed_up(one, other, count))
+
+
+def by_norm(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+    return averaged + (current - averaged) / (1 + current.norm())
+
+
+class Manual(Model):
+    """Steps at each second batch, twice."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(way)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        if batch_idx % 2:
+            for _ in range(2):
+                optimizer.zero_grad()
+                self.manual_backward(super().training_step(batch, batch_idx))
+                optimizer.step()
+
+
+def fit_with(kind: str, folder: Path, way: str, **options: Any) -> None:
+    """:func:`fit` with what can't be sent to another process."""
+    made: dict[str, Any] = {
+        "warmed up": lambda: {"average": ours.WeightAveraging(avg_fn=warmed_up)},
+        "all warmed up": lambda: {"average": ours.WeightAveraging(multi_avg_fn=all_warmed_up)},
+        "by norm": lambda: {"average": ours.WeightAveraging(avg_fn=by_norm)},
+        "mean": lambda: {"average": ours.WeightAveraging(use_buffers=False, device="cpu")},
+        "every second": lambda: {"average": Counted(decay=0.75, update_every_n_steps=2)},
+        "manual": lambda: {"model": Manual(way)},
+        "accumulated": lambda: {"accumulate_grad_batches": 2},
+        "failing": lambda: {"further": [Fails(4)], "fails": True},
+        "best": lambda: {
+            "further": [
+                ModelCheckpoint(folder, "best", monitor="loss"),
+                EarlyStopping("loss", patience=0, check_on_train_epoch_end=False),
+            ]
+        },
+        "saving": lambda: {
+            "further": [
+                Saves("on_train_start", folder, 0),
+                Saves("on_validation_batch_end", folder),
+                Saves("on_train_batch_start", folder, weights_only=True),
+                Saves("on_fit_end", folder, BATCHES),
+            ]
+        },
+    }
+    fit(folder, way, **made[kind]() | options)
+
+
+def fit_without(folder: Path, way: str, folders: bool) -> None:
+    """One epoch without any average."""
+    fitting = trainer(folder, way, [after_each_epoch(folder)], max_epochs=1, folders=folders)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fitting.fit(Model(way), batches(way, BATCHES, 0), held_out(way))
+
+
+def die_in_a_save(folder: Path, way: str, step: int) -> None:
+    """Trains until the save after a step, which ends one process when it has written its shards."""
+
+    save = fabric_fsdp._distributed_checkpoint_save
+
+    def save_and_die(state: Any, path: Path) -> None:
+        save(state, path)
+        if path.name == f"step={step}.ckpt":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    module = pytorch_fsdp if way == "fsdp1" else pytorch_model_parallel
+    module._distributed_checkpoint_save = save_and_die
+    fit(folder, way)
