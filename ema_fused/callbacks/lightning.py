@@ -29,7 +29,6 @@ from ema_fused.engine.versions import VersionCounters
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.exchanging import Exchange
 from ema_fused.modules.module_pairs import Pairs, pair_up, plan_of
-from ema_fused.modules.sharding import Gathered
 
 __all__ = ["EMAWeightAveraging", "WeightAveraging"]
 
@@ -197,13 +196,15 @@ class WeightAveraging(OnShards, _WeightAveraging):  # type: ignore[misc]
         if self._has_averaged() and self._overrides("_copy_average_to_current"):
             self._is_final = True
         if self._is_swapped:
-            source = self._source(pl_module)
-            Gathered(source).drop()
-            pairs = _pairs(self._average_model.module, source).updated
-            # Pairs of two dtypes weren't swapped: the average still holds them, in its own dtype.
-            alike = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
-            plan_of(alike, backend=None).copy_()
-            VersionCounters(pair.held[0] for pair in alike).increment()
+            if isinstance(self._average_model, ShardAverage):
+                self._take_out()  # ZeRO-3 steps on other tensors than it swaps; both are written
+                self._average_model.copy_to(self._source(pl_module))
+            else:
+                pairs = _pairs(self._average_model.module, pl_module).updated
+                # Pairs of two dtypes weren't swapped: the average holds them still, in its dtype.
+                alike = [pair for pair in pairs if pair.averaged.dtype == pair.source.dtype]
+                plan_of(alike, backend=None).copy_()
+                VersionCounters(pair.held[0] for pair in alike).increment()
             self._exchange = None
             self._is_final = True
 

@@ -77,11 +77,13 @@ def saving(
         return
     average, model = found
     if is_deepspeed(strategy):
-        if not weights_only:
+        # ZeRO-3 saves what its optimizer steps on, which a swap leaves alone.
+        swaps = weights_only and not strategy.zero_stage_3
+        if not swaps:
             note |= {"averaged": AVERAGES, "own": HERE}
         _prepare_folder(strategy, path, note)
-        with callback.holding(averages=weights_only):
-            if not weights_only:
+        with callback.holding(averages=swaps):
+            if not swaps:
                 state = {"averaged": checkpoints.averaged_state_dict(average, model)}
                 checkpoints.save(state, path / AVERAGES, check_replicas=False)
             yield

@@ -254,16 +254,31 @@ class Record(Callback):
 
 def local_values(model: nn.Module) -> list[Tensor]:
     held = (*model.parameters(), *model.buffers())
+    pieces = [getattr(tensor, "ds_tensor", tensor) for tensor in held]
     return [
-        (tensor.to_local() if hasattr(tensor, "to_local") else tensor).detach().clone()
-        for tensor in held
+        (piece.to_local() if hasattr(piece, "to_local") else piece).detach().clone()
+        for piece in pieces
     ]
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
     """All of a model's weights, by the names of the network."""
+    if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+        return gathered(model.module.network)
     found = whole_weights(getattr(model, "module", model) if is_engine(model) else model)
     return {name.removeprefix("network."): tensor for name, tensor in found.items()}
+
+
+def gathered(network: Any) -> dict[str, Tensor]:
+    """What the optimizer of ZeRO-3 steps on, or the pieces of an average of it."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {
+        name: (safe_get_full_fp32_param(tensor) if hasattr(tensor, "ds_id") else tensor)
+        .detach()
+        .clone()
+        for name, tensor in network.state_dict(keep_vars=True).items()
+    }
 
 
 def is_engine(model: nn.Module) -> bool:
@@ -274,7 +289,12 @@ def whole_of_average(average: Any, trainer: Any) -> dict[str, Tensor]:
     if isinstance(trainer.strategy, FSDPStrategy):
         with average.swapped(trainer.strategy.model):
             return whole(trainer.strategy.model)
-    return whole(average.module)
+    return {
+        name.removeprefix("network."): (
+            tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        ).clone()
+        for name, tensor in average.module.state_dict().items()
+    }
 
 
 class Counted(ours.EMAWeightAveraging):
