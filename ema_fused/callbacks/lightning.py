@@ -5,7 +5,8 @@ that is already imported, else from the one that is installed.
 
 Unlike the originals, these callbacks never evaluate, save or end with an "average" from before the
 first update; don't test raw weights after ``ckpt_path=``; and don't leave averages in a model that
-trains on. The docstrings below say which methods differ.
+trains on; and they average models that a strategy shards. The docstrings below say which methods
+differ.
 """
 
 from __future__ import annotations
@@ -63,19 +64,31 @@ class WeightAveraging(OnShards, _WeightAveraging):  # type: ignore[misc]
     validation epoch, the other at the end of the training. With a ``_swap_models`` of its own,
     tests and predictions swap nothing, as in the original.
 
-    As in the original, buffers are swapped with ``use_buffers=False`` too, and sharded models can't
-    be averaged.
+    Under ``FSDPStrategy``, ``ModelParallelStrategy`` and ``DeepSpeedStrategy`` (stages 1 to 3) the
+    average is made when the strategy has set up the model, and each process averages its own shards
+    without communication (an :class:`~ema_fused.AveragedWeights`). Averages of 16-bit weights are
+    kept in float32, except FSDP1's. A checkpoint that is a folder has the averages as the model's
+    weights, and the own weights in a folder ``current_model_state`` within; DeepSpeed's has the own
+    weights, and the averages in ``averaged_model_state``. Its ``weight_averaging.json`` says which
+    is which. Checkpoints load on another number of processes where the strategy's do.
+
+    A checkpoint without an average begins one with its weights, and that is said once.
+
+    As in the original, buffers are swapped with ``use_buffers=False`` too.
 
     Args:
         device: device of the average; None: the model's.
         use_buffers: average floating-point buffers too. If not, they are copied at each update.
         **kwargs: ``avg_fn`` or ``multi_avg_fn``, as in torch's ``AveragedModel``. Those of
             :func:`~ema_fused.adapters.swa_utils.get_ema_multi_avg_fn` and torch's
-            ``get_ema_avg_fn`` run in one launch per device; others run as in torch.
+            ``get_ema_avg_fn`` run in one launch per device; others run as in torch. Of a sharded
+            model they get one shard at a time, and must be elementwise: before the training they
+            are called on two small tensors, and on parts of these.
 
     Raises:
         TypeError: an argument is unknown or of a wrong type.
-        ValueError: ``avg_fn`` and ``multi_avg_fn`` are both given.
+        ValueError: ``avg_fn`` and ``multi_avg_fn`` are both given; or when training begins, one
+            that isn't elementwise is to average shards.
     """
 
     _average_model: Any  # an AveragedModel, or a ShardAverage, or None
@@ -160,12 +173,13 @@ class WeightAveraging(OnShards, _WeightAveraging):  # type: ignore[misc]
 
         ``should_update`` is called exactly once for each optimizer step. The original calls it
         again in a batch without a step (``accumulate_grad_batches``), and only for the last step in
-        a batch with several (manual optimization).
+        a batch with several (manual optimization). A step that DeepSpeed's engine has skipped, as
+        gradients were infinite, takes no update.
         """
         steps = trainer.global_step
         due = [self.should_update(step_idx=step) for step in range(self._steps_asked, steps)]
         self._steps_asked = steps
-        if any(due):
+        if any(due) and not self._was_skipped(trainer):
             self._average_model.update_parameters(self._source(pl_module))
             self._latest_update_step = steps
 

@@ -110,12 +110,15 @@ def _averaged_state(
     callback: HasShards, strategy: Any, average: ShardAverage, model: nn.Module, own: dict[str, Any]
 ) -> dict[str, Any]:
     """``own``, as the strategy makes it of the model, with the averages in it."""
-    if is_flattened(model):
+    whole = not writes_folders(strategy)
+    there, here = (next(module.parameters()).device for module in (average.module, model))
+    # Shards are gathered on the model's device only.
+    if is_flattened(model) or (whole and there != here):
         with callback.holding(averages=True):
             state = strategy.lightning_module_state_dict()
             # What isn't copied to host memory by the strategy is the model's own tensors.
-            return _copied(state) if next(model.parameters()).is_cpu else state
-    options = StateDictOptions(full_state_dict=not writes_folders(strategy), cpu_offload=True)
+            return _copied(state) if here.type == "cpu" else state
+    options = StateDictOptions(full_state_dict=whole, cpu_offload=True)
     average.settle()
     state = get_model_state_dict(average.module, options=options)
     return {name: state.get(name, value) for name, value in own.items()}
@@ -129,6 +132,7 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def writes_folders(strategy: Any) -> bool:
+    """Whether a checkpoint of ``strategy`` is a folder with parts of each process."""
     return (
         is_deepspeed(strategy)
         or getattr(strategy, "_state_dict_type", None) == "sharded"

@@ -64,6 +64,11 @@ class OnShards:
         wrapped = None if self._wrapped is None else self._wrapped()
         return pl_module if wrapped is None else wrapped
 
+    def _was_skipped(self, trainer: Any) -> bool:
+        """Whether DeepSpeed's engine has left out the last step."""
+        engine = trainer.strategy.model
+        return is_deepspeed(trainer.strategy) and not engine.was_step_applied()
+
     def _save_shards(self, trainer: Any, checkpoint: dict[str, Any]) -> None:
         if not writes_folders(trainer.strategy):
             own = checkpoint["state_dict"] if self.own_state is None else self.own_state

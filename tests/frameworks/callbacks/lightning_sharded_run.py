@@ -330,6 +330,14 @@ class Fails(Callback):
             raise ArithmeticError("in a validation")
 
 
+class Overflows(Callback):
+    """A step in which DeepSpeed's engine meets infinite gradients, as far as it tells."""
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 3:
+            trainer.strategy.model._step_applied = False
+
+
 def trainer(folder: Path, way: str, callbacks: list[Any], **arguments: Any) -> Trainer:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -361,16 +369,17 @@ def fit(folder: Path, way: str, resume: Path | None = None, **options: Any) -> N
     """Trains, with a checkpoint after each epoch, and keeps what was seen in ``found.pt``.
 
     Args:
-        options: ``average``: the callback; ``meta``: where the model is made; ``further``: more
-            callbacks; ``fails``: whether the training is expected to raise ArithmeticError. The
-            others are the trainer's.
+        options: ``average``: the callback; ``meta``: where the model is made; ``before`` and
+            ``further``: more callbacks; ``fails``: whether the training is expected to raise
+            ArithmeticError. The others are the trainer's.
     """
     folder.mkdir(parents=True, exist_ok=True)
     average = options.pop("average", None) or Counted(decay=0.75)
     model = options.pop("model", None) or Model(way, options.pop("meta", False))
     record = Record(average)
     further, fails = options.pop("further", []), options.pop("fails", False)
-    callbacks = [average, record, *further, after_each_epoch(folder)]
+    before = options.pop("before", [])
+    callbacks = [*before, average, record, *further, after_each_epoch(folder)]
     fitting = trainer(folder, way, callbacks, **{"max_epochs": 3} | options)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
@@ -470,6 +479,7 @@ def fit_with(kind: str, folder: Path, way: str, **options: Any) -> None:
         "every second": lambda: {"average": Counted(decay=0.75, update_every_n_steps=2)},
         "manual": lambda: {"model": Manual(way)},
         "accumulated": lambda: {"accumulate_grad_batches": 2},
+        "skipped": lambda: {"before": [Overflows()]},
         "failing": lambda: {"further": [Fails(4)], "fails": True},
         "best": lambda: {
             "further": [

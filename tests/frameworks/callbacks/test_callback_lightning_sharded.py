@@ -326,6 +326,7 @@ def test_a_function_that_looks_at_whole_tensors_is_refused(two: Ranks, tmp_path:
         # Manual optimization: in FSDP1 a backward pass isn't possible within the forward pass.
         ("fsdp2", "manual", [2, 4, 6, 8]),
         pytest.param("zero2", "accumulated", [1, 2, 3, 4], marks=_NEEDS),
+        pytest.param("zero2", "skipped", [1, 2, 4, 5, 6, 7, 8], marks=_NEEDS),
     ],
 )
 def test_updates_follow_the_optimizer_s_steps(
