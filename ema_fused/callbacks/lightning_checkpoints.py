@@ -55,7 +55,7 @@ class HasShards(Protocol):
 
     own_state: dict[str, Any] | None
 
-    def shards(self) -> tuple[ShardAverage, nn.Module] | None:
+    def average_and_model(self) -> tuple[ShardAverage, nn.Module] | None:
         """The average and the model, as its strategy wraps it; None if the model is the average."""
 
     def holding(self, *, averages: bool) -> AbstractContextManager[None]:
@@ -68,7 +68,7 @@ def saving(
 ) -> Iterator[None]:
     """A block in which the strategy saves, with the averages in what it saves."""
     path = Path(strategy.broadcast(filepath))
-    found = callback.shards()
+    found = callback.average_and_model()
     # The folders of the averaged weights and of the own ones, seen from the checkpoint's.
     note: dict[str, Any] = {"global_step": global_step, "averaged": HERE, "own": None}
     if found is None:

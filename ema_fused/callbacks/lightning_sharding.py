@@ -95,7 +95,7 @@ class OnShards:
         )
         self._average_model.copy_from(source)
 
-    def shards(self) -> tuple[ShardAverage, nn.Module] | None:
+    def average_and_model(self) -> tuple[ShardAverage, nn.Module] | None:
         """The average and the model, as its strategy wraps it; None if the model is the average."""
         if self._is_final or not self._has_averaged() or self._wrapped is None:
             return None

@@ -507,16 +507,25 @@ def fit_without(folder: Path, way: str, folders: bool) -> None:
         fitting.fit(Model(way), batches(way, BATCHES, 0), held_out(way))
 
 
-def die_in_a_save(folder: Path, way: str, step: int) -> None:
-    """Trains until the save after a step, which ends one process when it has written its shards."""
+def die_in_a_save(folder: Path, way: str, name: str, time: int) -> None:
+    """Trains until a checkpoint is written, in which each process ends after its shards.
+
+    Args:
+        name: of the checkpoint.
+        time: which of the saves of this name.
+    """
 
     save = fabric_fsdp._distributed_checkpoint_save
 
+    saved: list[str] = []
+
     def save_and_die(state: Any, path: Path) -> None:
         save(state, path)
-        if path.name == f"step={step}.ckpt":
+        saved.append(path.name)
+        if saved.count(name) == time:
             os.kill(os.getpid(), signal.SIGKILL)
 
     module = pytorch_fsdp if way == "fsdp1" else pytorch_model_parallel
     module._distributed_checkpoint_save = save_and_die
-    fit(folder, way)
+    again = [Saves("on_train_batch_start", folder, step) for step in (3, 6)]
+    fit(folder, way, further=again)

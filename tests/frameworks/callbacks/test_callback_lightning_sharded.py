@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,6 @@ SHARDED = pytest.mark.parametrize("way", ["fsdp1", "fsdp2"])
 SHARDED_OR_ZERO = pytest.mark.parametrize(
     "way", ["fsdp1", "fsdp2", pytest.param("zero2", marks=_NEEDS)]
 )
-BOTH = pytest.mark.parametrize("folders", [True, False], ids=["folder", "file"])
 
 State = dict[str, Tensor]
 
@@ -250,16 +250,23 @@ def test_a_folder_s_weights_are_the_averages_for_any_reader(
         assert differences(read, expected) == []
 
 
-@BOTH
+@pytest.mark.parametrize(
+    ("way", "folders"),
+    [
+        ("fsdp2", True),
+        ("fsdp2", False),
+        *(pytest.param(way, True, marks=_NEEDS) for way in ("zero2", "zero3")),
+    ],
+)
 def test_a_bfloat16_model_s_average_is_kept_and_saved_in_float32(
-    two: Ranks, tmp_path: Path, folders: bool
+    two: Ranks, tmp_path: Path, way: str, folders: bool
 ) -> None:
     fit = partial(run.fit, folders=folders, precision="bf16-true", max_epochs=2)
-    two.run(fit, tmp_path / "whole", "fsdp2")
+    two.run(fit, tmp_path / "whole", way)
     whole = found(tmp_path / "whole")
     assert whole["averages_in"] == "torch.float32" and whole["kept"]
     checkpoint = tmp_path / "whole" / f"step={run.BATCHES}.ckpt"
-    two.run(fit, tmp_path / "resumed", "fsdp2", checkpoint)
+    two.run(fit, tmp_path / "resumed", way, checkpoint)
     resumed = found(tmp_path / "resumed")
     assert resumed["at_start"]["averages"]["first.weight"].dtype == torch.float32
     wide = {
@@ -372,18 +379,40 @@ def test_a_model_made_on_meta_has_its_values_before_its_average(two: Ranks, tmp_
 def test_a_save_that_is_killed_leaves_the_checkpoint_before_it(
     two: Ranks, trained: Callable[[str, bool], Path], tmp_path: Path, way: str
 ) -> None:
-    with (
-        ranks.started(2, run.IMPORTED) as doomed,
-        pytest.raises(AssertionError, match="a process ended"),
-    ):
-        doomed.run(run.die_in_a_save, tmp_path, way, RESUMED)
-    torn = tmp_path / f"step={RESUMED}.ckpt"
-    assert (torn / "current_model_state").is_dir() and not (torn / "meta.pt").exists()
+    torn = killed_in_a_save(tmp_path, way, f"step={RESUMED}.ckpt", 1)
     with pytest.raises(AssertionError, match="does not point to a valid checkpoint"):
         two.run(run.fit, tmp_path / "torn", way, torn)
     two.run(run.fit, tmp_path / "resumed", way, tmp_path / f"step={run.BATCHES}.ckpt")
     expected = found(trained(way, True))["end"]
     assert differences(found(tmp_path / "resumed")["end"], expected) == []
+
+
+def test_a_checkpoint_half_overwritten_passes_for_none(two: Ranks, tmp_path: Path) -> None:
+    torn = killed_in_a_save(tmp_path, "fsdp2", "on_train_batch_start.ckpt", 2)
+    with pytest.raises(AssertionError, match="does not point to a valid checkpoint"):
+        two.run(run.fit, tmp_path / "torn", "fsdp2", torn)
+
+
+def killed_in_a_save(folder: Path, way: str, name: str, time: int) -> Path:
+    with (
+        ranks.started(2, run.IMPORTED) as doomed,
+        pytest.raises(AssertionError, match="a process ended"),
+    ):
+        doomed.run(run.die_in_a_save, folder, way, name, time)
+    assert (folder / name / "current_model_state").is_dir()
+    return folder / name
+
+
+@pytest.mark.parametrize("way", ["fsdp2", pytest.param("zero2", marks=_NEEDS)])
+def test_a_folder_of_two_steps_is_refused(
+    two: Ranks, trained: Callable[[str, bool], Path], tmp_path: Path, way: str
+) -> None:
+    mixed = tmp_path / "mixed.ckpt"
+    shutil.copytree(trained(way, True) / f"step={RESUMED}.ckpt", mixed)
+    note = json.loads((mixed / NOTE).read_text())
+    (mixed / NOTE).write_text(json.dumps(note | {"global_step": 3}))
+    with pytest.raises(AssertionError, match="has averages of step 3 and a training of step 8"):
+        two.run(run.fit, tmp_path / "resumed", way, mixed)
 
 
 @pytest.mark.parametrize(
