@@ -12,7 +12,8 @@ Each module imports its package and no other, and has a class with the name of t
 from it (torchtitan's from ``OptimizersContainer``, as the original is): the same arguments, methods
 and ``state_dict``. :func:`accelerate` converts an existing instance, but torchtitan's.
 :mod:`ema_fused.adapters.torchtitan_keys` converts checkpoints of torchtitan's to those of ours and
-back. May import ``engine``, ``modules``, ``averages`` and ``offloading``.
+back. PEFT has no average of its own: :mod:`ema_fused.adapters.peft` makes its adapters of ours.
+May import ``engine``, ``modules``, ``averages`` and ``offloading``.
 """
 
 from __future__ import annotations

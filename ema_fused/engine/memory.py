@@ -51,6 +51,15 @@ def memory_of(tensor: Tensor) -> tuple[object, ...]:
     )
 
 
+def elements_of(tensor: Tensor) -> tuple[object, ...]:
+    """As :func:`memory_of`, but equal for a tensor and its transpose too."""
+    memory = memory_of(tensor)
+    if tensor.layout != torch.strided:
+        return memory
+    dimensions = tuple(sorted(zip(tensor.shape, tensor.stride(), strict=True)))
+    return (*memory[:3], dimensions, *memory[5:])
+
+
 def starts_in_one_place(one: Tensor, other: Tensor) -> bool:
     """Whether both begin at the same address, or are wrappers of the same tensors."""
     if is_wrapper(one) or is_wrapper(other):

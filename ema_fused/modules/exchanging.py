@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from ema_fused.engine.memory import memory_of
+from ema_fused.engine.memory import elements_of
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.undisturbed import certainly, undisturbed
 from ema_fused.engine.versions import VersionCounters
@@ -27,12 +27,12 @@ from ema_fused.modules.watch import ModuleWatch
 def _each_source_once(pairs: Iterable[Pair]) -> list[Pair]:
     """Each source once: one with several averages, being tied more often, keeps the first.
 
-    Tied are two of the same memory too (``decoder.weight.data = encoder.weight.data``); updates
-    from one memory have kept their averages equal.
+    Tied are two of the same memory too (``decoder.weight.data = encoder.weight.data``), also if one
+    is the transpose of the other; updates from one memory have kept their averages equal.
     """
     distinct: dict[object, Pair] = {}
     for pair in pairs:
-        distinct.setdefault(memory_of(pair.source), pair)
+        distinct.setdefault(elements_of(pair.source), pair)
     return list(distinct.values())
 
 

@@ -18,6 +18,7 @@ from ema_fused.modules.module_pairs import (
     has_average,
     is_averaged,
     numbers_of,
+    own_in,
     slots_of,
 )
 from ema_fused.modules.naming import common_names, plain_path
@@ -52,7 +53,7 @@ def following_buffers(
                 new = converted(source.tensor, slot.tensor.device, slot.tensor.dtype)
                 _put(new, slot.owner, slot.key, changed)
         parts = {plain_path(path): part for path, part in averaged.named_modules()}
-        known = set(common.values())
+        known = set(common.values()) | own_in(ours, theirs)
         for partner in (name for name in theirs if name not in known):
             source, path = theirs[partner], partner.rpartition(".")[0]
             owner = parts.get(plain_path(path))

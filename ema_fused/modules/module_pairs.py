@@ -15,6 +15,7 @@ from ema_fused.engine.plan import Plan
 from ema_fused.modules.choosing import Buffers, is_chosen
 from ema_fused.modules.copying import FrozenShares, is_view_of
 from ema_fused.modules.kept_elsewhere import Kept, KeptElsewhere
+from ema_fused.modules.merged_adapters import refuse_merged
 from ema_fused.modules.naming import match_names, named_once, without_wrappers
 from ema_fused.modules.shared_parameter import has_own_class, shared
 from ema_fused.modules.sources import Sources
@@ -97,14 +98,43 @@ def numbers_of(tensor: Tensor) -> str:
 def partners(averaged: dict[str, Slot], model: dict[str, Slot]) -> dict[str, str]:
     """The model's name for each name of the average; caches need no partner.
 
+    Tensors of the average itself that the model holds under other names (an adapter beside the one
+    that is trained) have none.
+
     Raises:
         KeyError: names don't match.
     """
+    held = own_in(averaged, model)
     ours, theirs = (
-        {name: slot.kind is not Kind.CACHE for name, slot in slots.items()}
-        for slots in (averaged, model)
+        {name: slot.kind is not Kind.CACHE for name, slot in slots.items() if name not in left_out}
+        for slots, left_out in ((averaged, ()), (model, held))
     )
     return match_names(ours, theirs)
+
+
+def own_in(averaged: dict[str, Slot], model: dict[str, Slot]) -> set[str]:
+    """The names under which ``model`` holds tensors of its average, in an adapter of its own.
+
+    With what else this adapter holds: tensors that the model has under names of the average.
+    """
+    names = {without_wrappers(name) for name in averaged}
+    others = {name: slot for name, slot in model.items() if without_wrappers(name) not in names}
+    own = {id(slot.tensor) for slot in averaged.values()} if others else set()
+    if not any(id(slot.tensor) in own for slot in others.values()):
+        return set()
+    own |= {id(slot.tensor) for name, slot in model.items() if name not in others}
+    return {name for name, slot in others.items() if id(slot.tensor) in own}
+
+
+def refuse_own(averaged: nn.Module, model: nn.Module) -> None:
+    """Raises ValueError if ``model`` holds tensors of its average under other names."""
+    held = own_in(slots_of(averaged), slots_of(model))
+    if held:
+        raise ValueError(
+            f"{min(held)!r} of the model is a tensor of the average itself "
+            f"(add_averaged_adapter()), and can't be averaged too; delete_adapter() it first, and "
+            f"add it again afterwards"
+        )
 
 
 def is_averaged(name: str, slot: Slot, update_buffers: Buffers) -> bool:
@@ -162,8 +192,10 @@ def pair_up(
         ValueError: shapes or placements differ.
         TypeError: one side is floating-point (or complex, or sharded) and the other isn't, or
             ZeRO-3 keeps a parameter where it can't be averaged.
+        RuntimeError: adapters of the model are merged into its weights.
         If an error is raised, nothing has been changed.
     """
+    refuse_merged(model)
     ours, theirs = (slots_of(root, leave, caches_are_buffers) for root in (averaged, model))
     names = partners(ours, theirs)
     kept = KeptElsewhere(model, for_passes=for_passes, sources=sources)

@@ -147,12 +147,24 @@ def _explain(
         if ambiguous
         else ""
     )
+    unloaded = (
+        "The model's adapters were merged and unloaded (merge_and_unload(), unload()), or this is "
+        "the model without them: merge a copy of it instead, after averaged.copy_to(copy). "
+        if any(_is_below_an_adapter(name) for name in missing)
+        and not any(map(_is_below_an_adapter, source))
+        else ""
+    )
     return (
         f"the model doesn't match its average by name: missing from the model: {_list(missing)}; "
-        f"unexpected in the model: {_list(unexpected)}. {told_apart}"
+        f"unexpected in the model: {_list(unexpected)}. {told_apart}{unloaded}"
         f"Pass the model that was averaged (wrapped or not); if it has gained or lost layers, "
         f"parameters or buffers since, averaged.adopt(model) takes that over"
     )
+
+
+def _is_below_an_adapter(name: str) -> bool:
+    """Whether it is a tensor of a layer that PEFT has put an adapter on."""
+    return "base_layer" in name.split(".")
 
 
 def _list(names: list[str]) -> str:

@@ -23,7 +23,7 @@ from ema_fused.modules.extra_state import ExtraState
 from ema_fused.modules.first_values import FirstValues
 from ema_fused.modules.leaving_out import Copied
 from ema_fused.modules.model_argument import check_model
-from ema_fused.modules.module_pairs import is_averaged, slots_of
+from ema_fused.modules.module_pairs import is_averaged, refuse_own, slots_of
 from ema_fused.modules.pairing import Pairing
 from ema_fused.modules.sharding import drop_gathered
 from ema_fused.modules.skeleton import wrapped_by
@@ -227,7 +227,8 @@ class PairedModule(WaitingModule):
         Raises:
             TypeError: the model can't be averaged; or ``resize`` returned no tensor of the kind of
                 the old one, or the tensor is sharded.
-            ValueError: ``resize`` returned a tensor of another shape.
+            ValueError: ``resize`` returned a tensor of another shape; or the model has an adapter
+                of the averaged tensors themselves.
             RuntimeError: inside a :meth:`swapped` block; or an earlier offloaded update failed.
 
         If an error is raised, the averages are unchanged.
@@ -236,6 +237,7 @@ class PairedModule(WaitingModule):
         refuse_while_swapped("adopt() was called", self, model)
         self.settle()
         old = self._averages()
+        refuse_own(old, model)
         drop_gathered(model)
         # Wrappers that the average was made without aren't copied into it.
         while type(old) is not type(model) and (inside := wrapped_by(model)) is not None:

@@ -20,6 +20,7 @@ from ema_fused.modules.following import following_buffers
 from ema_fused.modules.kept_elsewhere import have_moved
 from ema_fused.modules.known_model import KnownModel
 from ema_fused.modules.materialising import materialise
+from ema_fused.modules.merged_adapters import merged_in
 from ema_fused.modules.module_pairs import Kind, Pair, lists_of, pair_up, plan_of, refuse_untied
 from ema_fused.modules.non_finite import NonFiniteBuffers, averaged_buffers, those_non_finite
 from ema_fused.modules.shared_pairs import SharedPairs
@@ -153,6 +154,7 @@ class Pairing:
         for pair in pairs:
             _check_own_memory(pair)
         # Assigned only now, so that an error above leaves the pairing as it was.
+        self._merged = merged_in(model)
         self._slots = watch.slots
         self._slots_changed = watch.changed
         if elsewhere:  # no slot of the model has them
@@ -242,7 +244,7 @@ class Pairing:
         """Whether the pairs are still those of these modules; takes some nanoseconds per tensor."""
         if averaged is not self._averaged() or not self._model.is_now(model):
             return False
-        if update_buffers != self.update_buffers:
+        if update_buffers != self.update_buffers or self._merged:
             return False
         if self._slots_changed():
             return False
@@ -277,6 +279,7 @@ class Pairing:
             or averaged is not self._averaged()
             or model is not self._model.last()
             or update_buffers != self.update_buffers
+            or self._merged
             or (self._shared is not None and not self._shared.hold())
             or weight < self.lossy_below  # its caller warns of that
         ):

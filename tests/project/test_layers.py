@@ -38,6 +38,7 @@ HOMES = {
     "mmcv": ("hooks.on_mmcv",),
     "mmengine": ("hooks.on_mmengine",),
     "numpy": ("engine.reference", "bench"),
+    "peft": ("adapters.peft",),
     "pytorch_lightning": (),
     "rich": ("bench",),
     "safetensors": ("callbacks.huggingface_files",),
