@@ -1,9 +1,10 @@
 """The averaged models that users create, their momentum schedules, and automatic updates.
 
 :mod:`.base` counts the updates and makes them; :mod:`.kinds` has the averages that keep a copy of
-the model, :mod:`.averaged_weights` the one without; :mod:`.schedules` gives the momentum as a
-function of the step; :mod:`.attaching` updates an average after each step of an optimizer, which
-:mod:`.real_steps` tells of. May import ``engine``, ``modules`` and ``posthoc``.
+the model, :mod:`.averaged_weights` the one without, :mod:`.bias_corrected` one that is read out;
+:mod:`.schedules` gives the momentum as a function of the step; :mod:`.attaching` updates an average
+after each step of an optimizer, which :mod:`.real_steps` tells of. May import ``engine``,
+``modules`` and ``posthoc``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from ema_fused.averages.attaching import Attachment, attach
 from ema_fused.averages.averaged_weights import AveragedWeights
 from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.averages.bias_corrected import BiasCorrectedEMA
 from ema_fused.averages.kinds import (
     CosineEMA,
     ExpMomentumEMA,
@@ -24,6 +26,7 @@ __all__ = [
     "Attachment",
     "AveragedWeights",
     "BaseAveragedModel",
+    "BiasCorrectedEMA",
     "CosineEMA",
     "Distance",
     "ExpMomentumEMA",

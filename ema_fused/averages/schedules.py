@@ -90,6 +90,45 @@ def exponential(step: Number, *, momentum: float = 0.0002, gamma: float = 2000) 
     return (1 - momentum) * exp(-(1 + step) / gamma) + momentum
 
 
+def inverse_power(
+    step: Number,
+    *,
+    power: float = 0.5,
+    lag: float = 10,
+    multiplier: float = 1.0,
+    least: float = 0.0,
+    before: int = 0,
+) -> Number:
+    """``max((lag + multiplier * (step + before)) ** -power, least)``, as TRL's ``BEMACallback``.
+
+    Block and Zhang 2025, arXiv 2508.00180: a power law of the step, with an initial lag.
+
+    Args:
+        step: updates before this one; TRL's ``step`` counts those of the training, which is
+            ``before`` more if the average begins later.
+        power: 0 or more; at 0 it is always 1.
+        lag: what the steps start from, 0 or more.
+        multiplier: of the steps, 0 or more.
+        least: it doesn't fall below this number.
+        before: steps made before the average began.
+
+    Raises:
+        ValueError: an argument is out of its range, or all of ``lag``, ``step`` and ``before`` 0.
+    """
+    _check_step(step)
+    power = check_not_negative("power", power)
+    lag = check_not_negative("lag", lag)
+    multiplier = check_not_negative("multiplier", multiplier)
+    least = check_fraction("least", least)
+    reached = lag + multiplier * (step + before)
+    if not isinstance(reached, Tensor) and reached == 0 and power > 0:
+        raise ValueError(
+            f"lag + multiplier * step is 0 at step {step}, which has no inverse power; pass a lag "
+            f"above 0"
+        )
+    return at_least(raised(reached, -power), least)
+
+
 def linear_warmup(step: Number, *, momentum: float = 0.0002, warm_up: float = 100) -> Number:
     """``min(momentum, (1 + step) / (warm_up + step))``, as mmdet 2's ``LinearMomentumEMAHook``.
 

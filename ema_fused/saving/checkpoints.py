@@ -167,7 +167,8 @@ def averaged_state_dict(
         cpu_offload: return tensors on the CPU.
 
     Returns:
-        ``steps`` and ``module.*``, with the names of the plain model.
+        ``steps`` and ``module.*``, with the names of the plain model; of an average that keeps more
+        (``BiasCorrectedEMA``) that too.
 
     Raises:
         ValueError: an average of FSDP1's parameters has another dtype than the parameters: it would
@@ -188,29 +189,28 @@ def averaged_state_dict(
             tensors = _copied(get_model_state_dict(model, options=options))
         not_saved = set(averaged.left_out_names)
     else:
-        tensors = get_model_state_dict(averaged.module, options=options)
+        tensors = _state_of(averaged.module, options)
         not_saved = plain_names(averaged.shared_names)
-        if full_state_dict:
-            _gather_flat_shards(tensors, averaged, keep=whole_here, cpu_offload=cpu_offload)
+        own = own | _beside_the_averages(averaged, options)
     tensors = {name: one for name, one in tensors.items() if name not in not_saved}
     if not whole_here:
         return {}
     return own | {MODULE + name: tensor for name, tensor in tensors.items()}
 
 
-def _gather_flat_shards(
-    tensors: dict[str, Any], averaged: PairedModule, *, keep: bool, cpu_offload: bool
-) -> None:
-    """Puts whole tensors in place of flat shards, which torch's function can't gather.
-
-    Args:
-        keep: whether this process wants them; all take part.
-    """
-    for name, tensor in averaged.module.state_dict().items():
-        if isinstance(tensor, FlatShard) and name not in averaged.shared_names:
-            whole = tensor.full_tensor()
-            if keep:
-                tensors[name] = whole.to("cpu") if cpu_offload else whole
+def _state_of(module: nn.Module, options: StateDictOptions) -> dict[str, Any]:
+    """torch's ``get_model_state_dict``, which can't gather flat shards."""
+    tensors = get_model_state_dict(module, options=options)
+    if not options.full_state_dict:
+        return tensors
+    for name, tensor in module.state_dict().items():
+        if isinstance(tensor, FlatShard):
+            whole = tensor.full_tensor()  # by all processes, whether they get it or not
+            if not options.cpu_offload:
+                tensors[name] = whole
+            elif not dist.is_initialized() or dist.get_rank() == 0:
+                tensors[name] = whole.to("cpu")
+    return tensors
 
 
 def load_averaged_state_dict(
@@ -228,7 +228,7 @@ def load_averaged_state_dict(
         if name.startswith(MODULE)
     }
     if not is_flattened(model):
-        averaged.load_state_dict(_spread_as(averaged, tensors, state_dict))
+        averaged.load_state_dict(_spread_as(averaged, state_dict))
         return
     is_whole = all(type(tensor) is Tensor for tensor in tensors.values())
     options = StateDictOptions(full_state_dict=is_whole)
@@ -344,17 +344,25 @@ def _own_buffers(averaged: PairedModule) -> dict[str, Tensor]:
     return {name: buffer for name, buffer in averaged.named_buffers() if "." not in name}
 
 
-def _spread_as(
-    averaged: PairedModule, tensors: dict[str, Any], state_dict: dict[str, Any]
-) -> dict[str, Any]:
+def _beside_the_averages(averaged: PairedModule, options: StateDictOptions) -> dict[str, Any]:
+    """The tensors of its other modules than the one with the averages, by their names."""
+    return {
+        f"{child}.{name}": tensor
+        for child, part in averaged.named_children()
+        if f"{child}." != MODULE
+        for name, tensor in _state_of(part, options).items()
+    }
+
+
+def _spread_as(averaged: PairedModule, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state, with whole tensors sharded where the average's are sharded."""
     spread = dict(state_dict)
-    for name, own in averaged.module.state_dict().items():
-        whole = tensors.get(name)
+    for name, own in averaged.state_dict().items():
+        whole = spread.get(name)
         # Into a FlatShard, load_state_dict copies its piece of the whole.
         if is_sharded(own) and type(whole) is Tensor and not isinstance(own, FlatShard):
             place: Any = own
-            spread[MODULE + name] = distribute_tensor(
+            spread[name] = distribute_tensor(
                 whole, place.device_mesh, place.placements, src_data_rank=None
             )
     return spread

@@ -23,6 +23,7 @@ from ema_fused.averages.schedules import (
     half_life_fraction,
     half_life_ramp_up,
     in_steps,
+    inverse_power,
     linear_warmup,
     mean,
     momentum_of_half_life,
@@ -39,6 +40,7 @@ ALL = {
     "annealing": partial(annealing, momentum=0.01, gamma=20),
     "exponential": partial(exponential, momentum=0.01, gamma=20),
     "linear_warmup": partial(linear_warmup, momentum=0.5, warm_up=10),
+    "inverse_power": partial(inverse_power, lag=1, power=0.75),
     "cosine": partial(cosine, start=0.3, end=0.1, total=50),
     "mean": mean,
     "warmup_power": partial(warmup_power, momentum=0.01, gamma=3, power=0.75, after=4),
@@ -69,6 +71,16 @@ def test_exponential_falls_with_its_time_constant() -> None:
     assert exponential(0) == (1 - 0.0002) * math.exp(-1 / 2000) + 0.0002
     assert exponential(9, momentum=0.0, gamma=10) == pytest.approx(1 / math.e)
     assert exponential(10**6, momentum=0.01, gamma=10) == 0.01
+
+
+def test_inverse_power_falls_with_the_steps_and_those_before() -> None:
+    assert inverse_power(6) == 0.25
+    assert inverse_power(0, before=6) == 0.25
+    assert inverse_power(3, power=1, lag=0, multiplier=2) == 1 / 6
+    assert inverse_power(10**6, least=0.1) == 0.1
+    assert inverse_power(5, power=0) == 1.0
+    with pytest.raises(ValueError, match="is 0 at step 0, which has no inverse power"):
+        inverse_power(0, lag=0)
 
 
 def test_linear_warmup_rises_to_its_momentum() -> None:
