@@ -357,14 +357,15 @@ def _beside_the_averages(averaged: PairedModule, options: StateDictOptions) -> d
 def _spread_as(averaged: PairedModule, state_dict: dict[str, Any]) -> dict[str, Any]:
     """The state, with whole tensors sharded where the average's are sharded."""
     spread = dict(state_dict)
-    for name, own in averaged.state_dict().items():
-        whole = spread.get(name)
-        # Into a FlatShard, load_state_dict copies its piece of the whole.
-        if is_sharded(own) and type(whole) is Tensor and not isinstance(own, FlatShard):
-            place: Any = own
-            spread[name] = distribute_tensor(
-                whole, place.device_mesh, place.placements, src_data_rank=None
-            )
+    for child, part in averaged.named_children():
+        for name, own in part.state_dict().items():
+            whole = spread.get(f"{child}.{name}")
+            # Into a FlatShard, load_state_dict copies its piece of the whole.
+            if is_sharded(own) and type(whole) is Tensor and not isinstance(own, FlatShard):
+                place: Any = own
+                spread[f"{child}.{name}"] = distribute_tensor(
+                    whole, place.device_mesh, place.placements, src_data_rank=None
+                )
     return spread
 
 
