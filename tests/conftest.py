@@ -64,6 +64,7 @@ _START_RANKS = (
     "tests/frameworks/test_zero3_engines.py",
     "tests/frameworks/test_zero3_states.py",
     "tests/frameworks/callbacks/test_callback_lightning_sharded.py",
+    "tests/frameworks/callbacks/test_callback_trl_zero3.py",
 )
 # What takes longest is begun first, so that no process is left alone with it at the end.
 _FIRST = (

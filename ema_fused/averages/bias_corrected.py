@@ -18,6 +18,7 @@ from ema_fused.engine.checks import check_integer, check_not_negative
 from ema_fused.engine.dtensors import local
 from ema_fused.engine.rounding import HALVES
 from ema_fused.modules.adopting import Adopted, Resize
+from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.exchanging import exchange_of_everything
 from ema_fused.modules.model_argument import check_model
 from ema_fused.modules.module_pairs import Pair, Slot, has_average, is_averaged, pair_up, slots_of
@@ -131,8 +132,11 @@ class BiasCorrectedEMA(AveragedWeights):
         """
         check_model("write_corrected()", target)
         refuse_while_swapped("write_corrected() was called", self, model, target)
-        options: dict[str, Any] = {"update_buffers": False, "shares": self._shares}
-        goals = {pair.name: pair for pair in pair_up(self._averages(), target, **options).updated}
+        # Without the shares, which are with the model and not with this copy of it.
+        updated = pair_up(
+            self._averages(), target, update_buffers=False, shares=FrozenShares()
+        ).updated
+        goals = {pair.name: pair for pair in updated}
         for pairs, values in self._read_out("write_corrected()", model):
             into = [goals[pair.name].source.detach() for pair in pairs]
             torch._foreach_copy_(into, values)

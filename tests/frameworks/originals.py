@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.machinery
 import importlib.util
 import sys
 import types
@@ -57,7 +58,7 @@ def original(
                 sys.modules[name] = bare
         for name, names in (stand_ins or {}).items():
             vars(sys.modules.setdefault(name, types.ModuleType(name))).update(names)
-        with _torchvision_stands_in():
+        with _tables_stand_in() if package == "trl" else _torchvision_stands_in():
             return importlib.import_module(module)
     finally:
         _imported[pin] = _take_out(package)
@@ -101,6 +102,31 @@ def _torchvision_stands_in() -> Iterator[None]:
         yield
     finally:
         for name in modules:
+            del sys.modules[name]
+
+
+class _Absent(types.ModuleType):
+    """A stand-in that has every name, as a class: for annotations and isinstance()."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+@contextlib.contextmanager
+def _tables_stand_in() -> Iterator[None]:
+    """TRL's modules import packages for tables, 250 MB of them, which its callbacks don't use."""
+    importlib.import_module("transformers.trainer")  # has looked for them itself by now
+    names = ("pandas", "datasets", "pyarrow", "pyarrow.compute", "pyarrow.types")
+    absent = [name for name in names if importlib.util.find_spec(name.partition(".")[0]) is None]
+    for name in absent:
+        sys.modules[name] = _Absent(name)
+        sys.modules[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
+    try:
+        yield
+    finally:
+        for name in absent:
             del sys.modules[name]
 
 

@@ -47,7 +47,12 @@ HOMES = {
     "torch_ema": ("adapters.torch_ema",),
     "torchtitan": ("adapters.torchtitan",),
     "tqdm": (),
-    "transformers": ("callbacks.huggingface", "callbacks.huggingface_files"),
+    "transformers": (
+        "callbacks.huggingface",
+        "callbacks.huggingface_files",
+        "callbacks.trl",
+        "callbacks.trl_bema",
+    ),
     "ultralytics": ("adapters.ultralytics",),
 }
 
@@ -171,8 +176,12 @@ def test_hooks_callbacks_and_adapters_share_nothing_private() -> None:
         and {importer.partition(".")[0], imported.partition(".")[0]} <= packages
         and importer.partition(".")[0] != imported.partition(".")[0]
     ]
-    # Lightning's averages are torch's AveragedModel, and so the adapter of that.
-    assert across == ["callbacks.lightning imports ema_fused.adapters.swa_utils.AveragedModel"]
+    # Lightning's averages are torch's AveragedModel, and so the adapter of that; TRL's teacher is
+    # an adapter of PEFT.
+    assert sorted(across) == [
+        "callbacks.lightning imports ema_fused.adapters.swa_utils.AveragedModel",
+        "callbacks.trl imports ema_fused.adapters.peft.add_averaged_adapter",
+    ]
 
 
 def test_no_module_imports_a_private_name_of_another() -> None:

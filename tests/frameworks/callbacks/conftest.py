@@ -14,6 +14,7 @@ NEEDED = {
     "accelerate": ["accelerate", "sklearn"],
     "huggingface": ["transformers", "accelerate", "sklearn"],
     "lightning": ["lightning.pytorch", "sklearn"],
+    "trl": ["transformers", "accelerate", "peft"],
 }
 
 
