@@ -114,7 +114,8 @@ def add_averaged_adapter(
             averaged, it is averaged elsewhere, or ``name`` is taken or no name of an adapter; or
             PEFT can't add another adapter of this kind.
         RuntimeError: inside of a ``swapped()`` block.
-        If an error is raised, the model has no new adapter.
+
+    If an error is raised, the model has no new adapter.
     """
     adapted = _adapted("add_averaged_adapter()", model)
     adapter = _chosen(adapted, adapter)

@@ -130,14 +130,15 @@ class BiasCorrectedEMA(AveragedWeights):
         Raises:
             KeyError, ValueError, TypeError, RuntimeError: as :meth:`update_parameters`.
         """
-        check_model("write_corrected()", target)
-        refuse_while_swapped("write_corrected() was called", self, model, target)
+        what = "write_corrected()"
+        check_model(what, target)
+        refuse_while_swapped(f"{what} was called", self, model, target)
         # Without the shares, which are with the model and not with this copy of it.
         updated = pair_up(
             self._averages(), target, update_buffers=False, shares=FrozenShares()
         ).updated
         goals = {pair.name: pair for pair in updated}
-        for pairs, values in self._read_out("write_corrected()", model):
+        for pairs, values in self._read_out(what, model):
             into = [goals[pair.name].source.detach() for pair in pairs]
             torch._foreach_copy_(into, values)
 
@@ -244,7 +245,11 @@ class BiasCorrectedEMA(AveragedWeights):
             self._begin()
 
     def copy_from(self, model: nn.Module) -> None:
-        """As :meth:`BaseAveragedModel.copy_from`; the initial values become the model's too."""
+        """As :meth:`BaseAveragedModel.copy_from`; the initial values become those of ``model`` too.
+
+        Args:
+            model: of the structure of the averages; wrapped or not.
+        """
         super().copy_from(model)
         self._begin()
 

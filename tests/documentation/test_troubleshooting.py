@@ -80,6 +80,7 @@ EXEMPT = {
     "what assert and static_assert say: wrong here, whatever a user does": [
         "routing asks for this part only where the extension is",
         "it is at hand wherever it is used",
+        "on_train_begin comes before",
         "a swap would lose bits between two types",
         "the table is copied to a device as bytes",
         "no entry in more than two 32-byte sectors of a cache",
@@ -111,6 +112,12 @@ EXEMPT = {
     "a part of the names in ema-pytorch's own message about a missing tensor": [
         "into the model",
         "into the average",
+    ],
+    "what is told or logged of something done, some of it in TRL's words": [
+        ".... is ema_fused.callbacks.trl's now",
+        "BEMACallback: Updated reference model with BEMA weights",
+        "Saved BEMA model to ...",
+        "Updated BEMA weights at step ...",
     ],
     "between an error of CUDA and its number": ["(CUDA error"],
     "never reaches anybody: pairs of two shapes are refused before, by name": ["the shapes differ"],
