@@ -74,6 +74,7 @@ INTERNAL = {
     "ema_fused.callbacks.lightning_sharding",
     "ema_fused.callbacks.lightning_shards",
     "ema_fused.callbacks.skipped_steps",
+    "ema_fused.callbacks.trl_bema",
     "ema_fused.hooks.mmengine_averages",
     "ema_fused.hooks.on_mmcv",
     "ema_fused.hooks.on_mmengine",
