@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from ema_fused.callbacks import trl as ours
+from ema_fused.engine import backends
 from tests.frameworks.originals import original
 from tests.frameworks.peft_models import TOKENS, adapted, base, logits, peft
 from tests.networks import differences
@@ -206,6 +208,45 @@ def test_an_adapter_that_is_there_is_refused_in_peft_s_words(tmp_path: Path) -> 
         trainer_of(plain, tmp_path, ours.PEFTAdapterEMACallback(plain)).train()
 
 
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(backends.native() is None, reason="foreach runs torch's operations")
+def test_updates_are_one_launch_and_no_operation_of_torch() -> None:
+    model, reference, with_adapter = base(), base(seed=1), adapted()
+    of_adapters = [
+        of.PEFTAdapterEMACallback(with_adapter, name)
+        for of, name in ((teachers[0], "beside"), (ours, "teacher"))
+    ]
+    args = SimpleNamespace(ref_model_sync_steps=1, ref_model_mixup_alpha=0.3)
+    state = SimpleNamespace(global_step=0)
+    for callback in of_adapters:
+        callback.on_train_begin(args, state, None)
+
+    def asked(callback: Any, of: nn.Module) -> list[str]:
+        for step in (1, 2):  # the first one plans
+            with Operations() as counted:
+                state.global_step = step
+                callback.on_step_end(args, state, None, model=of)
+        return counted.names
+
+    assert asked(ours.SyncRefModelCallback(reference, None), model) == []
+    with Operations() as counted:
+        theirs.SyncRefModelCallback._sync_target_model(model, reference, 0.3)
+    assert len(counted.names) >= 2 * 21
+    assert asked(of_adapters[1], with_adapter) == []
+    assert len(asked(of_adapters[0], with_adapter)) > 4 * 4
+
+
 # BEMACallback
 
 SCALES: dict[str, dict[str, Any]] = {
@@ -266,6 +307,16 @@ def test_a_resumed_bema_goes_on_where_the_original_begins_again(tmp_path: Path) 
     (checkpoint / "bema_state.pt").unlink(missing_ok=True)
     with pytest.warns(UserWarning, match=r"checkpoint-4 has no bema_state\.pt.*begin with the mod"):
         assert differences(run(ours, tmp_path, str(checkpoint)), resumed) == []
+
+
+def test_between_two_updates_a_resumed_bema_has_the_last_one(tmp_path: Path) -> None:
+    models = []
+    for resume in (None, str(tmp_path / "checkpoint-5")):
+        callback = ours.BEMACallback(update_freq=3, update_after=1)  # at 4, and then at 7
+        trainer = trainer_of(base(), tmp_path, callback, save_strategy="steps", save_steps=5)
+        trainer.train(resume_from_checkpoint=resume)
+        models.append(values(callback.running_model))
+    assert differences(*models) == []
 
 
 def test_bema_takes_models_that_the_original_refuses(tmp_path: Path) -> None:
