@@ -102,7 +102,7 @@ def test_functions_of_torchs_average_are_told_as_kinds(name: str) -> None:
 
 def test_what_is_taken_is_listed() -> None:
     listed = refusal(AveragedWeights, nonsense=1).partition("'nonsense'. It takes ")[2].split(", ")
-    assert listed[:4] == ["model", "momentum", "arithmetic", "interval"]
+    assert listed[:5] == ["model", "momentum", "arithmetic", "source", "interval"]
     assert {"device", "update_buffers", "every", "distance_every"} < set(listed)
     assert len(set(listed)) == len(listed)
     assert "end_momentum, max_iters" in refusal(CosineEMA, nonsense=1)
