@@ -26,7 +26,9 @@ from ema_fused.modules.pairing import Pairing
 from ema_fused.modules.skeleton import skeleton_of
 from ema_fused.modules.swapping import Swapped, refuse_while_swapped
 
-_AT_ONCE = 2**24  # elements: what is read out takes temporary memory, for so many at a time
+# What is read out takes temporary memory, for so many elements at a time; on a CPU, what its caches
+# hold.
+_AT_ONCE, _AT_ONCE_ON_CPU = 2**24, 2**17
 
 
 class BiasCorrectedEMA(AveragedWeights):
@@ -183,9 +185,8 @@ class BiasCorrectedEMA(AveragedWeights):
         """Pairs and their corrected averages, as new tensors, some at a time."""
         check_model(what, model)
         self.settle()
-        averages = self._averages()
+        pairs = self._paired_with(model).averaging_pairs()
         initial = slots_of(self._initial)
-        pairs = pair_up(averages, model, update_buffers=False, shares=self._shares).updated
         pairs = [pair for pair in pairs if pair.name in initial]
         steps = int(self._buffers["steps"])  # type: ignore[arg-type]
         # Before the initial copy, the average is the model, and there is nothing to correct.
@@ -310,7 +311,11 @@ def _pieces(pairs: list[Pair]) -> Iterator[list[Pair]]:
     """The pairs, some of one device and dtype at a time."""
     ends = itertools.accumulate(pair.averaged.numel() for pair in pairs)
     keys = [
-        (end // _AT_ONCE, pair.averaged.device, pair.averaged.dtype)
+        (
+            end // (_AT_ONCE_ON_CPU if pair.averaged.is_cpu else _AT_ONCE),
+            pair.averaged.device,
+            pair.averaged.dtype,
+        )
         for end, pair in zip(ends, pairs, strict=True)
     ]
     for _, group in itertools.groupby(zip(keys, pairs, strict=True), key=lambda item: item[0]):
