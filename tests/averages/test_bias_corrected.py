@@ -96,6 +96,21 @@ def test_intervals_and_a_late_beginning() -> None:
             assert differences(of_parameters(read, model), by_hand.corrected) == []
 
 
+@pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")
+@pytest.mark.parametrize(
+    "options", [{"offload": "cpu"}, {"overlap": True}, {"capturable": True}], ids=str
+)
+def test_wherever_it_is_updated_it_is_the_same(options: dict[str, Any]) -> None:
+    model, steps = conv_net(), generator()
+    averages = BiasCorrectedEMA(model), BiasCorrectedEMA(model, **options)
+    for _ in range(5):
+        train(model, steps)
+        for average in averages:
+            average.update_parameters(model)
+    found, expected = (average.corrected(model) for average in averages)
+    assert differences(found, expected) == []
+
+
 def trained(model: nn.Module, average: BiasCorrectedEMA, steps: torch.Generator, n: int) -> None:
     for _ in range(n):
         train(model, steps)
