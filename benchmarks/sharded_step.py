@@ -4,8 +4,9 @@
 
 A small transformer is trained under FSDP2 on gloo. After each step one of the averages is updated,
 in turns, so all see the same training and the caches as it leaves them. Each process times its
-forward, backward and optimizer step, and the update; the slowest process counts, as it is waited
-for. ``--write FILE`` puts the table into a page.
+forward, backward and optimizer step by the clock; an update, which waits for nobody, by the time
+that its thread has the processor, so that a busy machine adds nothing to it. The slowest process
+counts, as it is waited for. ``--write FILE`` puts the table into a page.
 """
 
 from __future__ import annotations
@@ -148,11 +149,11 @@ def measure(rank: int, ranks: int, meeting: str, options: argparse.Namespace, an
             for name, update in training.updates.items():
                 start = time.perf_counter()
                 training.step()
-                trained = time.perf_counter()
+                trained = time.perf_counter() - start
+                start = time.thread_time()
                 update()
-                ended = time.perf_counter()
                 if number >= 0:
-                    samples[name].append((trained - start, ended - trained))
+                    samples[name].append((trained, time.thread_time() - start))
         passes.append(samples)
     answers.put((rank, counts, passes))
     dist.barrier()
