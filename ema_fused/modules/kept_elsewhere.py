@@ -85,11 +85,12 @@ class KeptElsewhere:
                         keepers.setdefault((id(part), key), (hook.weights_map, prefix + key))
         return keepers
 
-    def find(self, owner: nn.Module, key: str, tensor: Tensor) -> Tensor:
+    def find(self, owner: nn.Module, key: str, tensor: Tensor, name: str) -> Tensor:
         """The tensor that has the values of ``owner``'s tensor ``key``.
 
         Args:
             tensor: what the module holds.
+            name: in the whole model, for errors.
 
         Returns:
             A tensor in the memory that the next pass reads, one object for all that are tied; with
@@ -101,16 +102,16 @@ class KeptElsewhere:
         if id(tensor) in self._given:
             return self._given[id(tensor)]
         if is_partitioned(tensor):
-            return self._partitions.find(key, tensor)
+            return self._partitions.find(name, tensor)
         keeper = self._keepers.get((id(owner), key)) if tensor.is_meta else None
         if keeper is None:
             return tensor
-        values, name = keeper
-        kept = values.get(name)
+        values, there = keeper
+        kept = values.get(there)
         # What is on disk is a new tensor at each look.
-        if kept is None or kept.is_meta or values[name] is not kept:
+        if kept is None or kept.is_meta or values[there] is not kept:
             return tensor
-        self.found.append(_KeptIn(values, name, kept))
+        self.found.append(_KeptIn(values, there, kept))
         place = (isinstance(tensor, nn.Parameter), tensor.requires_grad, *memory_of(kept))
         if place not in self._seen:
             self._seen[place] = _as_held(kept, tensor)

@@ -209,7 +209,7 @@ def pair_up(
         if slot.kind is Kind.CACHE and not _is_like(slot.tensor, source):
             continue
         if not (shares.share(name, source) and local(slot.tensor).is_meta):
-            source = kept.find(owner, key, source)
+            source = kept.find(owner, key, source, source_name)
             if local(source).is_meta or local(slot.tensor).is_meta:
                 _refuse_offloaded(source_name, owner)
         _check(name, slot.tensor, source)

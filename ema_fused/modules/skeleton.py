@@ -74,7 +74,7 @@ class _Copier:
         return bare
 
     def _tensor(self, owner: nn.Module, name: str, held: Tensor, path: str) -> Tensor:
-        tensor = self._kept.find(owner, name, held)
+        tensor = self._kept.find(owner, name, held, path + name)
         if tensor not in self._tensors:
             self._tensors[tensor] = self._copy(path + name, tensor)
         return self._tensors[tensor]

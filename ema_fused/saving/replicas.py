@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ema_fused.engine.dtensors import class_if_imported, is_sharded
+from ema_fused.engine.flat_shards import FlatShard
 from ema_fused.modules.changes import bits_of
 
 MODULE = "module."  # prefix of the averaged tensors in a state
@@ -35,14 +36,15 @@ def refuse_differing(tensors: Mapping[str, Any], *, group: dist.ProcessGroup | N
     """Compares the tensors that several processes hold under one name; every process calls it.
 
     By a checksum, in one exchange of a few bytes; only if that tells a difference, names are
-    exchanged too. DTensors are left out, and so are integers and batch norm's statistics.
+    exchanged too. DTensors are left out, and so are integers and batch norm's statistics. Of a
+    FlatShard that some of the processes have cut between them, others may have equal pieces alone.
 
     Raises:
         RuntimeError: in every process, if some differ.
     """
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return
-    sums = _checksums(tensors)
+    sums = _checksums(_not_spread_over_all(tensors, dist.get_world_size(group)))
     digest = hashlib.sha256(repr(sorted(sums.items())).encode()).digest()
     if len(set(_from_all(digest, group))) == 1:
         return
@@ -79,6 +81,18 @@ def _is_a_part(tensor: Tensor) -> bool:
     """Whether each process holds a part of it: of DTensors, and of what FSDP1 saves."""
     of_fsdp1 = class_if_imported("torch.distributed._shard.sharded_tensor", "ShardedTensor")
     return is_sharded(tensor) or (of_fsdp1 is not None and isinstance(tensor, of_fsdp1))
+
+
+def _not_spread_over_all(tensors: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    """What several processes may hold: plain tensors, and pieces that are cut between a few."""
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, FlatShard):
+            found[name] = tensor
+        elif len(tensor.cut.ranks) < processes:
+            start, stop = tensor.cut.bounds(tensor.numel())
+            found[f"{name}[{start}:{stop}]"] = tensor.to_local()
+    return found
 
 
 @torch.no_grad()

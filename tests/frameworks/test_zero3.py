@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from ema_fused import AveragedWeights, ExponentialMovingAverage
+from ema_fused import AveragedWeights, ExponentialMovingAverage, PowerFunctionEMA
 from ema_fused.engine.dtensors import local
 from tests.frameworks.zero3_models import (
     bits_of,
@@ -204,6 +204,10 @@ def refusals() -> list[str]:
         lambda: before[1].update_parameters(engine.module),
         lambda: AveragedWeights(engine.module, skip_nonfinite=True),
         lambda: averaged.weights["first.weight"] + 1,
+        lambda: AveragedWeights(engine.module, source={}),
+        lambda: PowerFunctionEMA(engine.module),
+        lambda: AveragedWeights(quantized(engine.module)),
+        lambda: AveragedWeights(on_a_disk(engine).module),
     ]
     messages = []
     for attempt in attempts:
@@ -214,6 +218,20 @@ def refusals() -> list[str]:
     return messages
 
 
+def quantized(model: nn.Module) -> nn.Module:
+    """As DeepSpeed marks it; its quantizer needs a GPU."""
+    model.frozen.weight.ds_tensor.ds_quant_scale = torch.ones(1)
+    return model
+
+
+def on_a_disk(engine: Any) -> Any:
+    """As its swapper leaves what is on a disk, which needs a library of the system's."""
+    del engine.module.frozen.weight.ds_tensor.ds_quant_scale
+    for flat in engine.optimizer.fp32_partitioned_groups_flat:
+        flat.data = flat.data[:0]
+    return engine
+
+
 def test_what_cannot_be_is_refused_with_what_to_do(deepspeed_ranks: Ranks) -> None:
     made_before = r"TypeError: 'scale' is cut into flat pieces in the model .*deepspeed.initialize"
     expected = [
@@ -222,6 +240,10 @@ def test_what_cannot_be_is_refused_with_what_to_do(deepspeed_ranks: Ranks) -> No
         made_before,
         r"ValueError: skip_nonfinite=True with ZeRO-3.*was_step_applied",
         r"NotImplementedError: .* of a FlatShard.*to_local\(\).*full_tensor\(",
+        r"ValueError: source= with ZeRO-3.*leave it out",
+        r"TypeError: DeepSpeed ZeRO-3 has partitioned the model, and snapshots",
+        r"TypeError: 'frozen.weight' is quantized by DeepSpeed ZeRO-3",
+        r"TypeError: 'scale' is kept on a disk by DeepSpeed ZeRO-3.*device: cpu",
     ]
     for found in deepspeed_ranks.run(refusals):
         for message, pattern in zip(found, expected, strict=True):

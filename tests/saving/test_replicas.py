@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ema_fused import AveragedWeights, ExponentialMovingAverage
+from ema_fused.engine.flat_shards import Cut, FlatShard
 from ema_fused.saving import checkpoints
 from ema_fused.saving.checkpoints import averaged_state_dict
 from ema_fused.saving.export import export_safetensors
@@ -119,3 +120,22 @@ def test_one_process_has_nothing_to_compare(tmp_path: Path) -> None:
     averaged = averaged_of(WithExperts())
     checkpoints.save({"averaged": averaged.state_dict()}, tmp_path / "saved")
     assert checkpoints.exists(tmp_path / "saved")
+
+
+def pieces_of_groups(folder: str, difference: float) -> str:
+    """Each process alone is a group that has cut the tensor, as experts' groups do."""
+    rank = dist.get_rank()
+    whole = torch.arange(6.0) + difference * rank
+    shard = FlatShard(whole, (2, 3), Cut((rank,), 0))
+    state = {"averaged": {"steps": torch.tensor(1), "module.expert": shard}}
+    return refusal(checkpoints.save, state, Path(folder) / "saved")
+
+
+def test_pieces_of_groups_must_be_equal(two_ranks: Ranks, tmp_path: Path) -> None:
+    for message in two_ranks.run(pieces_of_groups, str(tmp_path), 1.0):
+        assert "'averaged.module.expert[0:6]' (processes 0, 1)" in message
+    assert not checkpoints.exists(tmp_path / "saved")
+    assert two_ranks.run(pieces_of_groups, str(tmp_path), 0.0) == ["", ""]
+    loaded = {"averaged": {"steps": torch.tensor(0), "module.expert": torch.zeros(2, 3)}}
+    checkpoints.load(loaded, tmp_path / "saved")
+    assert torch.equal(loaded["averaged"]["module.expert"], torch.arange(6.0).view(2, 3))
