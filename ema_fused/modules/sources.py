@@ -10,9 +10,12 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ema_fused.engine.dtensors import local
+from ema_fused.engine.memory import memory_of
 from ema_fused.modules.naming import common_names, without_wrappers
 from ema_fused.modules.partitions import partitioned_parameters
 
@@ -74,6 +77,9 @@ class SourcesOf:
         self._given = given
         self._model = weakref.ref(model)
         self._taken = dict(self._now(model))
+        tensors = {name: one for name, one in self._taken.items() if isinstance(one, Tensor)}
+        asked = [(name, one, _asked_for_its_memory(one)) for name, one in tensors.items()]
+        self._places = [(name, one, ask, ask(one)) for name, one, ask in asked]
         self.by_tensor: dict[int, Tensor] = {}
         held = dict(_tensors_of(model))
         partners = common_names(self._taken, held)
@@ -108,14 +114,27 @@ class SourcesOf:
         return values
 
     def has_moved(self) -> bool:
-        """Whether the mapping, or the one that the function returns, has other tensors by now."""
+        """Whether the mapping, or the one that the function returns, has other tensors by now.
+
+        Or they have other memory (``master.data = ...``).
+        """
         model = self._model()
         if model is None:
             return True
         values = self._now(model)
         if len(values) != len(self._taken):
             return True
-        return any(values.get(name) is not tensor for name, tensor in self._taken.items())
+        return any(
+            values.get(name) is not tensor or memory(tensor) != place
+            for name, tensor, memory, place in self._places
+        )
+
+
+def _asked_for_its_memory(tensor: Tensor) -> Callable[[Tensor], object]:
+    """What tells where the elements of ``tensor`` are; of most, and in most cases, the address."""
+    if type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided:
+        return Tensor.data_ptr
+    return lambda one: memory_of(local(one))
 
 
 def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

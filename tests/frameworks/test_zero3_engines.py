@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ema_fused import AveragedWeights, ExponentialMovingAverage, attach
 from ema_fused.engine.dtensors import local
 from tests.frameworks.zero3_models import (
+    Network,
     bits_of,
     configuration,
     deepspeed,
@@ -149,7 +150,8 @@ def test_averages_are_copied_and_adopt_the_model(deepspeed_ranks: Ranks) -> None
 
 def whole_on_each_rank(stage: int) -> tuple[dict[str, Tensor], list[str]]:
     engine = partitioned(network(), stage=stage, accumulation=2)
-    averaged = ExponentialMovingAverage(engine.module, 0.3, averaged_dtype=torch.float32)
+    averaged = ExponentialMovingAverage(engine, 0.3, averaged_dtype=torch.float32)
+    assert type(averaged.module) is Network
     expected: dict[str, Tensor] = {}
     messages = []
     for optimizer in (engine, engine.optimizer, engine.optimizer.optimizer):
