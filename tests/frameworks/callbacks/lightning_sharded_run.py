@@ -490,7 +490,7 @@ def fit_with(kind: str, folder: Path, way: str, **options: Any) -> None:
         "saving": lambda: {
             "further": [
                 Saves("on_train_start", folder, 0),
-                Saves("on_validation_batch_end", folder),
+                Saves("on_validation_batch_start", folder),
                 Saves("on_train_batch_start", folder, weights_only=True),
                 Saves("on_fit_end", folder, BATCHES),
             ]

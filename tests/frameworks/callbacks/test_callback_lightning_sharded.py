@@ -204,13 +204,14 @@ def test_saved_within_a_validation_or_early_or_late_each_checkpoint_says_which_i
     whole = found(tmp_path / "all")
     own, average = whole["own"], averages(until(whole["own"], 2))
     assert whole["kept"]
+    assert whole["losses"][2] == pytest.approx(loss_of(average), rel=1e-5)  # after the save
     if folders:
-        note = json.loads((tmp_path / "all" / "on_validation_batch_end.ckpt" / NOTE).read_text())
+        note = json.loads((tmp_path / "all" / "on_validation_batch_start.ckpt" / NOTE).read_text())
         has_own = way.startswith("zero")
         assert note["averaged"] == ("averaged_model_state" if has_own else ".")
         assert note["own"] == ("." if has_own else "current_model_state")
     went_on = partial(run.fit, folders=folders, max_epochs=2)
-    inside = tmp_path / "all" / "on_validation_batch_end.ckpt"
+    inside = tmp_path / "all" / "on_validation_batch_start.ckpt"
     two.run(went_on, tmp_path / "inside", way, inside)
     started = found(tmp_path / "inside")["at_start"]
     assert started["n_averaged"] == 2
