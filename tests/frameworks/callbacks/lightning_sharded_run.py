@@ -127,10 +127,11 @@ def strategy(way: str, folders: bool) -> Any:
         )
     if way == "plain":
         return "ddp"
-    size, parallel = dist.get_world_size(), way == "tensor_parallel"
+    size = dist.get_world_size()
+    parallel = {"fsdp2": 1, "tensor_parallel": size, "both": 2}[way]
     return ModelParallelStrategy(
-        data_parallel_size=1 if parallel else size,
-        tensor_parallel_size=size if parallel else 1,
+        data_parallel_size=size // parallel,
+        tensor_parallel_size=parallel,
         save_distributed_checkpoint=folders,
     )
 
@@ -173,13 +174,13 @@ class Model(LightningModule):
         torch.manual_seed(0)
         with torch.device("meta" if self.meta else "cpu"):
             self.network = Perceptron()
-        if self.way == "tensor_parallel":
+        if self.way in ("tensor_parallel", "both"):
             layers = {
                 "first": ColwiseParallel(output_layouts=Replicate()),
                 "last": RowwiseParallel(input_layouts=Replicate()),
             }
             parallelize_module(self.network, self.device_mesh["tensor_parallel"], layers)
-        if self.way == "fsdp2":
+        if self.way in ("fsdp2", "both"):
             mesh = self.device_mesh["data_parallel"]
             for part in (self.network.first, self.network.last, self.network):
                 fully_shard(part, mesh=mesh)
@@ -206,7 +207,7 @@ class Model(LightningModule):
 
 def batches(way: str, count: int, seed: int) -> Any:
     """Each process has its own, unless several hold parts of one layer."""
-    own = 0 if way == "tensor_parallel" else dist.get_rank()
+    own = {"tensor_parallel": 0, "both": dist.get_rank() // 2}.get(way, dist.get_rank())
     random = torch.Generator().manual_seed(seed + own)
     made = [
         (torch.randn(6, 7, generator=random), torch.randn(6, 3, generator=random))

@@ -153,6 +153,18 @@ def test_four_processes_go_on_with_what_two_have_saved(
     assert differences(resumed["end"], averages(every, function=ema)) == []
 
 
+def test_two_ways_at_once(four: Ranks, tmp_path: Path) -> None:
+    """FSDP2 and tensor parallel, on a mesh of two dimensions."""
+    four.run(partial(run.fit, max_epochs=2), tmp_path / "whole", "both")
+    whole = found(tmp_path / "whole")
+    assert whole["sent"] == 0 and whole["kept"]
+    assert differences(whole["end"], averages(whole["own"])) == []
+    checkpoint = tmp_path / "whole" / f"step={run.BATCHES}.ckpt"
+    four.run(partial(run.fit, max_epochs=2), tmp_path / "resumed", "both", checkpoint)
+    assert_begins_with(found(tmp_path / "resumed"), whole["own"], run.BATCHES)
+    assert differences(found(tmp_path / "resumed")["end"], whole["end"]) == []
+
+
 @TESTED
 def test_a_test_evaluates_the_averages_of_a_checkpoint_on_any_number_of_processes(
     four: Ranks, trained: Callable[[str, bool], Path], way: str, folders: bool
