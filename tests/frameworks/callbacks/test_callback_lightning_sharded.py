@@ -12,20 +12,30 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.optim.swa_utils import get_ema_avg_fn
 
 from tests import ranks
 from tests.frameworks.callbacks import lightning_sharded_run as run
 from tests.frameworks.callbacks.lightning_cases import QUIET
+from tests.frameworks.callbacks.lightning_sharded_cases import (
+    RESUMED,
+    State,
+    assert_begins_with,
+    averages,
+    found,
+    killed_in_a_save,
+    loss_of,
+    mean,
+    until,
+)
 from tests.networks import differences
 from tests.ranks import Ranks
 
 pytestmark = [QUIET, pytest.mark.slow]
 
 NOTE = "weight_averaging.json"
-LAST, RESUMED = 3 * run.BATCHES, 2 * run.BATCHES
+LAST = 3 * run.BATCHES
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 _NEEDS = pytest.mark.skipif(not DEEPSPEED, reason="deepspeed is not installed")
 TRAINED = [
@@ -39,8 +49,6 @@ SHARDED = pytest.mark.parametrize("way", ["fsdp1", "fsdp2"])
 SHARDED_OR_ZERO = pytest.mark.parametrize(
     "way", ["fsdp1", "fsdp2", pytest.param("zero2", marks=_NEEDS)]
 )
-
-State = dict[str, Tensor]
 
 
 @pytest.fixture(scope="module")
@@ -68,37 +76,6 @@ def trained(two: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Callable[[s
         return folders[way, in_folders]
 
     return folder_of
-
-
-def found(folder: Path, rank: int = 0) -> dict[str, Any]:
-    seen: dict[str, Any] = torch.load(folder / f"found-{rank}.pt", weights_only=False)
-    return seen
-
-
-def averages(own: dict[int, State], *, function: Any = None, buffers: bool = True) -> State:
-    """The average of recorded weights, by torch's formula, in one process."""
-    function = get_ema_avg_fn(0.75) if function is None else function
-    first, *others = sorted(own)
-    average = {name: tensor.clone() for name, tensor in own[first].items()}
-    for count, step in enumerate(others, 1):
-        for name, tensor in own[step].items():
-            is_averaged = tensor.is_floating_point() and (buffers or name != "level")
-            number = torch.tensor(count)
-            average[name] = function(average[name], tensor, number) if is_averaged else tensor
-    return average
-
-
-def loss_of(state: State) -> float:
-    network = run.Perceptron()
-    network.load_state_dict(state)
-    random = torch.Generator().manual_seed(1000)
-    images, targets = torch.randn(6, 7, generator=random), torch.randn(6, 3, generator=random)
-    with torch.no_grad():
-        return float((network(images) - targets).square().mean())
-
-
-def until(own: dict[int, State], step: int) -> dict[int, State]:
-    return {number: state for number, state in own.items() if number <= step}
 
 
 @WAYS
@@ -131,13 +108,6 @@ def test_a_resumed_training_goes_on_to_the_bit(
     assert_begins_with(resumed, whole["own"])
     assert sorted(resumed["own"]) == list(range(RESUMED + 1, LAST + 1))
     assert differences(resumed["end"], whole["end"]) == []
-
-
-def assert_begins_with(resumed: dict[str, Any], own: dict[int, State], step: int = RESUMED) -> None:
-    """That a training went on with the weights and averages after a step of another."""
-    assert resumed["at_start"]["n_averaged"] == step
-    assert differences(resumed["at_start"]["own"], own[step]) == []
-    assert differences(resumed["at_start"]["averages"], averages(until(own, step))) == []
 
 
 @pytest.mark.parametrize(("way", "folders"), TRAINED[:6])
@@ -329,10 +299,6 @@ def test_functions_of_other_kinds_average_shards(
         assert differences(seen["end"], averages(own, function=run.warmed_up)) == []
 
 
-def mean(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
-    return averaged + (current - averaged) / (count + 1)
-
-
 def test_a_function_that_looks_at_whole_tensors_is_refused(two: Ranks, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="avg_fn averages a part of a tensor otherwise"):
         two.run(run.fit_with, "by norm", tmp_path, "fsdp2")
@@ -404,16 +370,6 @@ def test_a_checkpoint_half_overwritten_passes_for_none(two: Ranks, tmp_path: Pat
     torn = killed_in_a_save(tmp_path, "fsdp2", "on_train_batch_start.ckpt", 2)
     with pytest.raises(AssertionError, match="does not point to a valid checkpoint"):
         two.run(run.fit, tmp_path / "torn", "fsdp2", torn)
-
-
-def killed_in_a_save(folder: Path, way: str, name: str, time: int) -> Path:
-    with (
-        ranks.started(2, run.IMPORTED) as doomed,
-        pytest.raises(AssertionError, match="a process ended"),
-    ):
-        doomed.run(run.die_in_a_save, folder, way, name, time)
-    assert (folder / name / "current_model_state").is_dir()
-    return folder / name
 
 
 @pytest.mark.parametrize("way", ["fsdp2", pytest.param("zero2", marks=_NEEDS)])
