@@ -14,6 +14,7 @@ from ema_fused.engine.checks import (
     check_not_negative,
     check_positive,
 )
+from ema_fused.engine.notices import warn
 from ema_fused.hooks.on_mmcv import HOOKS, Hook, in_the_log, is_module_wrapper
 from ema_fused.hooks.registered_averages import RegisteredAverages
 from ema_fused.hooks.registering import register_beside, register_instead, unwrapped
@@ -41,7 +42,8 @@ class BaseEMAHook(Hook):  # type: ignore[misc]
         interval: iterations from one update to the next.
         skip_buffers: average parameters only. Otherwise persistent floating-point buffers are
             averaged too, and integer buffers copied.
-        resume_from: path of a checkpoint to resume from, after the averages are registered.
+        resume_from: path of a checkpoint to resume from, after the averages are registered. If it
+            has none, they begin with its weights, and the log says so.
         momentum_fun: the momentum as a function of the iteration; None keeps ``momentum``.
 
     Attributes:
@@ -80,7 +82,18 @@ class BaseEMAHook(Hook):  # type: ignore[misc]
         self._averages = RegisteredAverages(model, self.skip_buffers)
         self.param_ema_buffer = self._averages.names
         if self.checkpoint is not None:
-            runner.resume(self.checkpoint)
+            self._resume(runner, self.checkpoint)
+
+    def _resume(self, runner: Any, checkpoint: str) -> None:
+        """Resumes; averages that the checkpoint doesn't have begin with the weights that it has."""
+        before = self._averages.versions()
+        runner.resume(checkpoint)
+        if self._averages.versions() == before:
+            self._averages.copy_()
+            warn(
+                f"{checkpoint} has no averages (ema_*), so they begin here, with the weights that "
+                f"it has"
+            )
 
     def get_momentum(self, runner: Any) -> float:
         """The weight of the model's values at ``runner.iter``."""

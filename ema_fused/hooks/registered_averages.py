@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.undisturbed import certainly, undisturbed
-from ema_fused.engine.versions import VersionCounters
+from ema_fused.engine.versions import VersionCounters, version_of
 from ema_fused.modules.exchanging import tell_of_writes
 from ema_fused.modules.watch import ModuleWatch
 
@@ -122,6 +122,15 @@ class RegisteredAverages:
             self._model.register_buffer(buffer, averages[id(source)])
         self.names |= new
         _registered[self._model].update(new.values())
+
+    def versions(self) -> list[int]:
+        """The version counters of the averages, by which one sees whether they were loaded."""
+        found = [self._model._buffers[buffer] for buffer in self.names.values()]
+        return [-1 if average is None else version_of(average) for average in found]
+
+    def copy_(self) -> None:
+        """Sets the averages to the model's present values."""
+        self._run(lambda: self._plan.copy_())
 
     def average_(self, momentum: float) -> None:
         """``averaged = (1 - momentum) * averaged + momentum * source``, and copies the integers.

@@ -39,7 +39,7 @@ from torch.distributed.tensor import distribute_tensor
 from ema_fused.engine.dtensors import is_sharded, local
 from ema_fused.engine.flat_shards import FlatShard
 from ema_fused.engine.notices import warn
-from ema_fused.modules.naming import plain_names
+from ema_fused.modules.naming import plain_names, without_wrappers
 from ema_fused.modules.paired_module import PairedModule
 from ema_fused.modules.sharding import is_flattened
 from ema_fused.modules.swapping import refuse_while_swapped
@@ -292,6 +292,9 @@ def load_or_start(
         where = str(source)
         found = resuming.shapes_at(Path(source), key, process_group)
     wanted = resuming.shapes_of(state)
+    if isinstance(averaged, PairedModule):  # what it shares with the model may be saved or not
+        shared = plain_names(averaged.shared_names)
+        wanted = {name: one for name, one in wanted.items() if without_wrappers(name) not in shared}
     if not resuming.fits_everywhere(wanted, found, where, key=key, group=process_group):
         averaged.copy_from(model)
         if not dist.is_initialized() or dist.get_rank(process_group) == 0:
@@ -304,7 +307,10 @@ def load_or_start(
     if isinstance(source, Mapping):
         state = {name: saved[name] for name in state if name in saved}
     else:
-        state = {name: one for name, one in state.items() if name in found or name not in wanted}
+        # A state of other things than tensors is found by the paths inside.
+        state = {
+            name: one for name, one in state.items() if name in found or isinstance(one, Mapping)
+        }
         load({key: state}, source, process_group=process_group)
     if isinstance(averaged, PairedModule):
         load_averaged_state_dict(averaged, model, state)
@@ -316,27 +322,17 @@ def load_or_start(
 def _state_apart(averaged: Average, model: nn.Module) -> dict[str, Any]:
     """A copy of the state of an average, to load into; on the devices of the model."""
 
-    def present() -> dict[str, Any]:
-        if isinstance(averaged, PairedModule):
-            return averaged_state_dict(averaged, model)
-        return averaged.state_dict()
-
-    state = present()
-    if any(isinstance(one, Tensor) and _is_meta(one) for one in state.values()):
+    if isinstance(averaged, PairedModule) and is_flattened(model):
+        return averaged_state_dict(averaged, model)  # copies
+    state = averaged.state_dict()
+    if any(isinstance(one, Tensor) and local(one).is_meta for one in state.values()):
         averaged.copy_from(model)  # it has no values yet that could be lost
-        state = present()
-    if is_flattened(model):
-        return state  # copies
+        state = averaged.state_dict()
     with torch.no_grad():
         return {
             name: one.clone() if isinstance(one, Tensor) else copy.deepcopy(one)
             for name, one in state.items()
         }
-
-
-def _is_meta(tensor: Tensor) -> bool:
-    # FSDP1's are no plain tensors, and of a model that has its values.
-    return (type(tensor) is Tensor or is_sharded(tensor)) and local(tensor).is_meta
 
 
 def _own_buffers(averaged: PairedModule) -> dict[str, Tensor]:

@@ -81,19 +81,19 @@ def fits_everywhere(
         RuntimeError: in every process, if ``found`` lacks something in one of them, or has it in
             another shape; or if some have an average and others none.
     """
-    mine = (bool(found), _misfit(wanted, found) if found else "")
+    mine = (bool(found), _misfit(wanted, found))
     each = [mine]
     if dist.is_initialized():
         each = [mine] * dist.get_world_size(group)
         dist.all_gather_object(each, mine, group=group)
     if not any(has for has, _ in each):
         return False
-    for rank, (has, misfit) in enumerate(each):
-        if misfit or not has:
+    for rank, (_, misfit) in enumerate(each):
+        if misfit:
             of_whom = f" in process {rank}" if len(each) > 1 else ""
             raise RuntimeError(
                 f"the average in {where} ({key!r}) isn't one of this model{of_whom}: "
-                f"{misfit or 'there is none in this process alone'}. Load one of this model, or "
+                f"{misfit}. Load one of this model, or "
                 f"pass the key= of another; without any, call averaged.copy_from(model) and go on"
             )
     return True
@@ -102,7 +102,7 @@ def fits_everywhere(
 def _misfit(wanted: Shapes, found: Shapes) -> str:
     missing = [name for name in wanted if name not in found and name not in _NOT_NEEDED]
     differing = [
-        f"{name} is {found[name]} there and {shape} here"
+        f"{name} {found[name]} instead of {shape}"
         for name, shape in wanted.items()
         if found.get(name, shape) != shape
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -367,3 +368,31 @@ def test_a_second_run_averages_the_model_where_theirs_averages_its_averages_too(
     for _ in range(2):
         runs = [run(hooks.EMAHook(0.5), model=models[side]) for side, hooks in SIDES.items()]
         assert_same(*runs)
+
+
+@pytest.mark.parametrize("name", ["EMAHook", "BaseEMAHook"])
+def test_averages_begin_at_a_checkpoint_without_any_where_theirs_begin_before_it(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(model=net(seed=3), epochs=1, work_dir=tmp_path)
+    path = str(tmp_path / "epoch_1.pth")
+    saved = torch.load(path)["state_dict"]
+    for side, hooks in SIDES.items():
+        model = net(seed=4)
+        hook = getattr(hooks, name)(0.1, resume_from=path)
+        at_first = snapshot(model)
+        caplog.clear()
+        began: list[dict[str, Tensor]] = []
+        run(hook, Call(lambda _, b=began, m=model: b.append(snapshot(m)), at=BATCHES), model=model)
+        (found,) = began
+        # After the swap that begins an epoch: what is trained, and what its average is.
+        trained, average = found["conv.weight"], found["ema_conv_weight"]
+        assert torch.equal(average, saved["conv.weight"])
+        if side == "ours":
+            assert torch.equal(trained, saved["conv.weight"])
+            told = [r.getMessage() for r in caplog.records if "no averages" in r.getMessage()]
+            assert told == [
+                f"{path} has no averages (ema_*), so they begin here, with the weights that it has"
+            ]
+        else:  # what was loaded is taken for the average of what was there before
+            assert torch.equal(trained, at_first["conv.weight"])
