@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ema_fused.averages import kinds as ours
+from ema_fused.averages.averaged_weights import AveragedWeights
 from ema_fused.averages.kinds import ExponentialMovingAverage
 from tests.device import DEVICE, nobody_waits
 from tests.networks import Tied, conv_net, differences, run, snapshot, train
@@ -152,3 +153,24 @@ def test_shared_frozen_parameters_follow_the_model_to_the_device() -> None:
     averaged.update_parameters(model)
     assert averaged.module.conv.weight.device == model.conv.weight.device
     assert averaged.module.conv.weight.data_ptr() == model.conv.weight.data_ptr()
+
+
+@pytest.mark.parametrize("options", [{"device": "cpu"}, {"offload": "cpu"}], ids=str)
+def test_what_is_left_out_of_a_copy_elsewhere_is_copied_at_each_update(
+    options: dict[str, Any],
+) -> None:
+    model = conv_net().to(DEVICE)
+    averaged = ExponentialMovingAverage(model, 0.25, exclude="head", **options)
+    weights = AveragedWeights(model, 0.25, exclude="head", **options)
+    for step in range(1, 4):
+        for one in (averaged, weights):
+            run(one, model, 1, seed=step)
+            one.flush()
+        assert torch.equal(weights.module.head.weight, model.head.weight)
+        assert weights.module.head.weight.data_ptr() == model.head.weight.data_ptr()
+        assert weights.module.hidden.weight.device.type == "cpu"
+    # Not after the other average's step, as it is a copy where the devices differ.
+    averaged.update_parameters(model)
+    averaged.flush()
+    assert averaged.module.head.weight.device.type == "cpu"
+    assert torch.equal(averaged.module.head.weight, model.head.weight.cpu())

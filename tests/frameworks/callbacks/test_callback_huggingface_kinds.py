@@ -96,6 +96,27 @@ def own_of_swapped(model: nn.Module) -> Tensors:
     return {name: tensor.detach().clone() for name, tensor in tensors}
 
 
+@pytest.mark.parametrize("kind", [ExponentialMovingAverage, AveragedWeights])
+def test_weights_that_are_left_out_are_the_model_s_own(tmp_path: Path, kind: Any) -> None:
+    def trained(resume: bool) -> tuple[dict[str, Any], Tensors]:
+        trainer = digits_trainer(tmp_path, save_strategy="steps", save_steps=4)
+        callback = EMACallback(kind, momentum=MOMENTUM, exclude="head").attach(trainer)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4") if resume else None)
+        assert callback.average is not None
+        assert callback.average.left_out_names == ["head.weight", "head.bias"]
+        return state_of(callback.average), own(trainer.model)
+
+    whole, weights = trained(resume=False)
+    assert ("module.head.weight" in whole) == (kind is ExponentialMovingAverage)
+    again, resumed = trained(resume=True)
+    assert differences(whole, again) == []
+    assert differences(weights, resumed) == []
+    written = DigitsModel.from_pretrained(tmp_path / "checkpoint-12" / "averaged")
+    own_model = DigitsModel.from_pretrained(tmp_path / "checkpoint-12")
+    assert torch.equal(written.head.weight, own_model.head.weight)
+    assert not torch.equal(written.conv.weight, own_model.conv.weight)
+
+
 @pytest.mark.parametrize("width", [None, 0.2])
 def test_a_single_width_needs_no_name(tmp_path: Path, width: float | None) -> None:
     trainer = digits_trainer(tmp_path, max_steps=3)

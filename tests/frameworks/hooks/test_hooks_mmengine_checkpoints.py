@@ -78,6 +78,18 @@ def test_a_resumed_run_is_equal_to_one_that_was_never_broken_off(
     assert_resumes(whole, then, tmp_path / "parts", loop)
 
 
+def test_a_run_with_weights_left_out_resumes_too(tmp_path: Path) -> None:
+    hook = {"type": OURS, **ANNEALING, "exclude": r"^head\.", "strict_load": True}
+    whole = trained(hook, tmp_path / "whole", **LOOPS["epochs"])
+    broken_off(hook, tmp_path / "parts", BREAK, **LOOPS["epochs"])
+    resumed = assert_resumes(whole, hook, tmp_path / "parts", "epochs")
+    assert resumed.hook().ema_model.left_out_names == ["head.weight", "head.bias"]
+    saved = load(whole.folder / LAST["epochs"])
+    averages, own = saved["state_dict"], saved["ema_state_dict"]
+    assert torch.equal(averages["head.weight"], own["module.head.weight"])
+    assert not torch.equal(averages["conv.weight"], own["module.conv.weight"])
+
+
 @pytest.mark.parametrize("begin", [{}, {"begin_iter": 14}, {"begin_epoch": 4}], ids=str)
 @pytest.mark.parametrize("update_buffers", [False, True], ids=["parameters", "buffers-too"])
 def test_a_lenient_run_resumes_as_well_and_where_averaging_has_not_begun(
