@@ -451,6 +451,17 @@ def test_a_changed_model_is_taken_over(kind: Any) -> None:
     assert averaged.left_out_names == [] and averaged.shared_names == set()
 
 
+def test_copies_that_are_left_out_are_adopted_as_the_model_has_them() -> None:
+    model = conv_net()
+    averaged = make(ExponentialMovingAverage, model, exclude="head", averaged_dtype=torch.float64)
+    run(averaged, model, 2)
+    kept = averaged.module.hidden.weight.clone()
+    train(model, generator(7))
+    averaged.adopt(model)
+    assert torch.equal(averaged.module.head.weight, model.head.weight.double())
+    assert torch.equal(averaged.module.hidden.weight, kept)
+
+
 def test_weights_are_exported_with_it() -> None:
     model = conv_net()
     averaged = make(AveragedWeights, model, exclude="head")
