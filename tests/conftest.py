@@ -65,6 +65,8 @@ _START_RANKS = (
     "tests/frameworks/test_zero3_states.py",
     "tests/frameworks/callbacks/test_callback_lightning_sharded.py",
     "tests/frameworks/callbacks/test_callback_trl_zero3.py",
+    "tests/frameworks/callbacks/test_callback_accelerate_sharded.py",
+    "tests/frameworks/callbacks/test_callback_huggingface_sharded.py",
 )
 # What takes longest is begun first, so that no process is left alone with it at the end.
 _FIRST = (

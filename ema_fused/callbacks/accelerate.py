@@ -18,25 +18,98 @@ models that ``prepare`` has wrapped. The loop only has to decide when to update:
     with average.swapped(model):
         evaluate(model)
     accelerator.save_model(average.module, "averaged")
+
+Under FSDP and DeepSpeed make the average after ``prepare``, which shards the model, and let
+checkpoints take each process's part of it along::
+
+    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    average = AveragedWeights(model, momentum=0.001)
+    register_average(accelerator, average, model)  # not register_for_checkpointing(average)
+    ...
+    export_safetensors(average.weights, "averaged")  # of ema_fused.saving; not save_model()
 """
 
 from __future__ import annotations
 
+import warnings
+import weakref
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ema_fused.averages.base import BaseAveragedModel
+from ema_fused.callbacks.shards import (
+    as_the_first_sees,
+    check_can_be_saved,
+    is_spread,
+    read_shards,
+    write_shards,
+)
 from ema_fused.callbacks.skipped_steps import listen, step_was_skipped
 from ema_fused.frameworks import missing
 from ema_fused.posthoc.power_function import PowerFunctionEMA
+from ema_fused.saving import checkpoints
 
 try:
     from accelerate import Accelerator
 except ImportError as error:
     raise missing("accelerate", "accelerate", error) from error
 
-__all__ = ["update_average"]
+__all__ = ["register_average", "update_average"]
+
+# Averages of which each process is known to have all.
+_whole: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def register_average(
+    accelerator: Any,
+    average: BaseAveragedModel | PowerFunctionEMA,
+    model: nn.Module,
+    *,
+    name: str = "averaged",
+) -> None:
+    """Lets ``save_state()`` and ``load_state()`` take ``average`` along, sharded or not.
+
+    Of a sharded average each process writes its part into a folder of the checkpoint, by
+    :mod:`ema_fused.saving.checkpoints`; any number of processes loads it. (What
+    ``register_for_checkpointing`` registers is pickled by the first process: the others' parts
+    would be lost. For an average of which each process has all, this function calls it.) A
+    checkpoint without that folder starts the average from the weights there, with one warning.
+
+    Args:
+        accelerator: an ``accelerate.Accelerator``.
+        average: the average of ``model``, made after ``prepare``.
+        model: as ``prepare`` returned it.
+        name: of the folder; another for each average.
+
+    Raises:
+        TypeError: ``accelerator`` or ``average`` is something else.
+        ValueError: averages of FSDP1's parameters have another dtype, and couldn't be saved.
+    """
+    _check(accelerator, average)
+    if not is_spread(average, model):
+        accelerator.register_for_checkpointing(average)
+        return
+    check_can_be_saved(average, model)
+
+    def save(_: list[nn.Module], __: list[Any], folder: str) -> None:
+        write_shards(average, model, Path(folder) / name)
+
+    def load(_: list[nn.Module], folder: str) -> None:
+        if as_the_first_sees(checkpoints.exists(Path(folder) / name)):
+            read_shards(average, model, Path(folder) / name)
+            return
+        if accelerator.is_main_process:
+            warnings.warn(
+                f"{folder} has no folder {name!r}, so it was saved without this average: it starts "
+                f"as a copy of the model's weights there",
+                stacklevel=2,
+            )
+        average.copy_from(model)
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
 
 
 def update_average(
@@ -58,9 +131,23 @@ def update_average(
         Whether the average was updated.
 
     Raises:
-        TypeError: ``accelerator`` or ``average`` is something else.
+        TypeError: ``accelerator`` or ``average`` is something else; or the average is sharded, and
+            is registered for checkpoints that would hold the first process's part alone.
         KeyError, ValueError, RuntimeError: as :meth:`BaseAveragedModel.update_parameters`.
     """
+    _check(accelerator, average)
+    _refuse_pickled(accelerator, average, model)
+    if not accelerator.sync_gradients:
+        return False
+    was_skipped = step_was_skipped(accelerator)
+    listen(accelerator)
+    if was_skipped:
+        return False
+    average.update_parameters(model)
+    return True
+
+
+def _check(accelerator: object, average: object) -> None:
     if not isinstance(accelerator, Accelerator):
         raise TypeError(
             f"accelerator is a {type(accelerator).__name__}; an accelerate.Accelerator is expected"
@@ -70,11 +157,16 @@ def update_average(
             f"average is a {type(average).__name__}; an averaged model is expected, say "
             f"ema_fused.ExponentialMovingAverage(model)"
         )
-    if not accelerator.sync_gradients:
-        return False
-    was_skipped = step_was_skipped(accelerator)
-    listen(accelerator)
-    if was_skipped:
-        return False
-    average.update_parameters(model)
-    return True
+
+
+def _refuse_pickled(accelerator: Any, average: Any, model: nn.Module) -> None:
+    if average in _whole or not any(one is average for one in accelerator._custom_objects):
+        return
+    if is_spread(average, model):
+        raise TypeError(
+            f"this {type(average).__name__} is sharded, and accelerate would save the first "
+            f"process's part of what is registered for checkpointing, and load it everywhere; call "
+            f"register_average(accelerator, average, model) of ema_fused.callbacks.accelerate "
+            f"instead of accelerator.register_for_checkpointing(average)"
+        )
+    _whole.add(average)

@@ -22,16 +22,27 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from ema_fused.averages.averaged_weights import AveragedWeights
 from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.averages.kinds import ExponentialMovingAverage
+from ema_fused.callbacks.shards import (
+    as_the_first_sees,
+    check_can_be_saved,
+    is_spread,
+    read_shards,
+    write_shards,
+)
 from ema_fused.frameworks import missing
 from ema_fused.posthoc.power_function import PowerFunctionEMA
+from ema_fused.saving import whole_files
+from ema_fused.saving.first_process import by_the_first
 
 try:
     from transformers import TrainerCallback
     from transformers.trainer_utils import get_last_checkpoint
 
-    from ema_fused.callbacks.huggingface_files import Average, adapters_in, read, write
+    from ema_fused.callbacks.huggingface_files import Average, adapters_in, describe, read, write
+    from ema_fused.callbacks.huggingface_shards import write_whole
     from ema_fused.callbacks.skipped_steps import listen, step_was_skipped
 except ImportError as error:
     raise missing("transformers", "transformers", error) from error
@@ -41,11 +52,11 @@ __all__ = ["AVERAGED", "EMACallback"]
 AVERAGED = "averaged"
 """The folder inside each checkpoint."""
 
-# Attributes that are set on a Trainer that shards the model, and how it does.
-_SHARDING = {
-    "is_fsdp_enabled": "FSDP",
-    "is_fsdp_xla_enabled": "FSDP",
-    "is_deepspeed_enabled": "DeepSpeed",
+_SHARDS = "shards"  # the folder in there of what each process writes
+
+# Attributes that are set on a Trainer that shards the model in a way that isn't averaged, and how.
+_REFUSED = {
+    "is_fsdp_xla_enabled": "FSDP of XLA",
     "is_distributed_loading_by_transformers": "a model sharded at load time",
 }
 
@@ -67,6 +78,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
       ``PeftModel.from_pretrained(base, "checkpoint-500/averaged")``. Resume such a run with the
       callback: without it the Trainer takes the folder for a second adapter.
     * ``train(resume_from_checkpoint=...)`` resumes the average from that folder, bit for bit.
+    * Under FSDP, FSDP2 and DeepSpeed the average is an :class:`~ema_fused.AveragedWeights`: each
+      process averages its shards, and an update sends nothing. Where the weights themselves are
+      sharded the folder has each process's part in ``shards``, which any number of processes loads.
+      The files for ``from_pretrained`` are gathered tensor by tensor, where the Trainer gathers the
+      model for its own (``FULL_STATE_DICT``, ``stage3_gather_16bit_weights_on_model_save``); at any
+      time by :meth:`save_pretrained`. All processes have to call ``save_model()`` then.
     * With ``load_best_model_at_end`` both the model and its average are those of the best
       checkpoint when ``train()`` returns. ``trainer.model`` then still has its own weights;
       ``callback.average.copy_to(trainer.model)`` writes the averages into it.
@@ -74,7 +91,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     Args:
         average: the kind of average: a class of ema_fused, :class:`~ema_fused.PowerFunctionEMA`
-            among them, or a function that takes the model and returns an average.
+            among them, or a function that takes the model and returns an average; None:
+            :class:`~ema_fused.ExponentialMovingAverage`, or :class:`~ema_fused.AveragedWeights`
+            under FSDP and DeepSpeed. Sharded models are averaged by the latter alone, which copies
+            no module.
         evaluated_sigma_rel: which of the averages of a ``PowerFunctionEMA`` is evaluated, and
             written for ``from_pretrained``; may be omitted if it keeps only one. The state beside
             it holds all. Snapshots to make others from are yours to write:
@@ -93,12 +113,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(
         self,
-        average: Callable[..., Average] = ExponentialMovingAverage,
+        average: Callable[..., Average] | None = None,
         *,
         evaluated_sigma_rel: float | None = None,
         **arguments: Any,
     ) -> None:
-        if not callable(average):
+        if average is not None and not callable(average):
             raise TypeError(
                 f"average is {average!r}; a class of averaged models is expected, or a function "
                 f"that takes a model and returns an averaged model (momentum goes by name: "
@@ -106,12 +126,14 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             )
         self.evaluated_sigma_rel = evaluated_sigma_rel
         # Raises for wrong arguments now instead of when training starts.
-        if isinstance(average, type) and issubclass(average, BaseAveragedModel):
-            self._check(average(nn.Identity(), **{**arguments, "device": None}))
-        elif isinstance(average, type) and issubclass(average, PowerFunctionEMA):
-            self._check(average(nn.Identity(), **arguments))
+        kind = ExponentialMovingAverage if average is None else average
+        if isinstance(kind, type) and issubclass(kind, BaseAveragedModel):
+            self._check(kind(nn.Identity(), **{**arguments, "device": None}))
+        elif isinstance(kind, type) and issubclass(kind, PowerFunctionEMA):
+            self._check(kind(nn.Identity(), **arguments))
         self.average: Average | None = None
-        self._make_average = functools.partial(average, **arguments)
+        self._kind = average
+        self._arguments = arguments
         self._trainer: Any = None
         self._resumed_from: str | None = None
         self._adapters_before: set[str] = set()
@@ -132,7 +154,7 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         Raises:
             TypeError: ``trainer`` isn't a ``transformers.Trainer``.
             RuntimeError: the callback is attached already, or the trainer has another EMACallback.
-            NotImplementedError: the trainer shards the model (FSDP, DeepSpeed).
+            NotImplementedError: the trainer shards the model in a way that isn't averaged.
         """
         lacking = [
             name
@@ -152,11 +174,12 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 "the trainer has another EMACallback, and evaluations can run with one average "
                 "only; remove_callback() that one first"
             )
-        for attribute, strategy in _SHARDING.items():
+        for attribute, strategy in _REFUSED.items():
             if getattr(trainer, attribute, False):
                 raise NotImplementedError(
                     f"EMACallback can't average under {strategy}, where each process has a part "
-                    f"of the model only; train on one device or with DistributedDataParallel"
+                    f"of the model only; shard the model by fsdp=True of TrainingArguments "
+                    f"(FSDP2), or by deepspeed"
                 )
         if not others:
             trainer.add_callback(self)
@@ -181,14 +204,39 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
             return self.average.swapped(model, sigma_rel=self.evaluated_sigma_rel)
         return self.average.swapped(self._trainer.model)
 
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Writes the averages alone, as a folder for ``from_pretrained``; all processes call it.
+
+        Shards are gathered tensor by tensor, and the first process writes them.
+
+        Args:
+            folder: replaced, if it is there.
+
+        Raises:
+            RuntimeError: there is no average yet.
+        """
+        if self.average is None:
+            raise RuntimeError("there is no average before trainer.train() of the attached trainer")
+        if not (self._is_spread() or self._trainer.args.should_save):
+            return
+        at = Path(folder)
+        with self._first() as is_first:
+            if is_first:
+                whole_files.begin_beside(at)
+        self._write(whole_files.beside(at), whole=True)
+        with self._first() as is_first:
+            if is_first:
+                whole_files.put_in_place(at)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         """Makes the average, and loads it if training is resumed.
 
         Raises:
             RuntimeError: the callback isn't attached, the average doesn't match the model, or the
                 model has an adapter of the folder's name.
-            TypeError: ``average`` returned something else.
-            ValueError: it returned averages of several widths, without the one to evaluate.
+            TypeError: ``average`` returned something else, or deep-copies a model that is sharded.
+            ValueError: it returned averages of several widths, without the one to evaluate; or
+                those of FSDP1's parameters have another dtype, and couldn't be saved.
         """
         if self._trainer is None:
             raise RuntimeError(
@@ -204,12 +252,23 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if AVERAGED in adapters_in(model):
             # The Trainer has found the average in the checkpoint, and takes it for an adapter.
             model.delete_adapter(AVERAGED)  # type: ignore[operator]
-        average = self._make_average(model)
+        average = self._made()
         self._check(average)
+        check_can_be_saved(average, self._trainer.model)
         self.average = average
         if self._resumed_from is not None:
             self._load(self._resumed_from)
         listen(self._trainer.accelerator)
+
+    def _made(self) -> Average:
+        """An average of the trainer's model, which is sharded already."""
+        trainer, kind = self._trainer, self._kind
+        if kind is None:
+            shards = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+            kind = AveragedWeights if shards else ExponentialMovingAverage
+        # Of FSDP1, the wrapper has to be seen; otherwise a copy needs the model's save_pretrained.
+        model = trainer.model if trainer.is_fsdp_enabled else self._model()
+        return kind(model, **self._arguments)
 
     def _check(self, average: object) -> None:
         """Raises unless it is an average, of which one can be told to be evaluated."""
@@ -274,13 +333,66 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         """Writes the average right after the model is written.
 
         A checkpoint's ``trainer_state.json`` is written later, so every checkpoint that can be
-        resumed has its average.
+        resumed has its average. The folder is written beside its place and renamed, and is begun
+        before the model is written: where a program was killed meanwhile, the folder beside tells.
         """
+        args = self._trainer.args
+        if self.average is None or not (self._is_spread() or args.should_save):
+            yield
+            return
+        at = Path(arguments.get("output_dir") or args.output_dir) / AVERAGED
+        with self._first() as is_first:
+            if is_first:
+                whole_files.begin_beside(at)
         yield
-        if self.average is not None and self._trainer.args.should_save:
-            folder = arguments.get("output_dir") or self._trainer.args.output_dir
-            at = Path(folder) / AVERAGED
-            write(self.average, self._model(), at, sigma_rel=self.evaluated_sigma_rel)
+        beside = whole_files.beside(at)
+        self._write(beside, whole=self._writes_whole())
+        if self._is_spread():
+            write_shards(self.average, self._trainer.model, beside / _SHARDS)
+        with self._first() as is_first:
+            if is_first:
+                self._describe(beside)
+                whole_files.put_in_place(at)
+
+    def _write(self, folder: Path, *, whole: bool) -> None:
+        """Writes the averages for ``from_pretrained``, and what the trainer saves beside a model.
+
+        With the rest of the average's state, unless that is in shards.
+        """
+        average, sigma_rel = self.average, self.evaluated_sigma_rel
+        assert average is not None
+        if not self._is_spread():
+            write(average, self._model(), folder, sigma_rel=sigma_rel)
+        elif whole:
+            write_whole(average, self._trainer.model, self._model(), folder)  # type: ignore[arg-type]
+        tokenizer = getattr(self._trainer, "processing_class", None)
+        if tokenizer is not None and whole:
+            with self._first() as is_first:
+                if is_first:
+                    tokenizer.save_pretrained(folder)
+
+    def _describe(self, folder: Path) -> None:
+        assert self.average is not None
+        step, processes = self._trainer.state.global_step, self._trainer.args.world_size
+        shards = _SHARDS if self._is_spread() else None
+        describe(self.average, folder, step=step, processes=processes, shards=shards)
+
+    def _is_spread(self) -> bool:
+        return self.average is not None and is_spread(self.average, self._trainer.model)
+
+    def _first(self) -> AbstractContextManager[bool]:
+        """The first process works and the others wait, where each has a part of the average."""
+        return by_the_first() if self._is_spread() else nullcontext(True)
+
+    def _writes_whole(self) -> bool:
+        """Whether the trainer gathers the model for its own checkpoints."""
+        trainer = self._trainer
+        if trainer.is_fsdp_enabled:
+            plugin = trainer.accelerator.state.fsdp_plugin
+            return "FULL_STATE_DICT" in str(plugin.state_dict_type)
+        if trainer.is_deepspeed_enabled and self._is_spread():
+            return bool(trainer.model_wrapped.zero_gather_16bit_weights_on_model_save())
+        return True
 
     def _model(self) -> nn.Module:
         """The model without wrappers: the average's copy needs its ``save_pretrained``."""
@@ -289,17 +401,31 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         return unwrapped
 
     def _load(self, checkpoint: str) -> None:
-        assert self.average is not None
+        average, trainer = self.average, self._trainer
+        assert average is not None
         folder = Path(checkpoint) / AVERAGED
-        if folder.is_dir():
-            read(self.average, self._model(), folder, sigma_rel=self.evaluated_sigma_rel)
-        else:
-            warnings.warn(
-                f"{checkpoint} has no folder {AVERAGED!r}, so it was saved without an average: the "
-                f"average starts as a copy of the model's weights there",
-                stacklevel=2,
+        is_begun, is_there, has_shards = (
+            as_the_first_sees(place.is_dir()) if self._is_spread() else place.is_dir()
+            for place in (whole_files.beside(folder), folder, folder / _SHARDS)
+        )
+        if is_begun:
+            raise RuntimeError(
+                f"the program was killed while it saved into {checkpoint}, which may hold the "
+                f"model of one step and the average of another. Resume from another checkpoint, or "
+                f"remove {whole_files.beside(folder).name!r} there to take what there is"
             )
-            self.average.copy_from(self._trainer.model)
+        if has_shards:
+            read_shards(average, trainer.model, folder / _SHARDS)
+        elif is_there:
+            read(average, self._model(), folder, sigma_rel=self.evaluated_sigma_rel)
+        else:
+            if trainer.is_world_process_zero():
+                warnings.warn(
+                    f"{checkpoint} has no folder {AVERAGED!r}, so it was saved without an average: "
+                    f"the average starts as a copy of the model's weights there",
+                    stacklevel=2,
+                )
+            average.copy_from(trainer.model)
 
 
 def _call_inside(

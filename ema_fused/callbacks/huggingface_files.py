@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -19,6 +19,7 @@ from ema_fused.posthoc.power_function import PowerFunctionEMA
 Average = BaseAveragedModel | PowerFunctionEMA
 
 _STATE = "average_state.safetensors"
+_TOLD = "averaged.json"
 _WEIGHTS = "model*.safetensors"
 _EXTRA = "_extra_state"  # of a PowerFunctionEMA: no tensor, so it goes into the file's header
 
@@ -55,6 +56,7 @@ def write(average: Average, model: nn.Module, folder: Path, *, sigma_rel: float 
         else:
             tensors = _but_ties(held.state_dict(), {})
             save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        put_averaged_dtype(folder, held)
         names = [prefix + name for name in _names_written(folder)]
         written = {name: state.pop(name) for name in names if name in state}
     # The number of updates, and tensors that save_pretrained leaves out.
@@ -102,6 +104,55 @@ def read(average: Average, model: nn.Module, folder: Path, *, sigma_rel: float |
         raise RuntimeError(
             f"the average in {folder} doesn't match the model in training: {error}"
         ) from error
+
+
+def write_all_but_weights(model: nn.Module, folder: Path) -> None:
+    """Writes what ``save_pretrained`` writes beside weights: configurations, code."""
+    if isinstance(model, PreTrainedModel):
+        model.save_pretrained(folder, state_dict={}, save_original_format=False)
+        for file in folder.glob(_WEIGHTS):
+            file.unlink()
+
+
+def put_averaged_dtype(folder: Path, averaged: nn.Module) -> None:
+    """Writes into the configuration the dtype of the averages, to which ``from_pretrained`` goes.
+
+    The model has written its own.
+    """
+    file = folder / "config.json"
+    dtypes = [one.dtype for one in averaged.parameters() if one.is_floating_point()]
+    if file.is_file() and dtypes:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config["dtype"] = str(dtypes[0]).removeprefix("torch.")
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def describe(
+    average: Average, folder: Path, *, step: int, processes: int, shards: str | None
+) -> None:
+    """Writes a small file that says what the folder holds, for people and programs.
+
+    Args:
+        step: the trainer's.
+        shards: the folder of each process's part; None if any process has the whole average.
+    """
+    momentum = getattr(average, "momentum", None)
+    weights = sorted(file.name for file in folder.glob("*.safetensors") if file.name != _STATE)
+    told = {
+        "about": (
+            "This folder holds AVERAGED weights. Those of the training itself are in the folder "
+            "around it."
+        ),
+        "for from_pretrained": weights or "nothing: EMACallback.save_pretrained() writes them",
+        "for resuming": shards or _STATE,
+        "kind": type(average).__name__,
+        "steps": int(cast(Any, average.steps)),
+        "momentum": momentum if isinstance(momentum, float | int | None) else repr(momentum),
+        "global_step": step,
+        "processes": processes,
+    }
+    text = json.dumps(told, indent=2) + "\n"
+    (folder / _TOLD).write_text(text, encoding="utf-8")
 
 
 def adapters_in(model: nn.Module) -> set[str]:

@@ -27,8 +27,12 @@ def listen(accelerator: Any) -> None:
 def step_was_skipped(accelerator: Any) -> bool:
     """Whether a step of the last call of each optimizer was skipped.
 
-    For fused optimizers this reads their flags, which waits for the device.
+    DeepSpeed's engine knows it. For fused optimizers this reads their flags, which waits for the
+    device.
     """
+    prepared = getattr(accelerator, "deepspeed_engine_wrapped", None)
+    if prepared is not None:
+        return not prepared.engine.was_step_applied()
     if accelerator.optimizer_step_was_skipped:
         return True
     for prepared in _fused(accelerator):

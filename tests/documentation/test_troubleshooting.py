@@ -20,6 +20,11 @@ PAGE = ROOT / "docs" / "troubleshooting.md"
 # What isn't on the page, by the reason why not. Everything else must be.
 EXEMPT = {
     "what Python itself says of a name that a module lacks": ["module ... has no attribute ..."],
+    "what a checkpoint's averaged.json says": [
+        "This folder holds AVERAGED weights. Those of the training itself are in the folder around "
+        "it.",
+        "nothing: EMACallback.save_pretrained() writes them",
+    ],
     "the help of the command line, and what its commands print when all is well": [
         "python -m ema_fused",
         "what is installed, compiled and used: for a bug report",

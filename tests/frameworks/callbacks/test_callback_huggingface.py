@@ -243,8 +243,8 @@ def test_wrong_ways_to_attach_are_refused(tmp_path: Path) -> None:
     ):
         EMACallback().attach(TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
     sharded = digits_trainer(tmp_path)
-    sharded.is_fsdp_enabled = True
-    with pytest.raises(NotImplementedError, match="FSDP"):
+    sharded.is_fsdp_xla_enabled = True
+    with pytest.raises(NotImplementedError, match="FSDP of XLA"):
         EMACallback().attach(sharded)
     assert all(not isinstance(c, EMACallback) for c in sharded.callback_handler.callbacks)
 

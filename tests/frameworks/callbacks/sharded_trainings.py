@@ -1,0 +1,335 @@
+"""Trainings of a tiny language model by transformers' Trainer, sharded between gloo processes.
+
+Run in each of the processes of ``tests.ranks``. On a CPU accelerate doesn't shard by FSDP, and
+counts one process under DeepSpeed: it looks at the kind of device first. So what it answers there
+is replaced, and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from accelerate import state
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
+from torch.distributed.tensor.debug import CommDebugMode
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    training_args,
+)
+
+from ema_fused.callbacks.huggingface import EMACallback
+from ema_fused.engine.dtensors import is_sharded, local
+from ema_fused.saving import checkpoints
+from tests.digits import digits
+
+IMPORTED = [__name__]
+WORDS, LENGTH = 17, 16
+MOMENTUM = 0.1
+Tensors = dict[str, Tensor]
+
+
+def model() -> LlamaForCausalLM:
+    """Rows that neither 2 nor 4 processes share evenly, and tensors with fewer rows than those."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 6, "intermediate_size": 7, "num_hidden_layers": 2, "vocab_size": WORDS}
+    heads = {"num_attention_heads": 3, "num_key_value_heads": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, **heads))
+
+
+@functools.cache
+def texts(start: int, stop: int) -> list[dict[str, Tensor]]:
+    """Rows of digits, 17 shades of grey as words."""
+    images, _ = digits(start, stop)
+    tokens = (images.flatten(1)[:, 16 : 16 + LENGTH] * 16).long()
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+@contextmanager
+def accelerator_of(way: str) -> Iterator[dict[str, Any]]:
+    """Arguments of a Trainer that shards this way, inside what makes accelerate do it here."""
+    state.AcceleratorState._reset_state(reset_partial_state=True)
+    state.GradientState._reset_state()
+    rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "OMP_NUM_THREADS": "1"}
+    environment |= {"LOCAL_WORLD_SIZE": ranks, "ACCELERATE_TORCH_DEVICE": "cpu"}
+    kind = mock.patch.object(
+        state.PartialState,
+        "_prepare_backend",
+        lambda *_, **__: ("gloo", DistributedType.MULTI_GPU),
+    )
+    sixteen_bits = mock.patch.object(training_args, "is_torch_bf16_gpu_available", lambda: True)
+    arguments: dict[str, Any] = {}
+    if way.startswith("fsdp"):
+        config: dict[str, Any] = {
+            "version": int(way[4]),
+            "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+            "state_dict_type": "FULL_STATE_DICT" if way.endswith("full") else "SHARDED_STATE_DICT",
+            "sync_module_states": False,  # asks for the number of a GPU
+        }
+        arguments = {"fsdp": True, "fsdp_config": config}
+    elif way.startswith("zero"):
+        _use_deepspeed()
+        arguments = {
+            "bf16": way.endswith("bf16"),
+            "deepspeed": {
+                "zero_optimization": {
+                    "stage": int(way[4]),
+                    "stage3_param_persistence_threshold": 0,
+                    "stage3_gather_16bit_weights_on_model_save": True,
+                },
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+                "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
+                "bf16": {"enabled": "auto"},
+            },
+        }
+    else:
+        arguments, kind = {"use_cpu": True}, nullcontext()
+    with mock.patch.dict(os.environ, environment), kind, sixteen_bits, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield arguments
+
+
+@functools.cache
+def _use_deepspeed() -> None:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel("ERROR")
+    # Or it compiles its own collectives first, for half a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+class Recorder(TrainerCallback):  # type: ignore[misc]
+    """Whole weights after each step, and what happened at evaluations; called before ours.
+
+    Attributes:
+        weights: of each step of the optimizer.
+        averages: made of them by plain torch.
+        unequal: evaluations after which a shard differed from what it was before.
+        metrics: of each evaluation.
+        collectives: calls inside updates.
+    """
+
+    def __init__(self, way: str) -> None:
+        self.way = way
+        self.weights: list[Tensors] = []
+        self.averages: list[Tensors] = []
+        self.unequal: list[int] = []
+        self.metrics: dict[int, dict[str, float]] = {}
+        self.collectives = 0
+        self.at_start: Tensors = {}
+        self.callback: Any = None
+        self._shards: list[Tensor] = []
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        trained = self.callback._trainer.model
+        new = whole_weights(trained, self.way)
+        if self.weights and all(torch.equal(new[name], self.weights[-1][name]) for name in new):
+            return  # skipped
+        if not self.weights:
+            self._count_collectives(self.callback.average)
+        self.weights.append(new)
+        before = self.averages[-1] if self.averages else self.at_start
+        self.averages.append(
+            {name: torch.lerp(before[name], one, MOMENTUM) for name, one in new.items()}
+            if before
+            else new
+        )
+        self._shards = shards_of(trained)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.metrics[state.global_step] = rest["metrics"]
+        now = shards_of(self.callback._trainer.model)
+        if not all(map(torch.equal, now, self._shards)):
+            self.unequal.append(state.global_step)
+
+    def _count_collectives(self, average: Any) -> None:
+        update = average.update_parameters
+
+        def counted(*arguments: Any, **named: Any) -> None:
+            with CommDebugMode() as mode:
+                update(*arguments, **named)
+            self.collectives += mode.get_total_counts()
+
+        average.update_parameters = counted
+
+
+class AtStart(TrainerCallback):  # type: ignore[misc]
+    """The average as training begins; called after ours."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        recorder = self.recorder
+        if int(recorder.callback.average.steps) > 0:
+            recorder.at_start = whole_averages(recorder.callback, recorder.way)
+
+
+def shards_of(trained: nn.Module) -> list[Tensor]:
+    """Copies of what this process holds of the model."""
+    held = [getattr(one, "ds_tensor", None) for one in trained.parameters()]
+    return [
+        (local(one) if piece is None else piece).detach().clone()
+        for one, piece in zip(trained.parameters(), held, strict=True)
+    ]
+
+
+@torch.no_grad()
+def whole_weights(trained: Any, way: str) -> Tensors:
+    if way.startswith("zero3"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return {n: safe_get_full_fp32_param(p).clone() for n, p in trained.named_parameters()}
+    if way.startswith("fsdp1"):
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        with FullyShardedDataParallel.summon_full_params(trained, writeback=False):
+            found = {name: one.clone() for name, one in trained.named_parameters()}
+        return {name.replace("_fsdp_wrapped_module.", ""): one for name, one in found.items()}
+    return {name: whole(one).clone() for name, one in trained.named_parameters()}
+
+
+def whole(tensor: Any) -> Tensor:
+    result: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return result.detach()
+
+
+def whole_averages(callback: EMACallback, way: str) -> Tensors:
+    average: Any = callback.average
+    if way.startswith("fsdp1"):
+        state_dict = checkpoints.averaged_state_dict(
+            average, callback._trainer.model, full_state_dict=True
+        )
+        return {n.removeprefix("module."): t for n, t in state_dict.items() if n != "steps"}
+    return {name: whole(one).clone() for name, one in average.module.named_parameters()}
+
+
+def differing(ours: Tensors, theirs: Tensors) -> list[str]:
+    """Names whose values aren't the same to the bit."""
+    assert ours.keys() == theirs.keys()
+    return [name for name in ours if not torch.equal(ours[name], theirs[name])]
+
+
+def trainer_of(
+    folder: Path, way: str, arguments: dict[str, Any], **more: Any
+) -> tuple[Trainer, EMACallback, Recorder]:
+    recorder = Recorder(way)
+    averaged = more.pop("averaged", {})
+    options = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "optim": "adamw_torch",
+        "max_steps": 6,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_strategy": "no",
+        "dataloader_pin_memory": False,
+        "max_grad_norm": 0.0,
+    }
+    trainer = Trainer(
+        model=model(),
+        args=TrainingArguments(str(folder), **{**options, **arguments, **more}),
+        train_dataset=texts(0, 64),
+        eval_dataset=texts(64, 80),
+        callbacks=[recorder],
+    )
+    callback = EMACallback(momentum=MOMENTUM, **averaged).attach(trainer)
+    trainer.add_callback(AtStart(recorder))
+    recorder.callback = callback
+    return trainer, callback, recorder
+
+
+@torch.no_grad()
+def loss_of(weights: Tensors) -> float:
+    """What an evaluation with ``weights`` measures, in one plain model."""
+    plain = model().eval()
+    plain.load_state_dict(weights, strict=False)
+    tokens = torch.stack([row["input_ids"] for row in texts(64, 80)])
+    return float(plain(input_ids=tokens, labels=tokens).loss)
+
+
+def course(folder: Path, way: str) -> dict[str, Any]:
+    """A training that ends with its best checkpoint, the first: the one of the largest loss."""
+    with accelerator_of(way) as arguments:
+        trainer, callback, recorder = trainer_of(
+            folder,
+            way,
+            arguments,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_loss",
+            greater_is_better=True,
+        )
+        trainer.train()
+        average: Any = callback.average
+        best = trainer.state.best_global_step
+        expected = recorder.averages
+        facts: dict[str, Any] = {
+            "kind": type(average).__name__,
+            "wrapped": type(trainer.model_wrapped).__name__,
+            "shapes": [tuple(one.shape) for one in map(local, average.module.parameters())],
+            "steps": len(recorder.weights),
+            "best": best,
+            "steps at best": int(average.steps),
+            "average at best": differing(whole_averages(callback, way), expected[best - 1]),
+            "model at best": differing(
+                whole_weights(trainer.model, way), recorder.weights[best - 1]
+            ),
+            "unequal": list(recorder.unequal),
+            "collectives": recorder.collectives,
+            "losses": {step: told["eval_loss"] for step, told in recorder.metrics.items()},
+            "expected": {step: loss_of(expected[step - 1]) for step in recorder.metrics},
+            "own": {step: loss_of(recorder.weights[step - 1]) for step in recorder.metrics},
+            "averages": expected,
+        }
+        before = shards_of(trainer.model)
+        facts["after"] = trainer.evaluate()["eval_loss"]
+        facts["predicted"] = trainer.predict(texts(64, 80)).metrics["test_loss"]
+        callback.save_pretrained(folder / "exported")
+        facts["unchanged"] = all(map(torch.equal, before, shards_of(trainer.model)))
+    return facts
+
+
+def resumed(folder: Path, way: str, step: int, last: int = 6) -> dict[str, Any]:
+    """The same training from a checkpoint on."""
+    with (
+        accelerator_of(way) as arguments,
+        warnings.catch_warnings(record=True) as warned,
+    ):
+        warnings.simplefilter("always")
+        trainer, callback, recorder = trainer_of(
+            folder, way, arguments, max_steps=last, save_strategy="no", eval_strategy="no"
+        )
+        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        average: Any = callback.average
+        return {
+            "at start": recorder.at_start,
+            "steps": int(average.steps),
+            "average": whole_averages(callback, way),
+            "by hand": differing(whole_averages(callback, way), recorder.averages[-1])
+            if recorder.averages
+            else [],
+            "warned": [str(one.message) for one in warned if "no folder" in str(one.message)],
+        }
