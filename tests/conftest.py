@@ -68,6 +68,7 @@ _START_RANKS = (
     "tests/frameworks/callbacks/test_callback_accelerate_sharded.py",
     "tests/frameworks/callbacks/test_callback_huggingface_sharded.py",
 )
+_RANKS = {"two_ranks", "four_ranks", "deepspeed_ranks", "two_trainers", "four_trainers"}
 # What takes longest is begun first, so that no process is left alone with it at the end.
 _FIRST = (
     "tests/project/test_build.py",
@@ -110,7 +111,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if {"two_ranks", "four_ranks", "deepspeed_ranks"} & set(getattr(item, "fixturenames", ())):
+        if _RANKS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
         if item.get_closest_marker("gpu") is None:
             continue

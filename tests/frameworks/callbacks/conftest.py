@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import ranks
+from tests.ranks import Ranks
+
+# Of the processes of sharded trainings.
+SHARDED = ["tests.frameworks.callbacks.sharded_trainings"]
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -35,3 +41,16 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread: None) -> None:
     """Every training here."""
+
+
+@pytest.fixture(scope="session")
+def two_trainers() -> Iterator[Ranks]:
+    """Two processes that have imported transformers."""
+    with ranks.started(2, imported=SHARDED) as processes:
+        yield processes
+
+
+@pytest.fixture(scope="session")
+def four_trainers() -> Iterator[Ranks]:
+    with ranks.started(4, imported=SHARDED) as processes:
+        yield processes

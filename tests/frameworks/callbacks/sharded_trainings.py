@@ -22,6 +22,7 @@ from accelerate import state
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.functional import cross_entropy
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -31,12 +32,13 @@ from transformers import (
     training_args,
 )
 
+from ema_fused.callbacks import huggingface
 from ema_fused.callbacks.huggingface import EMACallback
 from ema_fused.engine.dtensors import is_sharded, local
 from ema_fused.saving import checkpoints
 from tests.digits import digits
+from tests.processes import die
 
-IMPORTED = [__name__]
 WORDS, LENGTH = 17, 16
 MOMENTUM = 0.1
 Tensors = dict[str, Tensor]
@@ -133,14 +135,19 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.unequal: list[int] = []
         self.metrics: dict[int, dict[str, float]] = {}
         self.collectives = 0
+        self.before: Tensors = {}
         self.at_start: Tensors = {}
         self.callback: Any = None
         self._shards: list[Tensor] = []
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.before = whole_weights(self.callback._trainer.model, self.way)
+
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         trained = self.callback._trainer.model
         new = whole_weights(trained, self.way)
-        if self.weights and all(torch.equal(new[name], self.weights[-1][name]) for name in new):
+        old = self.weights[-1] if self.weights else self.before
+        if all(torch.equal(new[name], old[name]) for name in new):
             return  # skipped
         if not self.weights:
             self._count_collectives(self.callback.average)
@@ -231,7 +238,7 @@ def trainer_of(
     folder: Path, way: str, arguments: dict[str, Any], **more: Any
 ) -> tuple[Trainer, EMACallback, Recorder]:
     recorder = Recorder(way)
-    averaged = more.pop("averaged", {})
+    averaged: dict[str, Any] = {"momentum": MOMENTUM, **more.pop("averaged", {})}
     options = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
@@ -256,7 +263,7 @@ def trainer_of(
         eval_dataset=texts(64, 80),
         callbacks=[recorder],
     )
-    callback = EMACallback(momentum=MOMENTUM, **averaged).attach(trainer)
+    callback = EMACallback(**averaged).attach(trainer)
     trainer.add_callback(AtStart(recorder))
     recorder.callback = callback
     return trainer, callback, recorder
@@ -333,3 +340,58 @@ def resumed(folder: Path, way: str, step: int, last: int = 6) -> dict[str, Any]:
             else [],
             "warned": [str(one.message) for one in warned if "no folder" in str(one.message)],
         }
+
+
+def killed(folder: Path, way: str) -> None:
+    """The second checkpoint of :func:`course`; one of the processes is killed while it saves."""
+    with accelerator_of(way) as arguments:
+        trainer, _, _ = trainer_of(folder, way, arguments)
+        write = huggingface.write_shards
+
+        def dying(average: Any, model: Any, at: Path) -> None:
+            if trainer.state.global_step == 4 and dist.get_rank() == 1:
+                die()
+            write(average, model, at)
+
+        with mock.patch.object(huggingface, "write_shards", dying):
+            trainer.train()
+
+
+def skipping(folder: Path, way: str, overflows: set[int]) -> dict[str, Any]:
+    """A training with a gradient scaler; at some steps one process's loss is infinite."""
+    with accelerator_of(way) as arguments:
+        trainer, callback, recorder = trainer_of(
+            folder,
+            way,
+            arguments,
+            optim="sgd",
+            gradient_accumulation_steps=1,
+            eval_strategy="no",
+            save_strategy="no",
+        )
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+
+        def loss(outputs: Any, labels: Tensor, **_: Any) -> Tensor:
+            bad = trainer.state.global_step in overflows and dist.get_rank() == 1
+            logits = outputs.logits[:, :-1].flatten(0, 1)
+            return cross_entropy(logits, labels[:, 1:].flatten()) * (float("inf") if bad else 1.0)
+
+        trainer.compute_loss_func = loss
+        trainer.train()
+        average: Any = callback.average
+        return {
+            "steps": int(average.steps),
+            "recorded": len(recorder.weights),
+            "differing": differing(whole_averages(callback, way), recorder.averages[-1]),
+        }
+
+
+def refused(folder: Path, way: str, averaged: dict[str, Any]) -> str:
+    """What is said of such an average when training begins."""
+    with accelerator_of(way) as arguments:
+        trainer, _, _ = trainer_of(folder, way, arguments, averaged=averaged)
+        try:
+            trainer.train()
+        except (TypeError, ValueError) as error:
+            return str(error)
+    return ""

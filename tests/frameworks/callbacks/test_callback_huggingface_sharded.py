@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import LlamaForCausalLM
 
+from ema_fused import ExponentialMovingAverage
 from tests import ranks
 from tests.frameworks.callbacks import sharded_trainings as trainings
+from tests.frameworks.callbacks.conftest import SHARDED
 from tests.frameworks.callbacks.sharded_trainings import Tensors, differing
 from tests.ranks import Ranks
 
@@ -23,22 +25,16 @@ WAYS = ["ddp", "fsdp2", "fsdp2full", "fsdp1", "zero1bf16", "zero2", "zero3bf16"]
 SPREAD = {"fsdp2", "fsdp2full", "fsdp1", "zero3bf16"}
 
 
-@pytest.fixture(scope="module")
-def two() -> Iterator[Ranks]:
-    with ranks.started(2, imported=trainings.IMPORTED) as processes:
-        yield processes
-
-
 @pytest.fixture(scope="module", params=WAYS)
 def trained(
-    request: pytest.FixtureRequest, two: Ranks, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, two_trainers: Ranks, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Path, list[dict[str, Any]]]:
     """The way, the folder of a training with checkpoints, and what each process saw."""
     way = request.param
     if way.startswith("zero"):
         pytest.importorskip("deepspeed", reason="deepspeed is not installed")
     folder = tmp_path_factory.mktemp(way)
-    return way, folder, two.run(trainings.course, folder, way)
+    return way, folder, two_trainers.run(trainings.course, folder, way)
 
 
 Trained = tuple[str, Path, list[dict[str, Any]]]
@@ -104,9 +100,9 @@ def test_the_folder_says_what_it_holds_and_one_process_loads_it(trained: Trained
     assert not [path for path in folder.rglob("*") if ".partial" in path.name]
 
 
-def test_a_training_is_resumed_to_the_bit(trained: Trained, two: Ranks) -> None:
+def test_a_training_is_resumed_to_the_bit(trained: Trained, two_trainers: Ranks) -> None:
     way, folder, (facts, _) = trained
-    for process in two.run(trainings.resumed, folder, way, 4):
+    for process in two_trainers.run(trainings.resumed, folder, way, 4):
         assert differing(process["at start"], facts["averages"][3]) == []
         assert process["steps"] == 6
         assert process["warned"] == process["by hand"] == []
@@ -119,11 +115,66 @@ def test_a_training_is_resumed_to_the_bit(trained: Trained, two: Ranks) -> None:
     at = folder / "checkpoint-6" / "averaged"
     (at.parent / "averaged.partial").mkdir()
     with pytest.raises(AssertionError, match=r"killed while it saved into .*checkpoint-6"):
-        two.run(trainings.resumed, folder, way, 6)
+        two_trainers.run(trainings.resumed, folder, way, 6)
     (at.parent / "averaged.partial").rmdir()
     shutil.rmtree(at)
-    first, second = two.run(trainings.resumed, folder, way, 6, 8)
+    first, second = two_trainers.run(trainings.resumed, folder, way, 6, 8)
     assert len(first["warned"]) == 1 and "starts as a copy" in first["warned"][0]
     assert second["warned"] == []
     assert first["steps"] == second["steps"] == 2
     assert first["by hand"] == second["by hand"] == []
+
+
+@pytest.mark.parametrize("trained", ["fsdp2", "fsdp1"], indirect=True)
+def test_another_number_of_processes_goes_on_with_the_average(
+    trained: Trained, four_trainers: Ranks
+) -> None:
+    way, folder, (facts, _) = trained
+    for process in four_trainers.run(trainings.resumed, folder, way, 4):
+        assert differing(process["at start"], facts["averages"][3]) == []
+        assert process["steps"] == 6
+        assert process["by hand"] == []
+
+
+@pytest.mark.parametrize("trained", ["fsdp2"], indirect=True)
+def test_a_killed_save_leaves_the_checkpoint_before(
+    trained: Trained, two_trainers: Ranks, tmp_path: Path
+) -> None:
+    way, _, (facts, _) = trained
+    with (
+        ranks.started(2, imported=SHARDED) as dying,
+        pytest.raises(AssertionError, match="a process ended"),
+    ):
+        dying.run(trainings.killed, tmp_path, way)
+    assert not (tmp_path / "checkpoint-4" / "averaged").exists()
+    assert (tmp_path / "checkpoint-4" / "averaged.partial").exists()
+    # The Trainer refuses a checkpoint without its last file.
+    with pytest.raises(AssertionError, match=r"No such file.*checkpoint-4/trainer_state.json"):
+        two_trainers.run(trainings.resumed, tmp_path, way, 4)
+    for process in two_trainers.run(trainings.resumed, tmp_path, way, 2):
+        assert differing(process["at start"], facts["averages"][1]) == []
+        assert differing(process["average"], facts["averages"][5]) == []
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "ddp"])
+def test_steps_that_a_scaler_skips_are_not_counted(
+    two_trainers: Ranks, tmp_path: Path, way: str
+) -> None:
+    for process in two_trainers.run(trainings.skipping, tmp_path, way, {0, 3}):
+        assert process["steps"] == process["recorded"] == 4
+        assert process["differing"] == []
+
+
+@pytest.mark.parametrize(
+    ("way", "average", "said"),
+    [
+        ("fsdp2", {"average": ExponentialMovingAverage}, "ema_fused.AveragedWeights"),
+        ("fsdp1", {"average": ExponentialMovingAverage}, "ema_fused.AveragedWeights"),
+        ("fsdp1", {"averaged_dtype": torch.bfloat16}, "leave averaged_dtype out"),
+    ],
+)
+def test_what_cannot_be_averaged_is_said_as_training_begins(
+    two_trainers: Ranks, tmp_path: Path, way: str, average: dict[str, Any], said: str
+) -> None:
+    for message in two_trainers.run(trainings.refused, tmp_path, way, average):
+        assert said in message

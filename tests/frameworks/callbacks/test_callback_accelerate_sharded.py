@@ -1,0 +1,69 @@
+"""Averages in accelerate's loops, where FSDP2 or DeepSpeed shards the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.frameworks.callbacks import accelerate_sharded_run as loops
+from tests.frameworks.callbacks.sharded_trainings import differing
+from tests.ranks import Ranks
+
+
+@pytest.mark.parametrize("way", ["fsdp2", "zero3"])
+def test_a_registered_average_is_saved_and_loaded_to_the_bit(
+    two_trainers: Ranks, four_trainers: Ranks, tmp_path: Path, way: str
+) -> None:
+    if way.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    processes = two_trainers.run(loops.trained, tmp_path, way)
+    for facts in processes:
+        assert facts["updated"] == [False, True] * 6  # two batches to a step
+        assert facts["collectives"] == 0
+        assert facts["by hand"] == facts["loaded"] == facts["again"] == facts["warned"] == []
+        assert facts["steps"] == 4
+    exported = load_file(tmp_path / "exported" / "model.safetensors")
+    averages = processes[0]["averages"]
+    assert differing(exported, averages[3]) == []
+    if way == "zero3":
+        return  # DeepSpeed itself loads its optimizer in as many processes alone
+    for tensors, warned in four_trainers.run(loops.loaded, tmp_path, way, "averaged"):
+        assert warned == []
+        for name, average in averages[1].items():
+            assert torch.equal(tensors[name], average)
+            assert not torch.equal(tensors[f"own {name}"], average)
+
+
+def test_a_checkpoint_without_it_starts_the_average_from_its_weights(
+    two_trainers: Ranks, tmp_path: Path
+) -> None:
+    two_trainers.run(loops.trained, tmp_path, "fsdp2")
+    (first, warned), (second, silent) = two_trainers.run(loops.loaded, tmp_path, "fsdp2", "other")
+    assert len(warned) == 1 and "no folder 'other'" in warned[0]
+    assert silent == []
+    for tensors in (first, second):
+        names = [name for name in tensors if not name.startswith("own ")]
+        assert all(torch.equal(tensors[name], tensors[f"own {name}"]) for name in names)
+
+
+def test_an_average_that_accelerate_would_pickle_is_refused(
+    two_trainers: Ranks, tmp_path: Path
+) -> None:
+    (said, first, still), (_, second, loaded) = two_trainers.run(loops.pickled, tmp_path)
+    assert "call register_average(accelerator, average, model)" in said
+    assert torch.equal(first, still)
+    # What would have happened: the second process gets the first one's rows.
+    assert not torch.equal(second, loaded)
+    assert torch.equal(loaded, first)
+
+
+def test_steps_that_deepspeed_skips_are_not_counted(two_trainers: Ranks, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    for updated, steps in two_trainers.run(loops.overflowed, tmp_path):
+        assert not any(updated[::2])  # between the batches of a step
+        steps_made = updated[1::2]
+        assert 0 < steps == sum(steps_made) < len(steps_made)
+        assert steps_made == sorted(steps_made)  # the scale comes down until nothing overflows
