@@ -281,7 +281,8 @@ def load_or_start(
         FileNotFoundError: there is no checkpoint at this path.
         RuntimeError: the checkpoint has an average of another model, or not in all processes.
         CheckpointException: torch's, if the files can't be read.
-        If an error is raised, the average is unchanged.
+
+    If an error is raised, the average is unchanged.
     """
     state = _state_apart(averaged, model)
     if isinstance(source, Mapping):
