@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.functional import cross_entropy
 from transformers import (
+    ByT5Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     Trainer,
@@ -395,3 +396,31 @@ def refused(folder: Path, way: str, averaged: dict[str, Any]) -> str:
         except (TypeError, ValueError) as error:
             return str(error)
     return ""
+
+
+def adapters(folder: Path) -> Tensors:
+    """The averages of LoRA's tensors, of which the folder ``exported`` has files."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    with_adapters = get_peft_model(model(), config)
+    way = "fsdp2full"
+    with (
+        accelerator_of(way) as arguments,
+        mock.patch.dict(globals(), model=lambda: with_adapters),
+    ):
+        trainer, callback, recorder = trainer_of(
+            folder,
+            way,
+            arguments,
+            averaged={"share_frozen": True},
+            max_steps=2,
+            eval_strategy="no",
+        )
+        trainer.remove_callback(recorder)
+        trainer.processing_class = ByT5Tokenizer()
+        trainer.train()
+        callback.save_pretrained(folder / "exported")
+        average: Any = callback.average
+        found = {name: whole(one).clone() for name, one in average.weights.items()}
+        return {name: one for name, one in found.items() if "lora" in name}

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from ema_fused import ExponentialMovingAverage
@@ -163,6 +164,20 @@ def test_steps_that_a_scaler_skips_are_not_counted(
     for process in two_trainers.run(trainings.skipping, tmp_path, way, {0, 3}):
         assert process["steps"] == process["recorded"] == 4
         assert process["differing"] == []
+
+
+def test_adapters_and_tokenizer_are_written_as_they_write_themselves(
+    two_trainers: Ranks, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft", reason="peft is not installed")
+    averages, _ = two_trainers.run(trainings.adapters, tmp_path)
+    for folder in (tmp_path / "checkpoint-2" / "averaged", tmp_path / "exported"):
+        files = {path.name for path in folder.iterdir()}
+        assert {"adapter_config.json", "tokenizer_config.json"} <= files
+        written = load_file(folder / "adapter_model.safetensors")
+        plain = {name.replace(".default", ""): one for name, one in averages.items()}
+        assert differing(written, plain) == []
+        assert len(written) == 4
 
 
 @pytest.mark.parametrize(
