@@ -11,8 +11,6 @@ callback unless it was passed in ``Trainer(callbacks=...)``.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -32,6 +30,7 @@ from ema_fused.callbacks.shards import (
     read_shards,
     write_shards,
 )
+from ema_fused.callbacks.wrapped_methods import call_inside
 from ema_fused.frameworks import missing
 from ema_fused.posthoc.power_function import PowerFunctionEMA
 from ema_fused.saving import whole_files
@@ -184,9 +183,9 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         if not others:
             trainer.add_callback(self)
         self._trainer = trainer
-        _call_inside(trainer, "train", self._training)
-        _call_inside(trainer, "evaluation_loop", self._evaluation)
-        _call_inside(trainer, "save_model", self._saving)
+        call_inside(trainer, "train", self._training)
+        call_inside(trainer, "evaluation_loop", self._evaluation)
+        call_inside(trainer, "save_model", self._saving)
         return self
 
     def swapped(self) -> AbstractContextManager[nn.Module]:
@@ -426,25 +425,3 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                     stacklevel=2,
                 )
             average.copy_from(trainer.model)
-
-
-def _call_inside(
-    trainer: Any, name: str, context: Callable[[dict[str, Any]], AbstractContextManager[Any]]
-) -> None:
-    """Replaces a method of ``trainer`` by one that calls it inside ``context(arguments)``.
-
-    The context is entered only while the callback that ``context`` is a method of is one of the
-    trainer's.
-    """
-    method = getattr(trainer, name)
-    signature = inspect.signature(method)
-    callback = context.__self__  # type: ignore[attr-defined]
-
-    @functools.wraps(method)
-    def inside(*positional: Any, **named: Any) -> Any:
-        if callback not in trainer.callback_handler.callbacks:
-            return method(*positional, **named)
-        with context(signature.bind(*positional, **named).arguments):
-            return method(*positional, **named)
-
-    setattr(trainer, name, inside)

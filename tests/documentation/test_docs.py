@@ -77,6 +77,7 @@ INTERNAL = {
     "ema_fused.callbacks.shards",
     "ema_fused.callbacks.skipped_steps",
     "ema_fused.callbacks.trl_bema",
+    "ema_fused.callbacks.wrapped_methods",
     "ema_fused.hooks.mmengine_averages",
     "ema_fused.hooks.on_mmcv",
     "ema_fused.hooks.on_mmengine",
