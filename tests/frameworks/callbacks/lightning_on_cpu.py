@@ -26,6 +26,8 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 
+from tests.frameworks.zero3_models import deepspeed
+
 
 class ServedRanks(LightningEnvironment):
     """The processes that are there, with their process group."""
@@ -86,6 +88,7 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
+        deepspeed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 

@@ -38,6 +38,7 @@ from ema_fused.callbacks.huggingface import EMACallback
 from ema_fused.engine.dtensors import is_sharded, local
 from ema_fused.saving import checkpoints
 from tests.digits import digits
+from tests.frameworks.zero3_models import deepspeed
 from tests.processes import die
 
 WORDS, LENGTH = 17, 16
@@ -85,7 +86,7 @@ def accelerator_of(way: str) -> Iterator[dict[str, Any]]:
         }
         arguments = {"fsdp": True, "fsdp_config": config}
     elif way.startswith("zero"):
-        _use_deepspeed()
+        deepspeed()
         arguments = {
             "bf16": way.endswith("bf16"),
             "deepspeed": {
@@ -106,16 +107,6 @@ def accelerator_of(way: str) -> Iterator[dict[str, Any]]:
     with mock.patch.dict(os.environ, environment), kind, sixteen_bits, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield arguments
-
-
-@functools.cache
-def _use_deepspeed() -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    deepspeed.utils.logger.setLevel("ERROR")
-    # Or it compiles its own collectives first, for half a minute.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
