@@ -1,0 +1,167 @@
+"""The layout of folders of ``torch.distributed.checkpoint``, without a process group.
+
+A tensor there is in as many parts as ranks have saved; each part is a ``torch.save`` inside a file.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from ema_fused.merging.stored_tensors import Box, Contents, StoredTensor
+from ema_fused.merging.torch_layout import load_layout
+
+METADATA = ".metadata"
+
+# What the metadata is made of. It is a pickle: anything else in it could be code.
+_MODULES = {
+    "torch.distributed.checkpoint.metadata",
+    "torch.distributed._shard.sharded_tensor.metadata",
+}
+_NAMES = {
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.distributed._shard.metadata", "ShardMetadata"),
+    ("collections", "OrderedDict"),
+    ("pathlib", "PosixPath"),
+    ("pathlib", "PurePosixPath"),
+    ("pathlib._local", "PosixPath"),
+    ("builtins", "set"),
+    ("builtins", "frozenset"),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if "." in name or not (is_dtype or module in _MODULES or (module, name) in _NAMES):
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as a file of its own."""
+
+    def __init__(self, file: IO[bytes], begin: int, length: int) -> None:
+        self._file = file
+        self._begin = begin
+        self._length = length
+        self._at = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        )
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = memoryview(buffer).cast("B")
+        count = max(0, min(wanted.nbytes, self._length - self._at))
+        self._file.seek(self._begin + self._at)
+        read = self._file.read(count)
+        wanted[: len(read)] = read
+        self._at += len(read)
+        return len(read)
+
+
+def read_folder(path: Path) -> Contents:
+    """The contents of a folder of ``torch.distributed.checkpoint.save``.
+
+    Raises:
+        ValueError: it is damaged, or its metadata holds something other than metadata.
+    """
+    metadata = _read_metadata(path / METADATA)
+    parts = {
+        (index.fqn, None if index.offset is None else tuple(index.offset)): place
+        for index, place in metadata.storage_data.items()
+    }
+    files = sorted({path / place.relative_path for place in parts.values()})
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise ValueError(
+            f"{path} lacks {', '.join(absent)}, which its metadata names; copy it whole"
+        )
+    tree: dict[Any, Any] = {}
+    for name, entry in metadata.state_dict_metadata.items():
+        inside = tree
+        keys = (metadata.planner_data or {}).get(name, (name,))
+        for key in keys[:-1]:
+            inside = inside.setdefault(key, {})
+        if isinstance(entry, BytesStorageMetadata):
+            inside[keys[-1]] = _object(path, parts.get((name, None)))
+        else:
+            inside[keys[-1]] = _tensor(path, name, entry, parts)
+    return Contents(path, "distributed", tree, tuple(files), {}, {})
+
+
+def _read_metadata(file: Path) -> Metadata:
+    with file.open("rb") as opened:
+        try:
+            metadata = _Unpickler(opened).load()
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{file} holds more than the metadata of a checkpoint ({error}), which could be "
+                f"code, and is refused"
+            ) from error
+        except (EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} is no whole metadata of a checkpoint ({error}); copy or save it again"
+            ) from error
+    if not isinstance(metadata, Metadata) or metadata.storage_data is None:
+        raise ValueError(f"{file} holds no metadata of torch.distributed.checkpoint")
+    return metadata
+
+
+def _loaded(path: Path, place: Any) -> Any:
+    """What ``torch.load`` gives of one part, with stored tensors in place of tensors."""
+    if getattr(place, "transform_descriptors", None):
+        raise ValueError(
+            f"{path} is compressed ({', '.join(place.transform_descriptors)}) and can't be read in "
+            f"pieces; load it with torch.distributed.checkpoint and save it without extensions"
+        )
+    file = path / place.relative_path
+    with file.open("rb") as opened:
+        part: Any = io.BufferedReader(_Part(opened, place.offset, place.length))
+        return load_layout(part, file, place.offset)
+
+
+def _object(path: Path, place: Any) -> Any:
+    if place is None:
+        raise ValueError(f"{path} has no place for an object that its metadata names")
+    return _loaded(path, place)
+
+
+def _tensor(path: Path, name: str, entry: Any, parts: dict[Any, Any]) -> StoredTensor:
+    boxes = []
+    for chunk in entry.chunks:
+        place = parts.get((name, tuple(chunk.offsets)))
+        part = None if place is None else _loaded(path, place)
+        if not isinstance(part, StoredTensor) or part.shape != tuple(chunk.sizes):
+            raise ValueError(
+                f"{name!r} in {path} isn't where the metadata says that it is; save it again"
+            )
+        box = part.boxes[0]
+        boxes.append(Box(box.path, box.start, tuple(chunk.offsets), part.shape, box.strides))
+    stored = StoredTensor(entry.properties.dtype, tuple(entry.size), tuple(boxes))
+    if sum(StoredTensor(stored.dtype, box.sizes, ()).count for box in boxes) != stored.count:
+        raise ValueError(
+            f"{name!r} in {path} is not whole: parts of it are missing, or there twice; copy the "
+            f"files of all ranks"
+        )
+    return stored

@@ -1,0 +1,132 @@
+"""The layout of files of ``torch.save``: what they hold, and where the values of tensors are.
+
+``torch.load`` reads the file with ``weights_only=True``, so that no code in it runs, and makes fake
+tensors, which know their place in the file instead of their values.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ema_fused.merging.stored_tensors import Box, Contents, StoredTensor, span
+
+_ZIP = b"PK\x03\x04"
+_PICKLE = b"\x80"
+
+
+def is_torch_file(head: bytes) -> bool:
+    """Whether a file that begins so is one of ``torch.save``, or a pickle."""
+    return head.startswith((_ZIP, _PICKLE))
+
+
+def read_file(path: Path) -> Contents:
+    """The contents of a file of ``torch.save``.
+
+    Raises:
+        ValueError: it is damaged, needs code to be loaded, or is of a kind without a layout.
+    """
+    with path.open("rb") as file:
+        if not file.read(4).startswith(_ZIP):
+            raise ValueError(
+                f"{path} is a pickle, or in the format that torch.save had before torch 1.6, which "
+                f"can't be read in pieces; if you trust it, load it once with torch.load(path, "
+                f"weights_only=True) and save it again"
+            )
+    _refuse_big_endian(path)
+    tree = load_layout(path, path, 0)
+    if not isinstance(tree, Mapping):
+        raise ValueError(
+            f"{path} holds a {type(tree).__name__}; a dictionary of tensors is expected, as "
+            f"torch.save(model.state_dict(), path) writes it"
+        )
+    return Contents(path, "torch", tree, (path,), {}, {})
+
+
+def _refuse_big_endian(path: Path) -> None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            orders = [name for name in archive.namelist() if name.endswith("/byteorder")]
+            order = archive.read(orders[0]) if orders else b"little"
+    except zipfile.BadZipFile as error:
+        raise ValueError(
+            f"{path} is no whole file of torch.save ({error}); copy or save it again"
+        ) from error
+    if order != b"little":
+        raise ValueError(
+            f"{path} was written on a big-endian machine; load it with torch.load and save it again"
+        )
+
+
+def load_layout(source: Path | IO[bytes], path: Path, begin: int) -> Any:
+    """What ``torch.load`` gives of ``source``, with :class:`StoredTensor` in place of tensors.
+
+    Args:
+        source: the file, or a part of it.
+        path: of the file.
+        begin: of the part, in bytes from the beginning of the file.
+
+    Raises:
+        ValueError: it is damaged, or needs code to be loaded.
+    """
+    try:
+        with FakeTensorMode():
+            loaded = torch.load(source, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} can't be loaded without running code from it, and is refused ({reason}). Save "
+            f"the state_dict alone; or, for classes that you trust, call merge() after "
+            f"torch.serialization.add_safe_globals()"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} is no whole file of torch.save ({reason}); copy or save it again"
+        ) from error
+    return _stored(loaded, path, begin)
+
+
+def _stored(value: Any, path: Path, begin: int) -> Any:
+    if isinstance(value, Tensor):
+        return _stored_tensor(value, path, begin)
+    if isinstance(value, Mapping):
+        # A state_dict tells the versions of its modules in an attribute.
+        told = getattr(value, "_metadata", None)
+        inside = {key: _stored(one, path, begin) for key, one in value.items()}
+        return StateDict(inside, told) if told is not None else inside
+    if type(value) in (list, tuple):
+        return type(value)(_stored(one, path, begin) for one in value)
+    return value
+
+
+class StateDict(dict[Any, Any]):
+    """A dictionary from ``torch.save`` that tells the versions of modules (``_metadata``)."""
+
+    def __init__(self, values: dict[Any, Any], versions: Any) -> None:
+        super().__init__(values)
+        self.versions = versions
+
+
+def _stored_tensor(tensor: Tensor, path: Path, begin: int) -> StoredTensor:
+    if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
+        raise ValueError(
+            f"{path} holds a tensor of layout {tensor.layout}, or one that is conjugated or "
+            f"negated when it is read; save dense tensors, as tensor.to_dense().resolve_conj()"
+        )
+    # Fake tensors keep their storage's place in the file (torch's notes on serialization).
+    place: Any = tensor.untyped_storage()
+    start = begin + place._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
+    shape = tuple(tensor.shape)
+    end = tensor.storage_offset() + span(shape, tuple(tensor.stride()))
+    if end * tensor.dtype.itemsize > place.nbytes():
+        raise ValueError(f"{path} holds a tensor that is larger than its storage: it is damaged")
+    box = Box(path, start, (0,) * len(shape), shape, tuple(tensor.stride()))
+    return StoredTensor(tensor.dtype, shape, (box,))
