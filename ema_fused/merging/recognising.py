@@ -36,6 +36,7 @@ class Checkpoint:
         tensors: by name, each tied tensor once.
         tied: for each further name of a tied tensor, its name in ``tensors``.
         others: what stands beside the tensors and is none: numbers, lists, extra state.
+        place: the names that ``key`` is made of.
         copied: names of tensors that were copied, not averaged, by the average that is saved here.
         versions: of the modules, as ``state_dict()._metadata`` tells them.
     """
@@ -45,6 +46,7 @@ class Checkpoint:
     tensors: Mapping[str, StoredTensor]
     tied: Mapping[str, str]
     others: Mapping[str, Any]
+    place: tuple[str, ...] = ()
     copied: frozenset[str] = frozenset()
     versions: Any = field(default=None, compare=False)
 
@@ -93,7 +95,7 @@ def read_contents(path: PathLike) -> Contents:
 def is_checkpoint(path: Path) -> bool:
     """Whether there is a checkpoint at ``path``, as far as names and first bytes tell."""
     if path.is_dir():
-        return any(_weights_of_folder(path))
+        return bool(weights_in_folder(path))
     return path.is_file() and _format_of(path) is not None
 
 
@@ -127,7 +129,7 @@ def _read_folder(path: Path) -> Contents:
         from ema_fused.merging import distributed_layout  # takes most of a second to import
 
         return distributed_layout.read_folder(path)
-    groups = list(_weights_of_folder(path))
+    groups = weights_in_folder(path)
     if not groups:
         raise ValueError(
             f"{path} holds no checkpoint: neither files of weights (safetensors, torch.save) nor "
@@ -141,8 +143,12 @@ def _read_folder(path: Path) -> Contents:
     return found
 
 
+def weights_in_folder(path: Path) -> list[list[Path]]:
+    """The files of weights in a folder, those of one model together."""
+    return list(_weights_of_folder(path))
+
+
 def _weights_of_folder(path: Path) -> Iterator[list[Path]]:
-    """The files of weights, those of one model together; of several models, each."""
     if (path / ".metadata").is_file():
         yield [path / ".metadata"]
         return
@@ -195,11 +201,12 @@ def choose(contents: Contents, key: str | None = None) -> Checkpoint:
         raise ValueError(
             f"{contents.path} has no dictionary at key {key!r}; with tensors there are: {told}"
         )
+    place, inside = found
     tensors: dict[str, StoredTensor] = {}
     tied = dict(contents.tied)
     others: dict[str, Any] = {}
     names: dict[StoredTensor, str] = {}
-    for name, value in found.items():
+    for name, value in inside.items():
         if not isinstance(value, StoredTensor):
             others[str(name)] = value
         elif value.count and value in names:
@@ -213,8 +220,9 @@ def choose(contents: Contents, key: str | None = None) -> Checkpoint:
         tensors,
         tied,
         others,
+        place,
         safetensors_layout.copied_names(dict(contents.metadata)),
-        getattr(found, "versions", None),
+        getattr(inside, "versions", None),
     )
 
 
@@ -264,15 +272,15 @@ def _dictionaries(key: str, inside: Mapping[Any, Any]) -> Iterator[tuple[str, Ma
             yield from _dictionaries(f"{key}.{name}" if key else name, value)
 
 
-def _at(inside: Any, key: str) -> Mapping[Any, Any] | None:
-    """The dictionary at a key; names may have dots in them."""
+def _at(inside: Any, key: str) -> tuple[tuple[str, ...], Mapping[Any, Any]] | None:
+    """The dictionary at a key, and the names that lead to it; names may have dots in them."""
     if not isinstance(inside, Mapping):
         return None
     if not key:
-        return inside
+        return (), inside
     for name, value in inside.items():
         if isinstance(name, str) and (key == name or key.startswith(f"{name}.")):
             found = _at(value, key[len(name) + 1 :])
             if found is not None:
-                return found
+                return (name, *found[0]), found[1]
     return None

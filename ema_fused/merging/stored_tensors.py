@@ -206,7 +206,7 @@ class StoredTensor:
             most: elements.
             grain: parts begin and end at multiples of it too: the least of other tensors.
         """
-        step = math.lcm(self.grain, grain)
+        step = min(math.lcm(self.grain, grain), max(self.count, 1))
         step *= max(1, most // step)
         for start in range(0, self.count, step):
             yield start, min(start + step, self.count)

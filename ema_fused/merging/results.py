@@ -1,0 +1,104 @@
+"""The merged tensors, as the writers of all formats take them: a layout, and values in parts."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RECORD = "ema_fused.merge"  # the key of the record in the metadata of files
+RECORD_FILE = "merge.json"  # in folders
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass(frozen=True)
+class ResultTensor:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Result:
+    """Values of one tensor, flat, from element ``start`` on; ``memory`` has their bytes."""
+
+    name: str
+    start: int
+    values: Tensor
+    memory: memoryview
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What is written.
+
+    Attributes:
+        tensors: by name, in the order in which their values come.
+        tied: for each further name of a tied tensor, its name in ``tensors``.
+        values: of all tensors; those that are taken are overwritten when the next are.
+        place: the names of the dictionaries, each in the one before, that the tensors are to be in.
+        others: what stands beside them in their dictionary and is no tensor.
+        versions: of the modules, as ``state_dict()._metadata``; or None.
+        metadata: for the header of safetensors files.
+        record: says how this was made, in JSON; as long before the values were taken as after.
+    """
+
+    tensors: Mapping[str, ResultTensor]
+    tied: Mapping[str, str]
+    values: Iterator[Result]
+    place: tuple[str, ...]
+    others: Mapping[str, Any]
+    versions: Any
+    metadata: Mapping[str, str]
+    record: Callable[[], str]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.bytes for tensor in self.tensors.values())
+
+    def take(self, names: Mapping[str, object]) -> Iterator[Result]:
+        """All values of these tensors, which are the next ones."""
+        left = sum(self.tensors[name].count for name in names)
+        while left > 0:
+            result = next(self.values)
+            assert result.name in names
+            left -= result.values.numel()
+            yield result
+
+
+def reserve(number: int, size: int) -> None:
+    """Takes room on the disk for a whole file: if there is too little, nothing is read in vain."""
+    if size and hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(number, 0, size)
+        except OSError as error:
+            if is_full(error):
+                raise
+            # A file system that can't do this; then writing fails when it is full.
+    os.ftruncate(number, size)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it says that there is no more room for a file."""
+    return error.errno in _FULL
+
+
+def write_at(number: int, data: memoryview, offset: int) -> None:
+    """Writes all of ``data`` into an open file."""
+    done = 0
+    while done < data.nbytes:
+        done += os.pwrite(number, data[done:], offset + done)

@@ -1,0 +1,109 @@
+"""Writes safetensors files whose values come in parts: one file, or shards with an index."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ema_fused.merging.results import RECORD, Merged, ResultTensor, reserve, write_at
+from ema_fused.merging.safetensors_layout import DTYPES
+from ema_fused.saving.whole_files import written_whole
+
+_SINGLE = "model.safetensors"
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def shards(
+    tensors: Mapping[str, ResultTensor], files: Mapping[str, str], max_shard_bytes: int | None
+) -> dict[str, list[str]]:
+    """The names in each file, in the order in which they are written.
+
+    Args:
+        tensors: by name, in order.
+        files: where each was in the first input; empty, if that had no files like these.
+        max_shard_bytes: split anew, so that a file has at most these bytes (or one tensor); None:
+            as ``files``.
+    """
+    if max_shard_bytes is None:
+        found: dict[str, list[str]] = {}
+        for name in tensors:
+            found.setdefault(files.get(name, _SINGLE), []).append(name)
+        return {file: in_order(names, tensors) for file, names in sorted(found.items())}
+    split: list[list[str]] = [[]]
+    filled = 0
+    for name, tensor in tensors.items():
+        if split[-1] and filled + tensor.bytes > max_shard_bytes:
+            split.append([])
+            filled = 0
+        split[-1].append(name)
+        filled += tensor.bytes
+    if len(split) == 1:
+        return {_SINGLE: in_order(split[0], tensors)}
+    return {
+        f"model-{number:05d}-of-{len(split):05d}.safetensors": in_order(names, tensors)
+        for number, names in enumerate(split, start=1)
+    }
+
+
+def in_order(names: list[str], tensors: Mapping[str, ResultTensor]) -> list[str]:
+    """Large elements first, as safetensors has it: so each begins at a multiple of its size."""
+    return sorted(names, key=lambda name: -tensors[name].dtype.itemsize)
+
+
+def write_file(path: Path, merged: Merged, names: list[str]) -> None:
+    """Writes one file, atomically, with the next values of ``merged``: those of ``names``.
+
+    A file with all of them says how it was made. (When one of several is complete, the inputs have
+    not all been read, and their hashes not found.)
+    """
+    layout: dict[str, Any] = {}
+    end = 0
+    for name in names:
+        tensor = merged.tensors[name]
+        layout[name] = {
+            "dtype": _NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.bytes],
+        }
+        end += tensor.bytes
+    ties = {name: kept for name, kept in merged.tied.items() if kept in layout}
+    header = _header(merged, ties, layout)
+    with written_whole(path) as beside:
+        number = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            reserve(number, len(header) + end)
+            for result in merged.take(layout):
+                start = len(header) + layout[result.name]["data_offsets"][0]
+                write_at(number, result.memory, start + result.start * result.values.itemsize)
+            # Once more, now with the hashes of what was read.
+            write_at(number, memoryview(_header(merged, ties, layout)), 0)
+        finally:
+            os.close(number)
+
+
+def _header(merged: Merged, ties: Mapping[str, str], layout: Mapping[str, Any]) -> bytes:
+    metadata = {**merged.metadata, **ties, "format": "pt"}
+    if len(layout) == len(merged.tensors):
+        metadata[RECORD] = merged.record()
+    header = json.dumps({"__metadata__": metadata, **layout}).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def write_files(folder: Path, merged: Merged, files: Mapping[str, list[str]]) -> None:
+    """Writes one file after the other into a folder, and the index if there are several."""
+    for file, names in files.items():
+        write_file(folder / file, merged, names)
+    if len(files) > 1:
+        first = next(iter(files))
+        stem = first.rsplit("-", 3)[0] if "-of-" in first else first.rsplit(".", 1)[0]
+        index = {
+            "metadata": {"total_size": merged.bytes},
+            "weight_map": {name: file for file, names in files.items() for name in names},
+        }
+        with written_whole(folder / f"{stem}.safetensors.index.json") as beside:
+            text = json.dumps(index, indent=2, sort_keys=True)
+            beside.write_text(f"{text}\n", encoding="utf-8")

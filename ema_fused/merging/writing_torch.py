@@ -1,0 +1,68 @@
+"""Writes files of ``torch.save`` whose values come in parts.
+
+``torch.save`` writes the file with holes in the places of the values (``skip_data``), and these are
+filled. The archive's checksums of the values are left 0, as
+``torch.serialization.set_crc32_options(False)`` leaves them: ``torch.load`` doesn't look at them.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ema_fused.merging.recognising import choose
+from ema_fused.merging.results import RECORD, Merged, write_at
+from ema_fused.merging.torch_layout import read_file
+from ema_fused.saving.whole_files import written_whole
+
+
+def write_file(path: Path, merged: Merged) -> None:
+    """Writes the file, atomically, with all values of ``merged``."""
+    with written_whole(path) as beside:
+        _save_with_holes(beside, merged)
+        stored = choose(read_file(beside), ".".join(merged.place)).tensors
+        places = {name: tensor.boxes[0].start for name, tensor in stored.items() if tensor.boxes}
+        number = os.open(beside, os.O_RDWR)
+        try:
+            for result in merged.take(merged.tensors):
+                start = places[result.name] + result.start * result.values.itemsize
+                write_at(number, result.memory, start)
+            ends = [places[name] + tensor.bytes for name, tensor in merged.tensors.items()]
+            _write_around(number, beside, merged, min(places.values()), max(ends))
+        finally:
+            os.close(number)
+
+
+def _write_around(number: int, beside: Path, merged: Merged, first: int, end: int) -> None:
+    """Writes what is before and after the values once more, with the hashes of what was read."""
+    with tempfile.TemporaryDirectory(prefix=f"{beside.name}.", dir=beside.parent) as folder:
+        again = Path(folder, beside.name)  # of the same name, which is in the archive
+        _save_with_holes(again, merged)
+        with again.open("rb") as file:
+            write_at(number, memoryview(file.read(first)), 0)
+            file.seek(end)
+            write_at(number, memoryview(file.read()), end)
+
+
+def _save_with_holes(path: Path, merged: Merged) -> None:
+    with FakeTensorMode():
+        tensors: OrderedDict[str, Any] = OrderedDict(
+            (name, torch.empty(tensor.shape, dtype=tensor.dtype))
+            for name, tensor in merged.tensors.items()
+        )
+    tensors |= {name: tensors[kept] for name, kept in merged.tied.items()}
+    tensors |= merged.others
+    versions = OrderedDict(merged.versions or {})
+    versions[RECORD] = {"json": merged.record()}  # load_state_dict looks up names of modules alone
+    tensors._metadata = versions  # type: ignore[attr-defined]
+    tree: Any = tensors
+    for name in reversed(merged.place):
+        tree = {name: tree}
+    with torch.serialization.skip_data(materialize_fake_tensors=True):
+        torch.save(tree, path)
