@@ -1,7 +1,7 @@
 """The commands ``python -m ema_fused ...``.
 
 ``info`` prints the facts that a bug report needs; ``bench`` measures; ``reconstruct`` makes an
-average from snapshots.
+average from snapshots; ``merge`` averages checkpoints.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 
 import ema_fused
 from ema_fused.engine import backends
+from ema_fused.merging import command as merging
 from ema_fused.posthoc.reconstruction import Reconstruction
 
 Line = tuple[str, str]
@@ -143,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     making.add_argument(
         "--picture", type=Path, help="a PNG to draw the profiles asked for and reached in"
     )
+    merging.add_to(commands)
     measuring = commands.add_parser(
         "bench",
         help="how fast updates are on this machine, beside torch's",
@@ -169,6 +171,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, ValueError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -178,6 +183,8 @@ def _run(given: argparse.Namespace) -> int:
         return bench(given.device, given.model, given.json, busy=given.busy)
     if given.command == "reconstruct":
         done = reconstruct(given.run_dir, given.sigma_rel, given.output, given.step, given.picture)
+    elif given.command == "merge":
+        done = merging.run(given)
     else:
         done = info()
     sys.stdout.write(done + "\n")
