@@ -10,6 +10,8 @@ from ema_fused.merging.recognising import Checkpoint, is_checkpoint, weights_in_
 from ema_fused.merging.stored_tensors import StoredTensor
 
 _NUMBER = re.compile(r"\d+")
+# Files that are called the same at every step: their folders are not.
+_PLAIN_NAMES = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model", "checkpoint")
 _STEPS = ("step", "steps", "global_step", "iteration")
 
 
@@ -78,8 +80,6 @@ def step_of(checkpoint: Checkpoint) -> int | None:
                 return int(value.tensor())
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
-    for part in (checkpoint.path.stem, checkpoint.path.parent.name):
-        numbers = _NUMBER.findall(part)
-        if numbers:
-            return int(numbers[-1])
-    return None
+    path = checkpoint.path
+    numbers = _NUMBER.findall(path.parent.name if path.stem in _PLAIN_NAMES else path.stem)
+    return int(numbers[-1]) if numbers else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 from ema_fused.merging import writing_safetensors
 from ema_fused.merging.carrying import carry_over, files_beside
 from ema_fused.merging.recognising import Checkpoint
-from ema_fused.merging.results import RECORD_FILE, Merged, ResultTensor, is_full
+from ema_fused.merging.results import RECORD_FILE, Merged, ResultTensor, is_full, reserve
 from ema_fused.merging.safetensors_layout import DTYPES
 from ema_fused.merging.stored_tensors import StoredTensor
 from ema_fused.merging.streaming import Part
@@ -83,7 +84,7 @@ class Target:
             OSError: the disk is full, or can't be written.
         """
         try:
-            self._refuse_without_room(merged.bytes)
+            self._refuse_without_room(merged, files)
             if self.is_folder:
                 self._write_folder(merged, files, parts)
             else:
@@ -99,10 +100,14 @@ class Target:
                 str(self.goal),
             ) from error
 
-    def _refuse_without_room(self, size: int) -> None:
+    def _refuse_without_room(self, merged: Merged, files: Mapping[str, list[str]]) -> None:
+        """Raises OSError if the disk, a quota or a limit is too small, before anything is read."""
         existing = next(parent for parent in self.goal.absolute().parents if parent.exists())
-        if shutil.disk_usage(existing).free < size:
+        if shutil.disk_usage(existing).free < merged.bytes:
             raise OSError(errno.ENOSPC, "no room")
+        with tempfile.TemporaryFile(dir=existing) as file:
+            largest = (sum(merged.tensors[name].bytes for name in one) for one in files.values())
+            reserve(file.fileno(), max(largest))
 
     def _write_folder(
         self,

@@ -115,6 +115,7 @@ class WeightedSum:
         # An average with weight 1 is its source, rounded. Through float32: from float64 that is a
         # rounding more, far below the one that is random.
         self._unrounded[: tile.numel()].copy_(tile)
+        self._rounded.zero_()  # what it happens to hold may be NaN, which no weight makes up for
         self._rounding.lerp_(1.0, step=number)
         into.copy_(self._rounded[: tile.numel()])
 
