@@ -13,9 +13,9 @@ from the page cache, unless ``--cached``. Ratios of medians are printed; ``--wri
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +30,7 @@ import torch
 
 from benchmarks import marked, records
 from ema_fused.bench.environment import environment
+from ema_fused.merging.resident import peak_bytes
 
 PROGRAM = "merging.py"  # in the markers of the page
 INPUTS = 4
@@ -171,22 +172,32 @@ _RUN: dict[str, Callable[[list[Path], Path], None]] = {
 }
 
 
+# Before the time begins to run.
+_IMPORTED = {
+    "ema_fused": ("ema_fused.merging", "torch.distributed.checkpoint"),
+    "reading and writing": (),
+    "loop": ("safetensors.torch",),
+    "mergekit": ("yaml", "mergekit.scripts.merge_raw_pytorch"),
+}
+
+
 def can(contender: str, format: str) -> bool:
     if contender == "mergekit":
-        from importlib.util import find_spec
-
-        return format in ("safetensors", "torch") and find_spec("mergekit") is not None
+        is_there = importlib.util.find_spec("mergekit") is not None
+        return is_there and format in ("safetensors", "torch")
     return contender != "loop" or format != "distributed"
 
 
 def run_here(contender: str, paths: list[Path], output: Path) -> dict[str, float]:
     """Seconds, and the most memory that this process has had."""
     warnings.simplefilter("ignore")
+    for module in _IMPORTED[contender]:
+        importlib.import_module(module)
     torch.empty(1).add_(1)
     start = time.perf_counter()
     _RUN[contender](paths, output)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    return {"seconds": seconds, "peak": peak_bytes()}
 
 
 # ---- The whole -----------------------------------------------------------------------------------

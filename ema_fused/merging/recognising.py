@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ema_fused.merging import safetensors_layout
+from ema_fused.merging import safetensors_layout, torch_layout
 from ema_fused.merging.safetensors_layout import is_safetensors
 from ema_fused.merging.stored_tensors import Contents, StoredTensor
 
@@ -115,8 +115,6 @@ def _read_files(path: Path, files: list[Path]) -> Contents | None:
         return safetensors_layout.read_files(path, files)
     if format is None:
         return None
-    from ema_fused.merging import torch_layout  # fake tensors are imported only for these files
-
     parts = [torch_layout.read_file(file) for file in files]
     if len(parts) == 1:
         return Contents(path, "torch", parts[0].tree, tuple(files), {}, {})

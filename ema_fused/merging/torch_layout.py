@@ -1,7 +1,7 @@
 """The layout of files of ``torch.save``: what they hold, and where the values of tensors are.
 
-``torch.load`` reads the file with ``weights_only=True``, so that no code in it runs, and makes fake
-tensors, which know their place in the file instead of their values.
+``torch.load`` reads the file with ``weights_only=True``, so that no code in it runs, and makes
+tensors on the meta device, which know their place in the file instead of their values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ema_fused.merging.stored_tensors import Box, Contents, StoredTensor, span
 
@@ -77,8 +76,15 @@ def load_layout(source: Path | IO[bytes], path: Path, begin: int) -> Any:
         ValueError: it is damaged, or needs code to be loaded.
     """
     try:
-        with FakeTensorMode():
-            loaded = torch.load(source, map_location="cpu", weights_only=True)
+        loaded = torch.load(source, map_location="meta", weights_only=True)
+        if not _knows_places(loaded):
+            # Older torch tells them of fake tensors alone, which take seconds to import.
+            from torch._subclasses.fake_tensor import FakeTensorMode
+
+            if not isinstance(source, Path):
+                source.seek(0)
+            with FakeTensorMode():
+                loaded = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
@@ -92,6 +98,15 @@ def load_layout(source: Path | IO[bytes], path: Path, begin: int) -> Any:
             f"{path} is no whole file of torch.save ({reason}); copy or save it again"
         ) from error
     return _stored(loaded, path, begin)
+
+
+def _knows_places(value: Any) -> bool:
+    """Whether all tensors know their place in the file."""
+    if isinstance(value, Tensor):
+        return getattr(value.untyped_storage(), "_checkpoint_offset", None) is not None
+    if isinstance(value, Mapping):
+        return all(map(_knows_places, value.values()))
+    return type(value) not in (list, tuple) or all(map(_knows_places, value))
 
 
 def _stored(value: Any, path: Path, begin: int) -> Any:
@@ -121,7 +136,7 @@ def _stored_tensor(tensor: Tensor, path: Path, begin: int) -> StoredTensor:
             f"{path} holds a tensor of layout {tensor.layout}, or one that is conjugated or "
             f"negated when it is read; save dense tensors, as tensor.to_dense().resolve_conj()"
         )
-    # Fake tensors keep their storage's place in the file (torch's notes on serialization).
+    # The place of its storage (torch's notes on serialization have it).
     place: Any = tensor.untyped_storage()
     start = begin + place._checkpoint_offset + tensor.storage_offset() * tensor.dtype.itemsize
     shape = tuple(tensor.shape)

@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
 from ema_fused.merging.recognising import choose
 from ema_fused.merging.results import RECORD, Merged, write_at
+from ema_fused.merging.streaming import Memory
 from ema_fused.merging.torch_layout import read_file
 from ema_fused.saving.whole_files import written_whole
 
@@ -51,11 +53,7 @@ def _write_around(number: int, beside: Path, merged: Merged, first: int, end: in
 
 
 def _save_with_holes(path: Path, merged: Merged) -> None:
-    with FakeTensorMode():
-        tensors: OrderedDict[str, Any] = OrderedDict(
-            (name, torch.empty(tensor.shape, dtype=tensor.dtype))
-            for name, tensor in merged.tensors.items()
-        )
+    tensors: OrderedDict[str, Any] = OrderedDict(zip(merged.tensors, _placeholders(merged)))
     tensors |= {name: tensors[kept] for name, kept in merged.tied.items()}
     tensors |= merged.others
     versions = OrderedDict(merged.versions or {})
@@ -64,5 +62,19 @@ def _save_with_holes(path: Path, merged: Merged) -> None:
     tree: Any = tensors
     for name in reversed(merged.place):
         tree = {name: tree}
-    with torch.serialization.skip_data(materialize_fake_tensors=True):
+    with torch.serialization.skip_data():
         torch.save(tree, path)
+
+
+def _placeholders(merged: Merged) -> Iterator[Tensor]:
+    """Tensors to save without their values: all of a dtype in the same pages, never touched."""
+    largest: dict[torch.dtype, int] = {}
+    for tensor in merged.tensors.values():
+        largest[tensor.dtype] = max(tensor.bytes, largest.get(tensor.dtype, 0))
+    pages = {dtype: Memory(size) for dtype, size in largest.items()}
+    for tensor in merged.tensors.values():
+        if tensor.count:
+            # Each is a storage of its own to torch, as it was made by itself.
+            yield pages[tensor.dtype].tensor(tensor.dtype, tensor.count).view(tensor.shape)
+        else:
+            yield torch.empty(tensor.shape, dtype=tensor.dtype)

@@ -206,6 +206,11 @@ _COVERED = (
         "tests/documentation/test_docs_pictures.py",
         _runs_module,
     ),
+    Covered(
+        r"python -m (ema_fused merge|benchmarks\.merging)\b",
+        "tests/merging/test_command.py",
+        _runs_module,
+    ),
     Covered(r"\S*python -m (benchmarks|ema_fused bench)\b", "make bench", _runs_module),
     Covered(r"benchmarks/gpu_check\.sh", "tests/bench/test_gpu_check.py", _runs_script),
     Covered(r"cmake\b", "make host-test", _configures),
