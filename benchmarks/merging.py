@@ -74,7 +74,7 @@ def _save_shards(state: dict[str, Any], path: Path) -> None:
 
     path.mkdir()
     names = list(state)
-    places = {}
+    places: dict[str, str] = {}
     for number in range(4):
         file = f"model-{number + 1:05d}-of-00004.safetensors"
         own = names[number::4]
@@ -154,12 +154,10 @@ def loop(paths: list[Path], output: Path) -> None:
 
 def mergekit(paths: list[Path], output: Path) -> None:
     """``mergekit-pytorch``, which takes files of any model."""
-    import yaml
-    from mergekit.scripts import merge_raw_pytorch
-
+    merge_raw_pytorch: Any = importlib.import_module("mergekit.scripts.merge_raw_pytorch")
     models = [{"model": str(path), "parameters": {"weight": 1.0}} for path in paths]
     config = output.with_suffix(".yaml")
-    config.write_text(yaml.safe_dump({"merge_method": "linear", "models": models}))
+    config.write_text(json.dumps({"merge_method": "linear", "models": models}))
     merge_raw_pytorch.main([str(config), str(output.with_suffix(""))], standalone_mode=False)
     os.sync()
 
@@ -177,7 +175,7 @@ _IMPORTED = {
     "ema_fused": ("ema_fused.merging", "torch.distributed.checkpoint"),
     "reading and writing": (),
     "loop": ("safetensors.torch",),
-    "mergekit": ("yaml", "mergekit.scripts.merge_raw_pytorch"),
+    "mergekit": ("mergekit.scripts.merge_raw_pytorch",),
 }
 
 

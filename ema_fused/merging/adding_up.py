@@ -114,7 +114,7 @@ def refuse_differing_integers(
     Args:
         checkpoints: the inputs.
         tensors: of each input, by name.
-        integers: as :func:`~ema_fused.merging.merge.merge` takes it.
+        integers: as :func:`~ema_fused.merging.merge_files.merge` takes it.
     """
     if integers == "last":
         return

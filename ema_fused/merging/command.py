@@ -16,7 +16,7 @@ import torch
 from ema_fused.engine.rounding import ROUNDINGS
 from ema_fused.merging.adding_up import INTEGERS
 from ema_fused.merging.hashing import HASHES
-from ema_fused.merging.merge import GIB, Record, merge
+from ema_fused.merging.merge_files import GIB, Record, merge
 from ema_fused.merging.outputs import FORMATS
 
 _UNITS = {"": 1}
@@ -115,7 +115,7 @@ def run(given: argparse.Namespace) -> str:
     """Merges as the arguments say; returns the lines to print.
 
     Raises:
-        ValueError, OSError, ImportError: as :func:`~ema_fused.merging.merge.merge`.
+        ValueError, OSError, ImportError: as :func:`~ema_fused.merging.merge_files.merge`.
     """
     paths, weights = split_weights(given.inputs)
     with _warnings_in_short(), _bar() as progress:

@@ -148,7 +148,7 @@ def target_of(
     checkpoints: Sequence[Checkpoint],
     max_shard_bytes: int | None,
 ) -> Target:
-    """Decides what to write; arguments as :func:`~ema_fused.merging.merge.merge`.
+    """Decides what to write; arguments as :func:`~ema_fused.merging.merge_files.merge`.
 
     Raises:
         ValueError: the format is unknown, or doesn't go with the name.

@@ -6,7 +6,10 @@ import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from torch import Tensor
 RECORD = "ema_fused.merge"  # the key of the record in the metadata of files
 RECORD_FILE = "merge.json"  # in folders
 
+_AT_ONCE = 32 * 2**20  # bytes that are brought to the disk together
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -97,8 +101,46 @@ def is_full(error: OSError) -> bool:
     return error.errno in _FULL
 
 
-def write_at(number: int, data: memoryview, offset: int) -> None:
-    """Writes all of ``data`` into an open file."""
-    done = 0
-    while done < data.nbytes:
-        done += os.pwrite(number, data[done:], offset + done)
+class OutputFile:
+    """An open file; a thread brings to the disk what was written, while more is read and summed.
+
+    Else all of it would be written when the file is synchronised at the end, and nothing read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._thread = ThreadPoolExecutor(max_workers=1)
+        self._running: Future[None] | None = None
+        self._waiting = 0
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Writes all of ``data``."""
+        done = 0
+        while done < data.nbytes:
+            done += os.pwrite(self.number, data[done:], offset + done)
+        self._waiting += done
+        if self._waiting >= _AT_ONCE and (self._running is None or self._running.done()):
+            self._wait()
+            self._running = self._thread.submit(os.fsync, self.number)
+            self._waiting = 0
+
+    def _wait(self) -> None:
+        """Raises what the thread has raised."""
+        if self._running is not None:
+            self._running.result()
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._thread.shutdown()
+            if error is None:
+                self._wait()
+        finally:
+            os.close(self.number)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ema_fused.merging.results import RECORD, Merged, ResultTensor, reserve, write_at
+from ema_fused.merging.results import RECORD, Merged, OutputFile, ResultTensor, reserve
 from ema_fused.merging.safetensors_layout import DTYPES
 from ema_fused.saving.whole_files import written_whole
 
@@ -70,18 +69,16 @@ def write_file(path: Path, merged: Merged, names: list[str]) -> None:
         }
         end += tensor.bytes
     ties = {name: kept for name, kept in merged.tied.items() if kept in layout}
-    header = _header(merged, ties, layout)
+    header = _header(merged, ties, layout)  # of the right length
     with written_whole(path) as beside:
-        number = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            reserve(number, len(header) + end)
+        beside.unlink(missing_ok=True)
+        with OutputFile(beside) as file:
+            reserve(file.number, len(header) + end)
             for result in merged.take(layout):
                 start = len(header) + layout[result.name]["data_offsets"][0]
-                write_at(number, result.memory, start + result.start * result.values.itemsize)
-            # Once more, now with the hashes of what was read.
-            write_at(number, memoryview(_header(merged, ties, layout)), 0)
-        finally:
-            os.close(number)
+                file.write(result.memory, start + result.start * result.values.itemsize)
+            # Now with the hashes of what was read.
+            file.write(memoryview(_header(merged, ties, layout)), 0)
 
 
 def _header(merged: Merged, ties: Mapping[str, str], layout: Mapping[str, Any]) -> bytes:

@@ -7,7 +7,6 @@ filled. The archive's checksums of the values are left 0, as
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ema_fused.merging.recognising import choose
-from ema_fused.merging.results import RECORD, Merged, write_at
+from ema_fused.merging.results import RECORD, Merged, OutputFile, reserve
 from ema_fused.merging.streaming import Memory
 from ema_fused.merging.torch_layout import read_file
 from ema_fused.saving.whole_files import written_whole
@@ -30,30 +29,30 @@ def write_file(path: Path, merged: Merged) -> None:
         _save_with_holes(beside, merged)
         stored = choose(read_file(beside), ".".join(merged.place)).tensors
         places = {name: tensor.boxes[0].start for name, tensor in stored.items() if tensor.boxes}
-        number = os.open(beside, os.O_RDWR)
-        try:
+        with OutputFile(beside) as file:
+            reserve(file.number, beside.stat().st_size)
             for result in merged.take(merged.tensors):
                 start = places[result.name] + result.start * result.values.itemsize
-                write_at(number, result.memory, start)
+                file.write(result.memory, start)
             ends = [places[name] + tensor.bytes for name, tensor in merged.tensors.items()]
-            _write_around(number, beside, merged, min(places.values()), max(ends))
-        finally:
-            os.close(number)
+            _write_around(file, beside, merged, min(places.values()), max(ends))
 
 
-def _write_around(number: int, beside: Path, merged: Merged, first: int, end: int) -> None:
+def _write_around(file: OutputFile, beside: Path, merged: Merged, first: int, end: int) -> None:
     """Writes what is before and after the values once more, with the hashes of what was read."""
     with tempfile.TemporaryDirectory(prefix=f"{beside.name}.", dir=beside.parent) as folder:
         again = Path(folder, beside.name)  # of the same name, which is in the archive
         _save_with_holes(again, merged)
-        with again.open("rb") as file:
-            write_at(number, memoryview(file.read(first)), 0)
-            file.seek(end)
-            write_at(number, memoryview(file.read()), end)
+        with again.open("rb") as opened:
+            file.write(memoryview(opened.read(first)), 0)
+            opened.seek(end)
+            file.write(memoryview(opened.read()), end)
 
 
 def _save_with_holes(path: Path, merged: Merged) -> None:
-    tensors: OrderedDict[str, Any] = OrderedDict(zip(merged.tensors, _placeholders(merged)))
+    tensors: OrderedDict[str, Any] = OrderedDict(
+        zip(merged.tensors, _placeholders(merged), strict=True)
+    )
     tensors |= {name: tensors[kept] for name, kept in merged.tied.items()}
     tensors |= merged.others
     versions = OrderedDict(merged.versions or {})

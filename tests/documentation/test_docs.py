@@ -89,7 +89,8 @@ INTERNAL = {
 
 def public_modules() -> dict[str, Path]:
     folder = ROOT / "ema_fused"
-    names = ("__init__", "averages/schedules", "saving/checkpoints", "saving/export")
+    names = ("__init__", "averages/schedules", "merging/__init__")
+    names += ("saving/checkpoints", "saving/export")
     files = [folder / f"{name}.py" for name in names]
     for part in ("adapters", "callbacks", "hooks"):
         files += sorted((folder / part).glob("*.py"))

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,14 @@ def merge_and_die(inputs: list[Path], output: Path, format: str, actions: int, n
                 if left == 0:
                     os.kill(os.getpid(), number)
 
-        for name in ("fsync", "pwrite"):
-            real = getattr(os, name)
-            setattr(os, name, lambda *given, real=real: (act("sync", ()), real(*given))[1])
+        def counted(real: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*given: Any) -> Any:
+                act("sync", ())
+                return real(*given)
+
+            return call
+
+        os.fsync, os.pwrite = counted(os.fsync), counted(os.pwrite)
         sys.addaudithook(act)
         try:
             merge(inputs, output=output, format=format)

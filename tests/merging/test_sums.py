@@ -39,9 +39,9 @@ def merged(path: Path, states: list[dict[str, Tensor]], *args: Any, **kw: Any) -
 def exact(tensors: list[Tensor], weights: list[float]) -> np.ndarray[Any, Any]:
     """The sum in float64, by NumPy."""
     wide = torch.complex128 if tensors[0].is_complex() else torch.float64
-    return np.sum(
-        [w * one.to(wide).numpy() for w, one in zip(weights, tensors, strict=True)], axis=0
-    )
+    terms = [w * one.to(wide).numpy() for w, one in zip(weights, tensors, strict=True)]
+    total: np.ndarray[Any, Any] = np.sum(terms, axis=0)
+    return total
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, *COMPLEX], ids=str)
