@@ -360,6 +360,51 @@ def power_function(step: Number, *, sigma_rel: float = 0.1) -> Number:
     return momentum_between(gamma_of(sigma_rel), step, step + 1)
 
 
+def ema_decay_sqrt(step: Number, *, momentum: float = 0.001, switch: int, total: int) -> Number:
+    """A mean until ``switch``, then values weighted by ``1 - sqrt(x)``: levanter's, while training.
+
+    Levanter's ``EmaDecaySqrtModelAveraging``, which takes the place of a learning rate that decays
+    by ``1 - sqrt(x)`` (WSM, arXiv 2507.17634, does it with checkpoints: ``python -m ema_fused
+    merge``). The weight of each value is ``momentum`` before step ``switch``, and
+    ``1 - sqrt((step - switch) / total)`` from there on; the average is the sum divided by all
+    weights so far. ``total`` steps after ``switch`` it stops changing.
+
+    Args:
+        step: counted from 0.
+        momentum: ``1 - beta``.
+        switch: ``switch_step``.
+        total: ``decay_steps``.
+
+    Raises:
+        ValueError: ``momentum`` is not in (0, 1], ``total`` is below 1, or ``switch`` or ``step``
+            negative.
+    """
+    _check_step(step)
+    momentum = check_positive("momentum", check_fraction("momentum", momentum))
+    switch = check_integer("switch", switch, least=0)
+    total = check_integer("total", total, least=1)
+    decayed = at_most(at_least(step - switch + 1, 0), total + 1)  # values, this one included
+    latest = at_least(decayed - 1, 0)
+    is_decaying = at_most(decayed, 1)
+    weight = momentum * (1 - is_decaying) + is_decaying * (1 - raised(latest / total, 0.5))
+    before = momentum * at_most(step + 1, switch)
+    return weight / (before + decayed - _sum_of_roots(latest) / math.sqrt(total))
+
+
+def _sum_of_roots(n: Number) -> Number:
+    """``sqrt(1) + ... + sqrt(n)``: the first eight, and by Euler and Maclaurin those after them.
+
+    The relative error is below 1e-11.
+    """
+    first = sum(math.sqrt(k) * at_most(at_least(n - k + 1, 0), 1) for k in range(1, 9))
+    return first + (_integral_of_roots(at_least(n, 8)) - _integral_of_roots(8.0))
+
+
+def _integral_of_roots(x: Number) -> Number:
+    root = raised(x, 0.5)
+    return (2 * x / 3 + 0.5) * root + 1 / (24 * root) - 1 / (1920 * root**5) + 1 / (9216 * root**9)
+
+
 def momentum_of_half_life(half_life: float, *, batch_size: float = 1) -> float:
     """``1 - 0.5 ** (batch_size / half_life)``: a value's weight is halved after ``half_life``.
 

@@ -19,6 +19,7 @@ from ema_fused.averages.schedules import (
     copy_first,
     cosine,
     delayed_warmup_ratio,
+    ema_decay_sqrt,
     exponential,
     half_life_fraction,
     half_life_ramp_up,
@@ -51,9 +52,12 @@ ALL = {
     "half_life_fraction": half_life_fraction,
     "copy_first": partial(copy_first, updates=5, then=partial(annealing, momentum=0.01, gamma=20)),
     "power_function": partial(power_function, sigma_rel=0.05),
+    "ema_decay_sqrt": partial(ema_decay_sqrt, momentum=0.02, switch=20, total=60),
 }
 # Those whose memory grows from nothing: the first value is a copy, and none outweighs the last.
-FALLING = [name for name in ALL if name not in ("constant", "linear_warmup", "cosine")]
+FALLING = [
+    name for name in ALL if name not in ("constant", "linear_warmup", "cosine", "ema_decay_sqrt")
+]
 
 
 def test_annealing_falls_as_a_hyperbola_down_to_its_momentum() -> None:
@@ -81,6 +85,24 @@ def test_inverse_power_falls_with_the_steps_and_those_before() -> None:
     assert inverse_power(5, power=0) == 1.0
     with pytest.raises(ValueError, match="is 0 at step 0, which has no inverse power"):
         inverse_power(0, lag=0)
+
+
+@pytest.mark.parametrize(("switch", "total"), [(0, 1), (0, 7), (5, 40), (300, 1000), (9, 5)])
+def test_ema_decay_sqrt_is_levanter_s(switch: int, total: int) -> None:
+    beta, summed = 0.98, 0.0
+    for step in range(switch + total + 5):
+        # EmaDecaySqrtModelAveraging: the weight of this value, and of all so far.
+        share = min(1.0, max(0, step - switch) / total)
+        weight = 1 - beta if step < switch else 1 - math.sqrt(share)
+        summed += weight
+        found = ema_decay_sqrt(step, momentum=1 - beta, switch=switch, total=total)
+        assert found == pytest.approx(weight / summed, rel=1e-9, abs=1e-15)
+    assert found == 0.0
+
+
+def test_ema_decay_sqrt_needs_a_weight_before_the_switch() -> None:
+    with pytest.raises(ValueError, match="momentum"):
+        ema_decay_sqrt(1, momentum=0.0, switch=5, total=9)
 
 
 def test_linear_warmup_rises_to_its_momentum() -> None:
