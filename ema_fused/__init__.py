@@ -9,6 +9,7 @@ The folders are layers; each imports only those above it in this list:
 * :mod:`ema_fused.saving`: files of averages
 * :mod:`ema_fused.posthoc`: averages whose width is chosen after training
 * :mod:`ema_fused.merging`: averages of checkpoints on disk
+* :mod:`ema_fused.converting`: states of averages in the formats of other packages
 * :mod:`ema_fused.averages`: the averaged models that users create, and momentum schedules
 * :mod:`ema_fused.adapters`, :mod:`ema_fused.hooks`, :mod:`ema_fused.callbacks`: the same averages
   inside other packages' wrappers, frameworks and trainers

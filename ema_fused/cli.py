@@ -1,7 +1,8 @@
 """The commands ``python -m ema_fused ...``.
 
 ``info`` prints the facts that a bug report needs; ``bench`` measures; ``reconstruct`` makes an
-average from snapshots; ``merge`` averages checkpoints.
+average from snapshots; ``merge`` averages checkpoints; ``convert`` and ``inspect`` read the averages
+in them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 import ema_fused
+from ema_fused.converting import commands as converting
 from ema_fused.engine import backends
 from ema_fused.merging import command as merging
 from ema_fused.posthoc.reconstruction import Reconstruction
@@ -165,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="ours beside foreach while other processes take all cores, and nothing else",
     )
     measuring.add_argument("--json", type=Path, metavar="FILE", help="write all results here too")
+    converting.add_commands(commands)
     given = parser.parse_args(arguments)
     try:
         return _run(given)
@@ -185,6 +188,10 @@ def _run(given: argparse.Namespace) -> int:
         done = reconstruct(given.run_dir, given.sigma_rel, given.output, given.step, given.picture)
     elif given.command == "merge":
         done = merging.run(given)
+    elif given.command == "convert":
+        done = converting.run_convert(given)
+    elif given.command == "inspect":
+        done = converting.run_inspect(given)
     else:
         done = info()
     sys.stdout.write(done + "\n")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,9 @@ from ema_fused.modules.pairing import Pairing
 from ema_fused.modules.sharding import Device
 from ema_fused.modules.swapping import refuse_while_swapped
 from ema_fused.modules.waiting import reads_beside
+
+if TYPE_CHECKING:
+    from ema_fused.averages.foreign_states import LoadedState
 
 
 class BaseAveragedModel(PairedModule):
@@ -492,6 +497,52 @@ class BaseAveragedModel(PairedModule):
         if self.interval > 1:
             pairing.follow_(found_inf=found_inf)
         self._step_count.count_there(buffer, unless=found_inf)
+
+    def load_state_from(
+        self,
+        state: Mapping[Any, Any] | str | os.PathLike[str],
+        *,
+        steps: int | None = None,
+        key: str | None = None,
+        source: str | None = None,
+        averages_in: str | None = None,
+    ) -> LoadedState:
+        """Goes on from the average of another package, or of another kind of checkpoint.
+
+        Whose state it is, is found by its content: torch's ``AveragedModel``, mmengine, mmcv 1.x,
+        timm, diffusers, ema-pytorch, torch-ema, Lightning, torchtitan, ours
+        (:mod:`ema_fused.converting`). The momentum stays that of this average.
+
+        Args:
+            state: what was loaded of a checkpoint, or its path. Nothing of it is changed.
+            steps: the number of updates so far, for formats that don't keep it.
+            key: where the average is in nested dictionaries; None: found.
+            source: the name of the format; None: found. ``"weights"``: plain averaged weights.
+            averages_in: of mmcv 1.x, whose checkpoints don't tell: ``"parameters"`` or
+                ``"buffers"``.
+
+        Returns:
+            What was found, and what couldn't be taken over.
+
+        Raises:
+            FileNotFoundError: there is nothing at the path.
+            ValueError: there is no average in it, or several; or a shape differs.
+            KeyError: names don't match.
+            TypeError: a tensor is floating-point on one side alone.
+
+        If an error is raised, the average is unchanged.
+        """
+        from ema_fused.averages.foreign_states import load_foreign  # reads checkpoints: rarely used
+
+        return load_foreign(
+            self,
+            state,
+            calls_per_average=self.every * self.interval,
+            steps=steps,
+            key=key,
+            source=source,
+            averages_in=averages_in,
+        )
 
     def settle(self) -> None:
         """Waits for unfinished updates; corrects ``steps`` if the device skipped the last one."""
