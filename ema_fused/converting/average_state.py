@@ -48,7 +48,6 @@ class AverageState:
         counts_averages: ``steps`` leaves out calls that didn't average.
         decay: the weight of the average in an update; None: not kept.
         warm_up: None: not kept.
-        is_ordered: the names are in the order of the model.
         parameters: which names are of parameters; None: not known.
         unnamed: the averages of a list, in the order of the parameters of the model.
         beside: what stands beside it in the same file, and belongs to no average.
@@ -62,7 +61,6 @@ class AverageState:
     counts_averages: bool = False
     decay: float | None = None
     warm_up: WarmUp | None = None
-    is_ordered: bool = False
     parameters: frozenset[str] | None = None
     unnamed: Sequence[Any] | None = None
     beside: tuple[str, ...] = ()

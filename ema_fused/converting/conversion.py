@@ -94,8 +94,10 @@ def convert(
     listing = None if names is None else names_of(names, state)
     if state.unnamed is not None and target not in _NAMELESS:
         state = with_names(state, _needed(listing, state))
+    if listing is not None:
+        state = dataclasses.replace(state, parameters=frozenset(listing))
     if raw is not None:
-        state = dataclasses.replace(state, raw=_weights_at(raw, state))
+        state = _with_weights(state, _weights_at(raw, state))
     mapped = Mapped().all(state)
     assert format.build is not None
     built = format.build(mapped, Wanted(names=listing, folder=folder))
@@ -112,6 +114,18 @@ def _told(state: AverageState, steps: int | None, decay: float | None) -> Averag
     if decay is not None:
         state = dataclasses.replace(state, decay=check_fraction("decay", decay))
     return state
+
+
+def _with_weights(state: AverageState, raw: Tensors) -> AverageState:
+    """The state with the weights of the model, and what it lacks (buffers, say) as they have it."""
+    if state.unnamed is not None:
+        return state
+    more = {name: tensor for name, tensor in raw.items() if name not in state.averaged}
+    notes = state.notes
+    if more:
+        notes += (f"not in the average, and as in the weights: {listed(list(more))}",)
+    averaged = {**state.averaged, **more}
+    return dataclasses.replace(state, raw=raw, averaged=averaged, notes=notes)
 
 
 def _needed(names: list[str] | None, state: AverageState) -> list[str]:

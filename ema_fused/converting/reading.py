@@ -47,11 +47,11 @@ def read_average(
         FileNotFoundError: there is nothing at ``path``.
         ValueError: it is damaged, or holds no average, or several.
     """
-    tree, contents = read_tree(path)
+    tree, _ = read_tree(path)
     state = find(tree, Wanted(averages_in=averages_in), key=key, source=source, where=str(path))
     if state.unnamed is not None and names is not None:
         state = with_names(state, names_of(names, state))
-    return dataclasses.replace(state, is_ordered=contents.format == "torch" or state.is_ordered)
+    return state
 
 
 def read_tree(path: PathLike) -> tuple[Mapping[Any, Any], Contents]:
@@ -78,10 +78,11 @@ def names_of(names: PathLike | Sequence[str], state: AverageState) -> list[str]:
             lines = path.read_text(encoding="utf-8").split("\n")
             return [line.strip() for line in lines if line.strip()]
     tree, contents = read_tree(path)
-    if contents.format != "torch":
+    if contents.format != "torch" or state.unnamed is None:
         raise ValueError(
-            f"{path} doesn't keep the order of the model's parameters; pass a file of torch.save, "
-            f"or one with a name in each line"
+            f"{path} doesn't tell the parameters in their order; pass a file with one name in each "
+            f"line, those of model.named_parameters(). For a source that is a list, a file of "
+            f"torch.save with the model's state_dict does too"
         )
     inside = [tensors for tensors in _dictionaries(tree) if tensors]
     if len(inside) != 1:
@@ -89,8 +90,6 @@ def names_of(names: PathLike | Sequence[str], state: AverageState) -> list[str]:
             f"{path} has {len(inside)} dictionaries of tensors; pass a file with the state_dict of "
             f"the model alone"
         )
-    if state.unnamed is None:
-        return list(inside[0])
     return names_for(state, inside[0])
 
 

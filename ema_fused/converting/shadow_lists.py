@@ -38,9 +38,7 @@ def with_names(state: AverageState, names: Sequence[str]) -> AverageState:
             f"requires_grad alone, if it was so, and tied ones once"
         )
     averaged = dict(zip(names, state.unnamed, strict=True))
-    return dataclasses.replace(
-        state, averaged=averaged, unnamed=None, parameters=frozenset(names), is_ordered=True
-    )
+    return dataclasses.replace(state, averaged=averaged, unnamed=None, parameters=frozenset(names))
 
 
 def names_for(state: AverageState, tensors: Mapping[str, Any]) -> list[str]:
@@ -86,15 +84,11 @@ def as_list(state: AverageState, wanted: Wanted, format: str) -> list[Any]:
                 f"it are expected: {listed(list(state.averaged))}"
             )
         return [state.averaged[name] for name in wanted.names]
-    if not state.is_ordered:
-        raise ValueError(
-            f"{format} has a list in the order of the model's parameters, which this source "
-            f"doesn't keep; pass the names in their order by --names FILE (names=)"
-        )
-    parameters = {
-        name: tensor for name, tensor in state.averaged.items() if state.is_parameter(name)
-    }
-    return [tensor for _, tensor in each_once(parameters)]
+    raise ValueError(
+        f"{format} has a list in the order of model.parameters(), and a checkpoint doesn't say "
+        f"which tensors are parameters; pass their names in order by --names FILE, one in each "
+        f"line (names=): those of model.named_parameters()"
+    )
 
 
 def _without_names(state: AverageState) -> list[str]:

@@ -101,6 +101,7 @@ def _build_mmengine(state: AverageState, _: Wanted) -> Built:
 
 _MARK = "averages_in"  # of the checkpoints that are written here
 
+
 def _read_mmcv(state: Mapping[Any, Any], wanted: Wanted) -> AverageState | None:
     inside = state.get(_STATE)
     if not isinstance(inside, Mapping):

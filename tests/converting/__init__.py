@@ -1,0 +1,1 @@
+"""States of averages in the formats of other packages."""
