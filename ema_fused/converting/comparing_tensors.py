@@ -13,7 +13,7 @@ from torch import Tensor
 from ema_fused.converting.average_state import Tensors
 from ema_fused.merging.stored_tensors import OpenFiles, StoredTensor
 
-_PIECE = 2**23  # bytes of a tensor in memory at a time
+_PIECE = 2**21  # bytes of a tensor in memory at a time: they stay in the cache
 
 
 @dataclass
