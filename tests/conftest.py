@@ -47,6 +47,7 @@ if _WORKERS > 1:
 # A file's tests share fixtures, so one process runs them all, and one process runs all the files
 # that start distributed processes: several such groups at a time would disturb each other.
 _START_RANKS = (
+    "tests/converting/test_sharded_averages.py",
     "tests/modules/test_sharded.py",
     "tests/modules/test_sharded_left_out.py",
     "tests/modules/test_sharded_refusals.py",

@@ -25,7 +25,7 @@ from ema_fused.converting.reading import Mapped, read_average
 from ema_fused.converting.recognising_averages import find
 from ema_fused.converting.shadow_lists import with_names
 from ema_fused.engine.checks import check_integer
-from ema_fused.engine.dtensors import is_sharded
+from ema_fused.engine.dtensors import is_sharded, local
 from ema_fused.engine.notices import warn
 from ema_fused.modules.naming import match_names
 from ema_fused.modules.paired_module import PairedModule
@@ -84,9 +84,18 @@ def load_foreign(
     lost = list(found.notes)
     count = _count(found, steps, calls_per_average, lost)
     matched = _matched(averaged, tensors, found)
+    differing = []
     for name, other in matched.items():
-        if name not in averaged.shared_names:  # those are the model's own memory
-            values[MODULE + name] = _fitting(name, tensors[name], found.averaged[other], lost)
+        value = _fitting(name, tensors[name], found.averaged[other], lost)
+        if name not in averaged.shared_names:
+            values[MODULE + name] = value
+        elif not torch.equal(local(value), local(tensors[name]).to(value.device, value.dtype)):
+            differing.append(name)
+    if differing:
+        lost.append(
+            f"frozen parameters that the average shares with the model have other values in the "
+            f"state, and keep the model's: {listed(differing)}"
+        )
     kept = tuple(name for name in tensors if name not in matched)
     averaged.load_state_dict(values | {"steps": torch.tensor(count)})
     _question_momentum(averaged, found, lost)

@@ -60,7 +60,11 @@ def write(path: Path, built: Built) -> None:
     else:
         from ema_fused.saving import checkpoints  # takes most of a second to import
 
-        checkpoints.save(dict(built.tree), path)
+        try:
+            checkpoints.save(dict(built.tree), path)
+        except BaseException:
+            shutil.rmtree(whole_files.beside(path), ignore_errors=True)
+            raise
 
 
 def _plain(tree: Any) -> Any:

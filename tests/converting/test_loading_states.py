@@ -180,9 +180,11 @@ def test_shared_frozen_parameters_stay_the_model_s(kind: Any) -> None:
     net = model()
     net[0].requires_grad_(False)
     state = torch_state(copy.deepcopy(net))
+    state["module.0.bias"] = net[0].bias.detach().clone()
     averaged = kind(net, share_frozen=True)
     own = net[0].weight.detach().clone()
-    averaged.load_state_from(state)
+    done = averaged.load_state_from(state)
+    assert len(done.lost) == 1 and "keep the model's: '0.weight'" in done.lost[0]
     assert torch.equal(net[0].weight, own)
     assert torch.equal(averaged.module.state_dict()["0.weight"], own)
     assert torch.equal(averaged.module.state_dict()["2.weight"], state["module.2.weight"])
