@@ -31,8 +31,10 @@ def from_whole_tensors() -> list[str]:
     if (done.format, done.steps) != ("torch", 7):
         found.append(f"{done}")
     for name, tensor in averaged.weights.items():
-        if not is_sharded(tensor) or not torch.equal(whole(tensor), state[f"module.{name}"]):
+        if not torch.equal(whole(tensor), state[f"module.{name}"]):
             found.append(f"{name} isn't what was loaded")
+        if is_sharded(tensor) != is_sharded(model.state_dict()[name]):
+            found.append(f"{name} isn't sharded as the model's")
     averaged.update_parameters(model)
     if int(averaged.steps) != 8:
         found.append("it doesn't go on")
