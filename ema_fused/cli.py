@@ -1,8 +1,8 @@
 """The commands ``python -m ema_fused ...``.
 
 ``info`` prints the facts that a bug report needs; ``bench`` measures; ``reconstruct`` makes an
-average from snapshots; ``merge`` averages checkpoints; ``convert`` and ``inspect`` read the averages
-in them.
+average from snapshots; ``merge`` averages checkpoints; ``convert`` and ``inspect`` read averages in
+checkpoints.
 """
 
 from __future__ import annotations

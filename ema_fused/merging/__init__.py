@@ -7,7 +7,7 @@
 :mod:`.merge_files` finds out what several have in common (:mod:`.choosing`, :mod:`.comparing`),
 reads them in parts (:mod:`.streaming`), adds up (:mod:`.adding_up`, by :mod:`.summing` and the
 :mod:`.weights` of a schedule), and writes to :mod:`.outputs` of any of the formats.
-May import ``ema_fused``, ``engine``, ``posthoc`` and ``saving``.
+May import ``engine``, ``posthoc`` and ``saving``.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -347,7 +348,8 @@ class _Work:
         )
 
     def _json(self) -> str:
-        from ema_fused import __version__
+        # Not by an import: averages read states by this folder, and the package imports averages.
+        version = sys.modules["ema_fused"].__version__
 
-        told = {"made_by": f"ema_fused {__version__} merge", "hash": self.hash}
+        told = {"made_by": f"ema_fused {version} merge", "hash": self.hash}
         return json.dumps({**told, **asdict(self._record())})
