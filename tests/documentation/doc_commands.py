@@ -20,7 +20,7 @@ from typing import NamedTuple
 from tests import ROOT
 
 # Run as they stand, in the folder of the page's other blocks.
-_RUN = re.compile(r"python -m ema_fused (info|reconstruct)\b")
+_RUN = re.compile(r"python -m ema_fused (info|reconstruct|(convert|inspect) run\.pt)\b")
 
 _SETTING = re.compile(r"([A-Z_]+)=(.*)")
 
@@ -212,6 +212,11 @@ _COVERED = (
         _runs_module,
     ),
     Covered(r"\S*python -m (benchmarks|ema_fused bench)\b", "make bench", _runs_module),
+    Covered(
+        r"python -m ema_fused (convert|inspect)\b",
+        "tests/converting/test_files.py::test_the_commands_print_what_they_did",
+        _runs_module,
+    ),
     Covered(r"benchmarks/gpu_check\.sh", "tests/bench/test_gpu_check.py", _runs_script),
     Covered(r"cmake\b", "make host-test", _configures),
     Covered(r"ctest\b", "make host-test", _anything),
