@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import torch
 
 from ema_fused.converting.average_state import AverageState, Tensors, each_once, is_averageable
 from ema_fused.converting.comparing_tensors import Looked, look
@@ -163,9 +166,21 @@ def inspect(
         there = _state_at(other, key, source, averages_in)
         others, compared_with = _named(there), str(other)
     here = _named(state)
-    looked = tuple(look(dict(each_once(here)), others, progress))
+    with _one_thread():
+        looked = tuple(look(dict(each_once(here)), others, progress))
     missing, more = _differences(here, others)
     return Inspection(Path(path), state.format, state, compared_with, looked, missing, more)
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Pieces are small: waiting for a second thread takes longer, where other programs run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _named(state: AverageState) -> Tensors:

@@ -59,6 +59,7 @@ def test_norms_and_distances_are_those_in_float64(
         else:
             state_dict_saver.save(dict(state), checkpoint_id=tmp_path / name, no_dist=True)
     read: list[int] = []
+    threads = torch.get_num_threads()
     found = inspect(tmp_path / "here", tmp_path / "there", progress=read.append)
     assert found.format == "weights"
     assert {one.name for one in found.tensors} == here.keys()
@@ -68,6 +69,7 @@ def test_norms_and_distances_are_those_in_float64(
             assert math.sqrt(seen.squares) == pytest.approx(float(own.norm()), rel=1e-6)
         assert seen.distance == pytest.approx(float((own - other).norm()), rel=1e-6, abs=1e-12)
     assert sum(read) == 2 * found.bytes
+    assert torch.get_num_threads() == threads
     part = next(layer for layer in found.layers if layer.name == "part.0")
     both = [(here[f"part.0.{one}"], there[f"part.0.{one}"]) for one in ("weight", "bias")]
     squares = sum(float((a - b).double().square().sum()) for a, b in both)
