@@ -88,8 +88,9 @@ def _build_mmengine(state: AverageState, _: Wanted) -> Built:
     raw = raw_or_error(state, "mmengine")
     exchanged = {MODULE + name: raw[name] for name in state.averaged}
     tree = {
-        # Runner.resume() wants both numbers; they are those of a training that begins.
+        # Runner.resume() wants these; they are those of a training that begins.
         "meta": {"epoch": 0, "iter": 0},
+        "message_hub": {"log_scalars": {}, "runtime_info": {}, "resumed_keys": {}},
         _STATE: dict(state.averaged),
         _MMENGINE: {"steps": torch.tensor(count_or_one(state, lost)), **exchanged},
     }
@@ -122,14 +123,16 @@ def _read_mmcv(state: Mapping[Any, Any], wanted: Wanted) -> AverageState | None:
         )
     exchanged = others | {owners[name][0]: tensor for name, tensor in buffers.items()}
     averaged, raw = others, exchanged
+    steps = number(_at(state, "meta", "iter"))
     if _averages_of_mmcv(state, wanted) == "buffers":
         averaged, raw = exchanged, others
-    meta = state.get("meta") if inside is not state else None
+        # Written within an iteration, which is counted at its end.
+        steps = None if steps is None else steps + 1
     return AverageState(
         "mmcv",
         averaged,
         raw,
-        steps=number(meta.get("iter")) if isinstance(meta, Mapping) else None,
+        steps=steps,
         parameters=frozenset(owners[name][0] for name in buffers),
         beside=names_beside(state, _STATE) if inside is not state else (),
     )

@@ -306,7 +306,12 @@ class Mmengine(Original):
         return checkpoint
 
     def load_checkpoint(self, checkpoint: Any) -> None:
+        # In the order of Runner.resume().
+        from mmengine.logging import MessageHub
+
         self.hook.after_load_checkpoint(self.runner, checkpoint)
+        MessageHub.get_instance("resumed").load_state_dict(checkpoint["message_hub"])
+        self.runner.epoch, self.runner.iter = (checkpoint["meta"][key] for key in ("epoch", "iter"))
         self.net.load_state_dict(checkpoint["state_dict"])
 
     def averages(self) -> Tensors:

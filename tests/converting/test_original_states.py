@@ -254,9 +254,12 @@ def test_mmcv_says_where_the_averages_are_by_its_last_checkpoint(name: str, tmp_
     checkpoint = their.checkpoint()
     if name.startswith("iter"):
         checkpoint["state_dict"] = their.net.state_dict()  # nothing was exchanged
+        checkpoint["meta"]["iter"] -= 1  # and the iteration isn't counted yet
     torch.save(checkpoint, tmp_path / "unknown.pth")
     with pytest.raises(ValueError, match="doesn't say where its averages are"):
         read_average(tmp_path / "unknown.pth")
     checkpoint["meta"]["hook_msgs"] = {"last_ckpt": f"/runs/a/{name}"}
     torch.save(checkpoint, tmp_path / "told.pth")
-    assert_same(plain(their, read_average(tmp_path / "told.pth").averaged), their.averages())
+    found = read_average(tmp_path / "told.pth")
+    assert_same(plain(their, found.averaged), their.averages())
+    assert found.steps == len(STEPS)
