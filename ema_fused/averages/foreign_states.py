@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,11 @@ def load_foreign(
             f"state, and keep the model's: {listed(differing)}"
         )
     kept = tuple(name for name in tensors if name not in matched)
-    averaged.load_state_dict(values | {"steps": torch.tensor(count)})
+    state_dict = OrderedDict(values, steps=torch.tensor(count))
+    if found.kind is not None:
+        # As ``state_dict()`` keeps it: another kind of average warns.
+        vars(state_dict)["_metadata"] = {"": {"average": found.kind}}
+    averaged.load_state_dict(state_dict)
     _question_momentum(averaged, found, lost)
     return LoadedState(found.format, count, found.decay, kept, tuple(dict.fromkeys(lost)))
 

@@ -50,6 +50,7 @@ class AverageState:
         warm_up: None: not kept.
         parameters: which names are of parameters; None: not known.
         unnamed: the averages of a list, in the order of the parameters of the model.
+        kind: of ours, whether it is a mean or goes by a momentum (``averages.kept_kind``).
         beside: what stands beside it in the same file, and belongs to no average.
         notes: what a reader should know.
     """
@@ -63,6 +64,7 @@ class AverageState:
     warm_up: WarmUp | None = None
     parameters: frozenset[str] | None = None
     unnamed: Sequence[Any] | None = None
+    kind: str | None = None
     beside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     key: str = field(default="", compare=False)

@@ -38,7 +38,9 @@ def _read_ours(state: Mapping[Any, Any], _: Wanted) -> AverageState | None:
     if inside is None:
         return None
     seed = ("the seed of stochastic rounding isn't carried",) if "rounding_seed" in state else ()
-    return AverageState("ema_fused", inside, steps=number(state["steps"]), notes=seed)
+    versions = getattr(state, "_metadata", None) or getattr(state, "versions", None) or {}
+    kind = versions.get("", {}).get("average")
+    return AverageState("ema_fused", inside, steps=number(state["steps"]), kind=kind, notes=seed)
 
 
 def _build_ours(state: AverageState, _: Wanted) -> Built:

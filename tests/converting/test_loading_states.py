@@ -251,3 +251,18 @@ def test_an_offloaded_average_takes_a_state() -> None:
     averaged.flush()
     expected = torch.lerp(state["module.0.weight"], net[0].weight.detach(), 0.1)
     assert torch.equal(averaged.module.state_dict()["0.weight"], expected)
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_mean_that_goes_on_by_a_momentum_is_told(as_file: bool, tmp_path: Path) -> None:
+    net = model()
+    mean = StochasticWeightAverage(net)
+    mean.update_parameters(net)
+    mean.update_parameters(net)
+    state: Any = mean.state_dict()
+    if as_file:
+        torch.save(state, tmp_path / "mean.pt")
+        state = tmp_path / "mean.pt"
+    with pytest.warns(UserWarning, match="the state is of a mean of all values"):
+        ExponentialMovingAverage(net).load_state_from(state)
+    StochasticWeightAverage(net).load_state_from(state)
