@@ -98,15 +98,21 @@ class WeightedSum:
         return None
 
     def _by_differences(self, parts: Sequence[Tensor], total: Tensor) -> None:
-        first = self._first[: total.numel()].copy_(parts[0])
+        first = self._widened(parts[0], self._first)
         torch.mul(first, self._total, out=total)
+        difference = self._next[: total.numel()]
         for part, weight in zip(parts[1:], self._weights[1:], strict=True):
-            total.add_(self._next[: total.numel()].copy_(part).sub_(first), alpha=weight)
+            torch.sub(self._widened(part, self._next), first, out=difference)
+            total.add_(difference, alpha=weight)
 
     def _one_by_one(self, parts: Sequence[Tensor], total: Tensor) -> None:
         total.zero_()
         for part, weight in zip(parts, self._weights, strict=True):
-            total.add_(self._next[: total.numel()].copy_(part), alpha=weight)
+            total.add_(self._widened(part, self._next), alpha=weight)
+
+    def _widened(self, part: Tensor, place: Tensor) -> Tensor:
+        """The part in the dtype of the sum: itself, or a copy in ``place``."""
+        return part if part.dtype == place.dtype else place[: part.numel()].copy_(part)
 
     def _round(self, tile: Tensor, into: Tensor, number: int) -> None:
         if self._rounding is None:
