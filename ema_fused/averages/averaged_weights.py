@@ -56,9 +56,10 @@ class AveragedWeights(ExponentialMovingAverage):
         source: average these tensors in place of the model's own: the float32 "master weights" that
             an optimizer keeps of 16-bit weights. A mapping from the plain model's names to tensors,
             or a function that is called with the model, at each update, and returns one. A tensor
-            that was replaced in it is noticed. All parameters that train must be there, and
-            nothing that the model lacks; what isn't there is the model's own, and so are frozen
-            parameters with ``share_frozen``. The averages have the sources' dtype and device unless
+            that was replaced in it is noticed. All parameters that train must be there (not
+            those that ``include`` and ``exclude`` leave out), and nothing that the model lacks;
+            what isn't there or is left out is the model's own, and so are frozen parameters with
+            ``share_frozen``. The averages have the sources' dtype and device unless
             ``averaged_dtype`` and ``device`` say otherwise; :meth:`swapped` writes them rounded
             into the model alone, and :meth:`copy_to` into both.
 

@@ -147,7 +147,7 @@ def averaged_skeleton(
         average = converted(tensor, device, wanted, pinned=pinned)
         return nn.Parameter(average, requires_grad=False) if is_parameter else average
 
-    module = skeleton_of(model, average_of, sources=sources)
+    module = skeleton_of(model, average_of, sources=sources, left_out=left_out)
     return module, _names_of(aliases, module)
 
 

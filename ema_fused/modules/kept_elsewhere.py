@@ -9,12 +9,13 @@ that the caller names (:mod:`.sources`), which are averaged alone.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
 from ema_fused.engine.memory import memory_of
+from ema_fused.modules.naming import plain_names
 from ema_fused.modules.partitions import Partitions, is_partitioned
 from ema_fused.modules.sources import Sources
 
@@ -51,6 +52,7 @@ class KeptElsewhere:
         for_passes: find what the model's passes read, not what the optimizer steps on, where these
             are two.
         sources: what is averaged in place of the model's own tensors.
+        left_out: names of parameters that aren't averaged: ``sources`` don't count for them.
 
     Attributes:
         found: where :meth:`find` has found something.
@@ -60,13 +62,18 @@ class KeptElsewhere:
     """
 
     def __init__(
-        self, model: nn.Module, *, for_passes: bool = False, sources: Sources | None = None
+        self,
+        model: nn.Module,
+        *,
+        for_passes: bool = False,
+        sources: Sources | None = None,
+        left_out: Iterable[str] = (),
     ) -> None:
         self.found: list[Kept] = []
         self._model = model
         self._given: dict[int, Tensor] = {}
         if sources is not None and not for_passes:
-            given = sources.of(model)
+            given = sources.of(model, left_out=plain_names(left_out))
             self._given = given.by_tensor
             self.found.append(given)
         self._partitions = Partitions(self.found, for_passes=for_passes)

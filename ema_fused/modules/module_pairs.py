@@ -198,7 +198,8 @@ def pair_up(
     refuse_merged(model)
     ours, theirs = (slots_of(root, leave, caches_are_buffers) for root in (averaged, model))
     names = partners(ours, theirs)
-    kept = KeptElsewhere(model, for_passes=for_passes, sources=sources)
+    left_out = [names[name] for name in shares.left_out if name in names]
+    kept = KeptElsewhere(model, for_passes=for_passes, sources=sources, left_out=left_out)
     pairs: list[Pair] = []
     aliases: dict[Tensor, nn.Parameter] = {}
     for number, (name, source_name) in enumerate(names.items()):

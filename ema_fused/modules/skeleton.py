@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -27,7 +27,13 @@ _OF_FRAMEWORKS = (
 Copy = Callable[[str, Tensor], Tensor]
 
 
-def skeleton_of(model: nn.Module, copy: Copy, *, sources: Sources | None = None) -> nn.Module:
+def skeleton_of(
+    model: nn.Module,
+    copy: Copy,
+    *,
+    sources: Sources | None = None,
+    left_out: Iterable[str] = (),
+) -> nn.Module:
     """A tree of bare modules with copies of the parameters and buffers of ``model``.
 
     Nothing else of the model is copied, so it works for models that can't be deep-copied. Tied
@@ -38,8 +44,9 @@ def skeleton_of(model: nn.Module, copy: Copy, *, sources: Sources | None = None)
         copy: makes the copy of a tensor, given its name and the tensor; for a parameter, an
             ``nn.Parameter``.
         sources: what is copied in place of the model's own tensors.
+        left_out: names of parameters for which ``sources`` don't count.
     """
-    return _Copier(copy, KeptElsewhere(model, sources=sources)).module(model, "")
+    return _Copier(copy, KeptElsewhere(model, sources=sources, left_out=left_out)).module(model, "")
 
 
 class _Copier:

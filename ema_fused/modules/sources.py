@@ -7,7 +7,7 @@ rounded values into the model. The copies have the small changes that the weight
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -52,8 +52,11 @@ class Sources:
             "it; save its state_dict()"
         )
 
-    def of(self, model: nn.Module) -> SourcesOf:
+    def of(self, model: nn.Module, *, left_out: Collection[str] = ()) -> SourcesOf:
         """Those of ``model`` at the moment.
+
+        Args:
+            left_out: plain names of parameters that aren't averaged, whose values are the model's.
 
         Raises:
             ValueError: they don't fit the model; or ZeRO-3 has partitioned it.
@@ -63,7 +66,7 @@ class Sources:
                 "source= with ZeRO-3: the float32 pieces that its optimizer steps on are found "
                 "without it; leave it out"
             )
-        return SourcesOf(self._given, model, frozen_too=self._frozen_too)
+        return SourcesOf(self._given, model, left_out, frozen_too=self._frozen_too)
 
 
 class SourcesOf:
@@ -73,7 +76,9 @@ class SourcesOf:
         by_tensor: the source by the ``id`` of the tensor that the model holds.
     """
 
-    def __init__(self, given: Given, model: nn.Module, *, frozen_too: bool) -> None:
+    def __init__(
+        self, given: Given, model: nn.Module, left_out: Collection[str], *, frozen_too: bool
+    ) -> None:
         self._given = given
         self._model = weakref.ref(model)
         self._taken = dict(self._now(model))
@@ -83,15 +88,18 @@ class SourcesOf:
         self.by_tensor: dict[int, Tensor] = {}
         held = dict(_tensors_of(model))
         partners = common_names(self._taken, held)
+        own = {id(held[name]) for name in held if without_wrappers(name) in left_out}
         problems = [f"{name!r} isn't in the model" for name in self._taken if name not in partners]
         for name, partner in partners.items():
             tensor = held[partner]
             problem = _misfit(self._taken[name], tensor)
             if problem is not None:
                 problems.append(f"{name!r} {problem}")
+            elif id(tensor) in own:
+                continue
             elif tensor.requires_grad or frozen_too or not isinstance(tensor, nn.Parameter):
                 self.by_tensor.setdefault(id(tensor), _as_held(self._taken[name], tensor))
-        known = {id(held[partner]) for partner in partners.values()}
+        known = own | {id(held[partner]) for partner in partners.values()}
         problems += [
             f"{without_wrappers(name)!r} is missing"
             for name, tensor in held.items()
@@ -100,8 +108,8 @@ class SourcesOf:
         if problems:
             raise ValueError(
                 f"source= doesn't fit the model: {'; '.join(problems)}. A floating-point tensor of "
-                f"the parameter's shape is expected for each that trains, under its name in the "
-                f"plain model"
+                f"the parameter's shape is expected for each that trains and is averaged, under "
+                f"its name in the plain model"
             )
 
     def _now(self, model: nn.Module) -> Mapping[str, Tensor]:

@@ -254,3 +254,38 @@ def test_without_a_source_the_update_is_one_call_of_the_extension() -> None:
     pairing = averaged._pairing
     assert pairing is not None
     assert pairing.average_at_once(averaged.module, model, averaged.update_buffers, 0.5, None, 1)
+
+
+@pytest.mark.parametrize("given", ["all", "averaged"])
+def test_of_what_is_left_out_the_values_are_the_models(given: str) -> None:
+    model, optimizer = made()
+    everything = AveragedWeights(model, 0.1, source=optimizer.masters)
+    source = dict(optimizer.masters)
+    if given == "averaged":
+        del source["norm.weight"], source["norm.bias"]
+    averaged = AveragedWeights(model, 0.1, source=source, exclude="^norm")
+    for number in range(3):
+        train(model, optimizer, number)
+        everything.update_parameters(model)
+        averaged.update_parameters(model)
+    own = copied(dict(model.state_dict()))
+    weights = averaged.weights
+    for name in ("first.weight", "first.bias", "tied.bias"):
+        assert torch.equal(weights[name], everything.weights[name])
+        assert not torch.equal(weights[name], own[name].float())
+    for name in averaged.left_out_names:
+        assert weights[name].data_ptr() == model.state_dict()[name].data_ptr()
+    with averaged.swapped(model):
+        assert torch.equal(model.norm.weight, own["norm.weight"])
+        assert torch.equal(model.first.bias, weights["first.bias"].bfloat16())
+    assert_equal(dict(model.state_dict()), own)
+    averaged.copy_to(model)
+    assert torch.equal(source["first.bias"], weights["first.bias"])
+    assert torch.equal(model.norm.weight, own["norm.weight"])
+
+
+def test_what_is_averaged_may_not_be_missing_where_others_are_left_out() -> None:
+    model, optimizer = made()
+    source = {"first.bias": optimizer.masters["first.bias"]}
+    with pytest.raises(ValueError, match=r"'tied.weight' is missing; 'tied.bias' is missing\. "):
+        AveragedWeights(model, 0.1, source=source, exclude="^norm")
