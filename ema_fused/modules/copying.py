@@ -220,19 +220,26 @@ class FrozenShares:
         """Whether the average of ``source`` is to be in its memory."""
         return name in self.names and (name in self._left_out or not source.requires_grad)
 
-    def is_of_another(self, name: str, averaged: Tensor, source: Tensor) -> bool:
-        """Whether ``averaged`` is left out and shared, and with another model than ``source``'s."""
+    def is_of_another(self, name: str, averaged: Tensor, source: Tensor, of_model: Tensor) -> bool:
+        """Whether ``averaged`` is left out and shared, and with another model than ``source``'s.
+
+        Args:
+            of_model: the parameter whose values are in ``source``, mostly itself.
+        """
         if name not in self.names or name not in self._left_out:
             return False
         known = self._sources.get(name)
-        is_known = known is not None and known() is source
+        is_known = known is not None and known() is of_model
         return not is_known and not is_view_of(local(averaged), local(source))
 
-    def settle(self, name: str, averaged: Tensor, source: Tensor) -> bool:
+    def settle(self, name: str, averaged: Tensor, source: Tensor, of_model: Tensor) -> bool:
         """Makes ``averaged`` a view of ``source`` again if either has been moved or written.
 
         If the source has become trainable, the sharing ends: the average gets its own memory with
         the source's current value. (Not of one that is left out.)
+
+        Args:
+            of_model: the parameter whose values are in ``source``, mostly itself.
 
         Returns:
             Whether the two share memory.
@@ -246,7 +253,7 @@ class FrozenShares:
             replace_local(averaged, local(source).data)
         protect(averaged)
         if name in self._left_out:
-            self._sources[name] = weakref.ref(source)
+            self._sources[name] = weakref.ref(of_model)
         return True
 
     def end(self, name: str, averaged: Tensor, source: Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor, nn
 
 from ema_fused.engine.memory import memory_of
-from ema_fused.modules.naming import plain_names
+from ema_fused.modules.naming import plain_names, without_wrappers
 from ema_fused.modules.partitions import Partitions, is_partitioned
 from ema_fused.modules.sources import Sources
 
@@ -52,7 +52,7 @@ class KeptElsewhere:
         for_passes: find what the model's passes read, not what the optimizer steps on, where these
             are two.
         sources: what is averaged in place of the model's own tensors.
-        left_out: names of parameters that aren't averaged: ``sources`` don't count for them.
+        left_out: names of parameters that aren't averaged: of them, what passes read is found.
 
     Attributes:
         found: where :meth:`find` has found something.
@@ -71,9 +71,10 @@ class KeptElsewhere:
     ) -> None:
         self.found: list[Kept] = []
         self._model = model
+        self._left_out = plain_names(left_out)
         self._given: dict[int, Tensor] = {}
         if sources is not None and not for_passes:
-            given = sources.of(model, left_out=plain_names(left_out))
+            given = sources.of(model, left_out=self._left_out)
             self._given = given.by_tensor
             self.found.append(given)
         self._partitions = Partitions(self.found, for_passes=for_passes)
@@ -109,7 +110,8 @@ class KeptElsewhere:
         if id(tensor) in self._given:
             return self._given[id(tensor)]
         if is_partitioned(tensor):
-            return self._partitions.find(name, tensor)
+            leaves = without_wrappers(name) in self._left_out
+            return self._partitions.find(name, tensor, for_passes=leaves)
         keeper = self._keepers.get((id(owner), key)) if tensor.is_meta else None
         if keeper is None:
             return tensor

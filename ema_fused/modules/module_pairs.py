@@ -201,29 +201,32 @@ def pair_up(
     left_out = [names[name] for name in shares.left_out if name in names]
     kept = KeptElsewhere(model, for_passes=for_passes, sources=sources, left_out=left_out)
     pairs: list[Pair] = []
+    of_model: list[Tensor] = []  # what the model itself holds
     aliases: dict[Tensor, nn.Parameter] = {}
     for number, (name, source_name) in enumerate(names.items()):
-        slot, (source, _, owner, key) = ours[name], theirs[source_name]
-        of_another = into_model and shares.is_of_another(name, slot.tensor, source)
+        slot, (its_own, _, owner, key) = ours[name], theirs[source_name]
+        if slot.kind is Kind.CACHE and not _is_like(slot.tensor, its_own):
+            continue
+        source = kept.find(owner, key, its_own, source_name)
+        of_another = into_model and shares.is_of_another(name, slot.tensor, source, its_own)
         if not of_another:
             slot = _follow_shared(name, slot, source, shares, aliases)
-        if slot.kind is Kind.CACHE and not _is_like(slot.tensor, source):
-            continue
-        if not (shares.share(name, source) and local(slot.tensor).is_meta):
-            source = kept.find(owner, key, source, source_name)
-            if local(source).is_meta or local(slot.tensor).is_meta:
-                _refuse_offloaded(source_name, owner)
+        if not (shares.share(name, source) and local(slot.tensor).is_meta) and (
+            local(source).is_meta or local(slot.tensor).is_meta
+        ):
+            _refuse_offloaded(source_name, owner)
         _check(name, slot.tensor, source)
         averages = is_averaged(name, slot, update_buffers) and has_average(slot.tensor)
         averages = averages and not shares.leave_out(name)
         trains = source.requires_grad
         held = slot.tensor, source
         pairs.append(Pair(name, *held, averages, number, trains, slot.kind, held, of_another))
+        of_model.append(its_own)
 
     updated: dict[tuple[int, int], Pair] = {}
     shared: list[Pair] = []
-    for pair in pairs:
-        if not pair.of_another and shares.settle(pair.name, pair.averaged, pair.source):
+    for pair, its_own in zip(pairs, of_model, strict=True):
+        if not pair.of_another and shares.settle(pair.name, pair.averaged, pair.source, its_own):
             shared.append(pair)
         else:
             in_shards = pair._replace(averaged=local(pair.averaged), source=local(pair.source))

@@ -99,14 +99,18 @@ class Partitions:
         self._seen: dict[int, FlatShard] = {}
         self._noted: set[tuple[int, int]] = set()
 
-    def find(self, name: str, parameter: Any) -> Tensor:
+    def find(self, name: str, parameter: Any, *, for_passes: bool = False) -> Tensor:
         """This rank's piece of ``parameter``, in the memory where it is kept.
+
+        Args:
+            for_passes: as the constructor's, for this one.
 
         Raises:
             TypeError: it is kept on a disk, or quantized.
         """
         if id(parameter) not in self._seen:
-            piece = None if self._for_passes else self._master_of(name, parameter)
+            reads = for_passes or self._for_passes
+            piece = None if reads else self._master_of(name, parameter)
             if piece is None:
                 piece = self._own_piece(name, parameter)
             self._seen[id(parameter)] = _as_parameter(piece, parameter)

@@ -44,7 +44,7 @@ def skeleton_of(
         copy: makes the copy of a tensor, given its name and the tensor; for a parameter, an
             ``nn.Parameter``.
         sources: what is copied in place of the model's own tensors.
-        left_out: names of parameters for which ``sources`` don't count.
+        left_out: names of parameters that aren't averaged: of them, what passes read is copied.
     """
     return _Copier(copy, KeptElsewhere(model, sources=sources, left_out=left_out)).module(model, "")
 

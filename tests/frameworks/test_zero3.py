@@ -248,3 +248,52 @@ def test_what_cannot_be_is_refused_with_what_to_do(deepspeed_ranks: Ranks) -> No
     for found in deepspeed_ranks.run(refusals):
         for message, pattern in zip(found, expected, strict=True):
             assert re.match(pattern, message, re.DOTALL), message
+
+
+LEFT_OUT = ["scale", "norm.weight", "norm.bias", "frozen.weight", "frozen.bias"]
+
+
+def left_out(bf16: bool) -> dict[str, list[str]]:
+    engine = partitioned(network(), bf16=bf16)
+    of_all = AveragedWeights(engine.module, 0.3)
+    averaged = AveragedWeights(engine.module, 0.3, include="^(first|tied|last)")
+    for number in range(3):
+        train(engine, number)
+        with CommDebugMode() as communication:
+            averaged.update_parameters(engine.module)
+        assert communication.get_total_counts() == 0
+        of_all.update_parameters(engine.module)
+    problems = {}
+    weights, expected = averaged.weights, of_all.weights
+    chosen = [name for name, _ in averaged.module.named_parameters() if name not in LEFT_OUT]
+    problems["averages"] = [
+        name for name in chosen if not torch.equal(local(weights[name]), local(expected[name]))
+    ]
+    pieces = dict(engine.module.named_parameters())
+    problems["elsewhere"] = [
+        name
+        for name in LEFT_OUT
+        if local(weights[name]).numel()
+        and local(weights[name]).data_ptr() != pieces[name].ds_tensor.data_ptr()
+    ]
+    before = bits_of(engine)
+    with averaged.swapped(engine.module):
+        inside = bits_of(engine)
+    swapped = {name.split()[0] for name in differing(inside, before)}
+    problems["swapped"] = sorted(swapped & set(LEFT_OUT))
+    assert "first.weight" in swapped
+    problems["afterwards"] = differing(bits_of(engine), before)
+    averaged.copy_to(engine.module)
+    written = {name.split()[0] for name in differing(bits_of(engine), before)}
+    problems["written"] = sorted(written & set(LEFT_OUT))
+    assert "first.weight" in written
+    return problems | {"left_out": averaged.left_out_names}
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_what_is_left_out_is_in_the_pieces_that_passes_gather(
+    deepspeed_ranks: Ranks, bf16: bool
+) -> None:
+    for problems in deepspeed_ranks.run(left_out, bf16):
+        assert problems.pop("left_out") == LEFT_OUT
+        assert not any(problems.values()), problems
