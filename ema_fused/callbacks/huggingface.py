@@ -127,7 +127,10 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         # Raises for wrong arguments now instead of when training starts.
         kind = ExponentialMovingAverage if average is None else average
         if isinstance(kind, type) and issubclass(kind, BaseAveragedModel):
-            self._check(kind(nn.Identity(), **{**arguments, "device": None}))
+            now: dict[str, Any] = {**arguments, "device": None}
+            if "source" in arguments:
+                now["source"] = {}  # the one given fits the real model alone
+            self._check(kind(nn.Identity(), **now))
         elif isinstance(kind, type) and issubclass(kind, PowerFunctionEMA):
             self._check(kind(nn.Identity(), **arguments))
         self.average: Average | None = None

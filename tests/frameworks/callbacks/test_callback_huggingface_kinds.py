@@ -379,3 +379,23 @@ def test_a_parameter_that_was_trained_and_frozen_again_is_kept(tmp_path: Path) -
     rest = load_file(tmp_path / "checkpoint-4" / "averaged" / "average_state.safetensors")
     assert torch.equal(rest[name], callback.average.state_dict()[name])
     assert not torch.equal(rest[name], norm)
+
+
+@pytest.mark.parametrize("is_function", [False, True])
+def test_sources_are_asked_of_the_trainer_s_model_alone(tmp_path: Path, is_function: bool) -> None:
+    trainer = digits_trainer(tmp_path, max_steps=3)
+    parameters = dict(trainer.model.named_parameters())
+    masters = {name: one.detach().double() + 1 for name, one in parameters.items()}
+    asked: list[nn.Module] = []
+
+    def given(model: nn.Module) -> dict[str, Tensor]:
+        asked.append(model)
+        return masters
+
+    source = given if is_function else masters
+    callback = EMACallback(AveragedWeights, momentum=MOMENTUM, source=source).attach(trainer)
+    trainer.train()
+    assert isinstance(callback.average, AveragedWeights)
+    for name, master in masters.items():
+        assert torch.equal(callback.average.weights[name], master)
+    assert {type(model) for model in asked} == ({DigitsModel} if is_function else set())
