@@ -21,7 +21,15 @@ from ema_fused.modules.adopting import Adopted, Resize
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.exchanging import exchange_of_everything
 from ema_fused.modules.model_argument import check_model
-from ema_fused.modules.module_pairs import Pair, Slot, has_average, is_averaged, pair_up, slots_of
+from ema_fused.modules.module_pairs import (
+    Pair,
+    Slot,
+    has_average,
+    is_averaged,
+    pair_up,
+    refuse_own,
+    slots_of,
+)
 from ema_fused.modules.pairing import Pairing
 from ema_fused.modules.skeleton import skeleton_of
 from ema_fused.modules.swapping import Swapped, refuse_while_swapped
@@ -152,10 +160,14 @@ class BiasCorrectedEMA(AveragedWeights):
 
         Args:
             model: the one that is averaged, right after an update.
+
+        Raises:
+            ValueError: when the block begins: the model has an adapter of the averages themselves.
         """
         check_model("swapped_corrected()", model)
 
         def find_exchange() -> Any:
+            refuse_own(self._averages(), model, "which has no corrected values")
             tree = self._corrected_tree("swapped_corrected()", model)
             return exchange_of_everything(tree, model, shares=self._shares, backend=self.backend)
 

@@ -126,14 +126,16 @@ def own_in(averaged: dict[str, Slot], model: dict[str, Slot]) -> set[str]:
     return {name for name, slot in others.items() if id(slot.tensor) in own}
 
 
-def refuse_own(averaged: nn.Module, model: nn.Module) -> None:
+def refuse_own(
+    averaged: nn.Module, model: nn.Module, why: str = "and can't be averaged too"
+) -> None:
     """Raises ValueError if ``model`` holds tensors of its average under other names."""
     held = own_in(slots_of(averaged), slots_of(model))
     if held:
         raise ValueError(
             f"{min(held)!r} of the model is a tensor of the average itself "
-            f"(add_averaged_adapter()), and can't be averaged too; delete_adapter() it first, and "
-            f"add it again afterwards"
+            f"(add_averaged_adapter()), {why}; delete_adapter() it first, and add it again "
+            f"afterwards"
         )
 
 

@@ -12,7 +12,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ema_fused import AveragedWeights, ExponentialMovingAverage, PowerFunctionEMA
+from ema_fused import (
+    AveragedWeights,
+    BiasCorrectedEMA,
+    ExponentialMovingAverage,
+    PowerFunctionEMA,
+)
 from ema_fused.modules.module_pairs import slots_of
 from tests.frameworks.peft_models import TOKENS, Training, adapted, base, logits, peft
 from tests.networks import differences
@@ -331,6 +336,20 @@ def test_adapters_may_come_and_go() -> None:
     average.update_parameters(model)
     assert int(average.steps) == 2
     assert differences(of_adapter(average.module, "default"), kept) != []
+
+
+def test_corrected_values_have_no_place_in_an_averaged_adapter() -> None:
+    model = adapted()
+    average = BiasCorrectedEMA(model, share_frozen=True)
+    add_averaged_adapter(average, model)
+    with (
+        pytest.raises(ValueError, match=r"which has no corrected values; delete_adapter\(\)"),
+        average.swapped_corrected(model),
+    ):
+        pass
+    model.delete_adapter("teacher")
+    with average.swapped_corrected(model):
+        pass
 
 
 def test_a_resumed_run_goes_on_to_the_bit(tmp_path: Path) -> None:
