@@ -83,6 +83,8 @@ class Server:
 
 
 def _serve(imported: list[str]) -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is imported may print
     for name in imported:
         importlib.import_module(name)
     for line in sys.stdin:
@@ -94,7 +96,7 @@ def _serve(imported: list[str]) -> None:
             if answer == 0:
                 return Program(**order["run"]).run()
         with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(answer), flush=True)
+            print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,10 @@ def _server(imported: tuple[str, ...], path: str) -> Server:
 
 @contextlib.contextmanager
 def without_transformers() -> Iterator[None]:
-    """Programs started meanwhile don't find transformers, which mmengine imports for seconds."""
+    """Programs started meanwhile find neither transformers nor deepspeed.
+
+    mmengine would import them, for seconds.
+    """
     folders = filter(None, [str(_WITHOUT_TRANSFORMERS), os.environ.get("PYTHONPATH")])
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(folders)):
         yield
