@@ -447,7 +447,6 @@ def only_counting() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("only_counting")
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ExponentialMovingAverage, AveragedWeights])
 def test_ten_thousand_updates_of_a_model_that_changes_in_every_way(
     kind: type[ExponentialMovingAverage], monkeypatch: pytest.MonkeyPatch

@@ -104,6 +104,7 @@ def test_infinite_parts_make_nan_where_they_do_in_torch(
         assert same_bits(averaged, expected, zeros_alike=True), weight
 
 
+@pytest.mark.slow
 def test_every_instruction_set_gives_the_bits_of_torch() -> None:
     code = (
         "import torch; from ema_fused import Plan; torch.manual_seed(0)\n"

@@ -43,6 +43,7 @@ _C.Counter(torch.tensor(1))
 """
 
 
+@pytest.mark.slow
 def test_an_unknown_answer_is_an_error_and_not_a_crash() -> None:
     if backends.native() is None:
         pytest.skip("the extension is not built")

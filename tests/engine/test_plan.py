@@ -209,6 +209,7 @@ assert torch.equal(one[0], torch.full((4,), 0.75))
 """
 
 
+@pytest.mark.slow
 def test_without_the_c_shim_tensors_are_watched_all_the_same() -> None:
     if backends.native() is None:
         pytest.skip("the extension is not built")
@@ -236,6 +237,7 @@ def test_without_the_extension_all_runs_on_foreach_with_one_warning() -> None:
     processes.run("-c", WITHOUT_EXTENSION)
 
 
+@pytest.mark.slow
 def test_the_environment_pins_a_backend() -> None:
     code = "import torch; from ema_fused import Plan; t = torch.ones(2); print(Plan([t], [t + 1]))"
     done = processes.run("-c", code, EMA_FUSED_BACKEND="foreach")

@@ -19,6 +19,7 @@ def threads_started(tensors: int, elements: int) -> int:
     [(1, 16), (5_000, 16), (1_000, 1_000), (1, 1_000_000)],
     ids=["one", "many to check", "a million in small ones", "a million in one"],
 )
+@pytest.mark.slow
 def test_checking_tensors_and_small_updates_start_no_thread(tensors: int, elements: int) -> None:
     assert threads_started(tensors, elements) == 0
 

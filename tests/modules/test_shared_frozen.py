@@ -219,6 +219,7 @@ def test_a_shared_wrapper_that_trains_again_is_refused_by_name() -> None:
         averaged.update_parameters(model)
 
 
+@pytest.mark.slow
 def test_peft_merges_into_the_average_alone() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
