@@ -267,6 +267,7 @@ print(backends.native().cpu_isa(), torch.backends.cpu.get_cpu_capability())
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.slow
 def test_kernels_follow_torch_to_every_instruction_set(capability: str) -> None:
     native = ema_fused.engine.backends.native()
     if native is None or "avx2" not in native.build_info()["cpu_isas"]:

@@ -288,6 +288,7 @@ FRAMEWORKS = {
 @pytest.mark.usefixtures("process_group", "_opacus")
 @pytest.mark.parametrize("kind", [ExponentialMovingAverage, AveragedWeights])
 @pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.slow
 def test_wrappers_of_frameworks_are_seen_through(framework: str, kind: Any) -> None:
     plain, model = conv_net(), conv_net()
     wrapped = FRAMEWORKS[framework](model)
