@@ -84,20 +84,15 @@ class BiasCorrectedEMA(AveragedWeights):
         *shared: Any,
         **options: Unpack[Options],
     ) -> None:
-        self._scale = functools.partial(
+        falling = functools.partial(
             schedules.inverse_power,
-            power=check_not_negative("bias_power", bias_power),
             lag=lag,
             multiplier=multiplier,
             before=check_integer("steps_before", steps_before, least=0),
         )
+        self._scale = functools.partial(falling, power=check_not_negative("bias_power", bias_power))
         momentum = functools.partial(
-            schedules.inverse_power,
-            power=check_not_negative("ema_power", ema_power),
-            lag=lag,
-            multiplier=multiplier,
-            least=min_momentum,
-            before=steps_before,
+            falling, power=check_not_negative("ema_power", ema_power), least=min_momentum
         )
         momentum(1), self._scale(1)  # a value of another kind or range raises now
         super().__init__(model, momentum, *shared, arithmetic="axpby", **options)
