@@ -29,8 +29,13 @@ def start(*arguments: object, **environment: str | None) -> subprocess.Popen[str
     Args:
         environment: what differs from this process; None removes a variable.
     """
+    return start_program(sys.executable, *arguments, **environment)
+
+
+def start_program(*arguments: object, **environment: str | None) -> subprocess.Popen[str]:
+    """:func:`start` of any program."""
     return subprocess.Popen(
-        [sys.executable, *map(str, arguments)],
+        list(map(str, arguments)),
         env=_variables(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

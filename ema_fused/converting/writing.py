@@ -15,6 +15,7 @@ from torch import Tensor
 from ema_fused.converting.average_state import Built, Format
 from ema_fused.merging.safetensors_layout import DTYPES
 from ema_fused.saving import whole_files
+from ema_fused.saving.full_disk import told_if_full
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -47,24 +48,46 @@ def check_output(path: Path, format: Format) -> None:
 
 
 def write(path: Path, built: Built) -> None:
-    """Writes to ``path``, by its ending: safetensors, ``torch.save``, or a folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if built.folder is not None:
-        _write_folder(path, built.folder)
-    elif path.suffix == _SAFETENSORS:
-        with whole_files.written_whole(path) as beside:
-            write_safetensors(beside, built.tree)
-    elif path.suffix in _FILES:
-        with whole_files.written_whole(path) as beside:
-            torch.save(_plain(built.tree), beside)
-    else:
-        from ema_fused.saving import checkpoints  # takes most of a second to import
+    """Writes to ``path``, by its ending: safetensors, ``torch.save``, or a folder.
 
-        try:
-            checkpoints.save(dict(built.tree), path)
-        except BaseException:
-            shutil.rmtree(whole_files.beside(path), ignore_errors=True)
-            raise
+    Raises:
+        OSError: the disk is full, or can't be written.
+    """
+    content = built.tree if built.folder is None else built.folder
+    with told_if_full(path, _size(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if built.folder is not None:
+            _write_folder(path, built.folder)
+        elif path.suffix == _SAFETENSORS:
+            with whole_files.written_whole(path) as beside:
+                write_safetensors(beside, built.tree)
+        elif path.suffix in _FILES:
+            # Opened here: what torch opens itself doesn't tell why it can't be written.
+            with whole_files.written_whole(path) as beside, beside.open("wb") as file:
+                torch.save(_plain(built.tree), file)
+        else:
+            _write_distributed(path, built.tree)
+
+
+def _size(content: Any) -> int:
+    """The bytes of all tensors in it, and of texts; tied tensors are counted by each name."""
+    if isinstance(content, Tensor):
+        return content.nbytes
+    if isinstance(content, Mapping):
+        return sum(map(_size, content.values()))
+    if isinstance(content, (list, tuple)):
+        return sum(map(_size, content))
+    return len(content.encode()) if isinstance(content, str) else 0
+
+
+def _write_distributed(path: Path, tree: Mapping[str, Any]) -> None:
+    from ema_fused.saving import checkpoints  # takes most of a second to import
+
+    try:
+        checkpoints.save(dict(tree), path)
+    except BaseException:
+        shutil.rmtree(whole_files.beside(path), ignore_errors=True)
+        raise
 
 
 def _plain(tree: Any) -> Any:

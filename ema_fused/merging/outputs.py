@@ -14,11 +14,12 @@ from typing import Any
 from ema_fused.merging import writing_safetensors
 from ema_fused.merging.carrying import carry_over, files_beside
 from ema_fused.merging.recognising import Checkpoint
-from ema_fused.merging.results import RECORD_FILE, Merged, ResultTensor, is_full, reserve
+from ema_fused.merging.results import RECORD_FILE, Merged, ResultTensor
 from ema_fused.merging.safetensors_layout import DTYPES
 from ema_fused.merging.stored_tensors import StoredTensor
 from ema_fused.merging.streaming import Part
 from ema_fused.saving import whole_files
+from ema_fused.saving.full_disk import reserve, told_if_full
 from ema_fused.saving.whole_files import written_whole
 
 FORMATS = ("safetensors", "torch", "distributed")
@@ -83,27 +84,21 @@ class Target:
         Raises:
             OSError: the disk is full, or can't be written.
         """
-        try:
-            self._refuse_without_room(merged, files)
+        size = merged.bytes + sum(path.stat().st_size for path in self.beside.values())
+        with told_if_full(self.goal, size):
+            self._refuse_without_room(size, merged, files)
             if self.is_folder:
                 self._write_folder(merged, files, parts)
             else:
                 self.goal.parent.mkdir(parents=True, exist_ok=True)
                 self._write_into(self.goal.parent, merged, {self.goal.name: [*merged.tensors]})
-        except OSError as error:
-            if not is_full(error):
-                raise
-            raise OSError(
-                error.errno,
-                f"there is no room for {merged.bytes:,} bytes, and nothing was written; make room, "
-                f"or write elsewhere",
-                str(self.goal),
-            ) from error
 
-    def _refuse_without_room(self, merged: Merged, files: Mapping[str, list[str]]) -> None:
+    def _refuse_without_room(
+        self, size: int, merged: Merged, files: Mapping[str, list[str]]
+    ) -> None:
         """Raises OSError if the disk, a quota or a limit is too small, before anything is read."""
         existing = next(parent for parent in self.goal.absolute().parents if parent.exists())
-        if shutil.disk_usage(existing).free < merged.bytes:
+        if shutil.disk_usage(existing).free < size:
             raise OSError(errno.ENOSPC, "no room")
         with tempfile.TemporaryFile(dir=existing) as file:
             largest = (sum(merged.tensors[name].bytes for name in one) for one in files.values())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +18,6 @@ RECORD = "ema_fused.merge"  # the key of the record in the metadata of files
 RECORD_FILE = "merge.json"  # in folders
 
 _AT_ONCE = 32 * 2**20  # bytes that are brought to the disk together
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @dataclass(frozen=True)
@@ -82,23 +80,6 @@ class Merged:
             assert result.name in names
             left -= result.values.numel()
             yield result
-
-
-def reserve(number: int, size: int) -> None:
-    """Takes room on the disk for a whole file: if there is too little, nothing is read in vain."""
-    if size and hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(number, 0, size)
-        except OSError as error:
-            if is_full(error):
-                raise
-            # A file system that can't do this; then writing fails when it is full.
-    os.ftruncate(number, size)
-
-
-def is_full(error: OSError) -> bool:
-    """Whether it says that there is no more room for a file."""
-    return error.errno in _FULL
 
 
 class OutputFile:

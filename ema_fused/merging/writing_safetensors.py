@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ema_fused.merging.results import RECORD, Merged, OutputFile, ResultTensor, reserve
+from ema_fused.merging.results import RECORD, Merged, OutputFile, ResultTensor
 from ema_fused.merging.safetensors_layout import DTYPES
+from ema_fused.saving.full_disk import reserve
 from ema_fused.saving.whole_files import written_whole
 
 _SINGLE = "model.safetensors"

@@ -11,22 +11,24 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from ema_fused.merging.recognising import choose
-from ema_fused.merging.results import RECORD, Merged, OutputFile, reserve
+from ema_fused.merging.results import RECORD, Merged, OutputFile
 from ema_fused.merging.streaming import Memory
 from ema_fused.merging.torch_layout import read_file
+from ema_fused.saving.full_disk import reserve
 from ema_fused.saving.whole_files import written_whole
 
 
 def write_file(path: Path, merged: Merged) -> None:
     """Writes the file, atomically, with all values of ``merged``."""
     with written_whole(path) as beside:
-        _save_with_holes(beside, merged)
+        with beside.open("wb") as opened:
+            _save_with_holes(opened, merged)
         stored = choose(read_file(beside), ".".join(merged.place)).tensors
         places = {name: tensor.boxes[0].start for name, tensor in stored.items() if tensor.boxes}
         with OutputFile(beside) as file:
@@ -40,16 +42,15 @@ def write_file(path: Path, merged: Merged) -> None:
 
 def _write_around(file: OutputFile, beside: Path, merged: Merged, first: int, end: int) -> None:
     """Writes what is before and after the values once more, with the hashes of what was read."""
-    with tempfile.TemporaryDirectory(prefix=f"{beside.name}.", dir=beside.parent) as folder:
-        again = Path(folder, beside.name)  # of the same name, which is in the archive
+    with tempfile.TemporaryFile(dir=beside.parent) as again:
         _save_with_holes(again, merged)
-        with again.open("rb") as opened:
-            file.write(memoryview(opened.read(first)), 0)
-            opened.seek(end)
-            file.write(memoryview(opened.read()), end)
+        again.seek(0)
+        file.write(memoryview(again.read(first)), 0)
+        again.seek(end)
+        file.write(memoryview(again.read()), end)
 
 
-def _save_with_holes(path: Path, merged: Merged) -> None:
+def _save_with_holes(file: IO[bytes], merged: Merged) -> None:
     tensors: OrderedDict[str, Any] = OrderedDict(
         zip(merged.tensors, _placeholders(merged), strict=True)
     )
@@ -62,7 +63,7 @@ def _save_with_holes(path: Path, merged: Merged) -> None:
     for name in reversed(merged.place):
         tree = {name: tree}
     with torch.serialization.skip_data():
-        torch.save(tree, path)
+        torch.save(tree, file)  # an open one: a full disk is told then
 
 
 def _placeholders(merged: Merged) -> Iterator[Tensor]:

@@ -110,8 +110,8 @@ def test_an_output_is_whole_or_absent(
         output.write_text("the one before")
 
     def full(*given: Any, **_: Any) -> None:
-        if isinstance(given[-1], Path):
-            given[-1].write_text("half of it")
+        if hasattr(given[-1], "write"):
+            given[-1].write(b"half of it")
         raise OSError(28, "No space left on device")
 
     if format == "torchtitan":
@@ -120,7 +120,7 @@ def test_an_output_is_whole_or_absent(
         monkeypatch.setattr(writing.torch, "save", full)
         monkeypatch.setattr(writing, "_bytes_of", full)
     settings = {"names": tmp_path / "names.txt", "folder": tmp_path / "model", "decay": 0.9}
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="there is no room for"):
         convert(checkpoint, format, output, **settings)  # type: ignore[arg-type]
     left = {path.name for path in tmp_path.iterdir()} - {"run.pt", "names.txt", "model"}
     if is_folder:
