@@ -13,7 +13,9 @@
 # is gpu_NAME.json then, which `python -m benchmarks.pages` turns into README's table.
 #
 # Needs torch, pybind11, pytest, hypothesis, cmake, ninja and a CUDA toolkit; downloads nothing and
-# installs nothing: the extension is built into this checkout, by CMake alone. A step that fails doesn't
+# installs nothing: the extension is built into this checkout, by CMake alone. Tests of the trainers
+# need scikit-learn and transformers with accelerate, lightning, or deepspeed, and are skipped for
+# what is missing; the log says which. A step that fails doesn't
 # keep the others from running, unless they need what it builds. 1: a step failed; 0: all is well.
 #
 # Without a GPU it rehearses: for one architecture all is built, tests run on the CPU as far as that
@@ -180,7 +182,7 @@ if wants correctness; then
     # By name: other files need packages that the image may not have.
     mapfile -t files < <(grep -rl --include="test_*.py" "mark\.gpu" tests | sort)
     # Names at once, and a traceback of what hangs: a run that is killed shows where.
-    passed=$rehearsed step tests 40 "$python" -m pytest -m gpu --rehearse -v -rfE --tb=short \
+    passed=$rehearsed step tests 40 "$python" -m pytest -m gpu --rehearse -v -rfEs --tb=short \
       -o faulthandler_timeout=60 "${files[@]}"
   fi
   build_program

@@ -68,6 +68,9 @@ _START_RANKS = (
     "tests/frameworks/callbacks/test_callback_trl_zero3.py",
     "tests/frameworks/callbacks/test_callback_accelerate_sharded.py",
     "tests/frameworks/callbacks/test_callback_huggingface_sharded.py",
+    "tests/gpu/test_gpu_deepspeed.py",
+    "tests/gpu/test_gpu_lightning.py",
+    "tests/gpu/test_gpu_transformers.py",
 )
 _RANKS = {"two_ranks", "four_ranks", "deepspeed_ranks", "two_trainers", "four_trainers"}
 # What takes longest is begun first, so that no process is left alone with it at the end.

@@ -18,7 +18,10 @@ REHEARSED_SO_FAR = "rehearsed up to here, where it needs"
 
 
 def rehearse() -> None:
-    """From now on the CPU is the device; called before any test is imported."""
+    """From now on the CPU is the device; called before any test is imported.
+
+    Programs that tests start ask for ``device.DEVICE`` when they run: they are imported before.
+    """
     global DEVICE, BACKEND
     DEVICE = BACKEND = "cpu"
 
@@ -32,6 +35,13 @@ def needs(what: str) -> None:
     """Ends a rehearsal here."""
     if DEVICE == "cpu":
         pytest.skip(f"{REHEARSED_SO_FAR} {what}")
+
+
+def needs_devices(count: int) -> None:
+    """Ends a test for ``count`` GPUs where torch sees fewer; a rehearsal takes CPU processes."""
+    seen = torch.cuda.device_count()
+    if DEVICE == "cuda" and seen < count:
+        pytest.skip(f"needs {count} CUDA devices, and torch sees {seen}")
 
 
 def synchronize() -> None:

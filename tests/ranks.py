@@ -1,4 +1,7 @@
-"""Processes with a gloo process group, started once and given functions to run."""
+"""Processes with a process group, started once and given functions to run.
+
+The group is gloo's, and the device of the processes the CPU; or NCCL's, with a GPU for each.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 from unittest import mock
 
+from tests import device
+
 _PATIENCE = 120.0  # seconds, for a collective call and for an answer
 # Imported once, in a process that all others are forks of: it takes each seconds otherwise.
 _IMPORTED = [
@@ -23,13 +28,18 @@ _IMPORTED = [
 ]
 
 
-def _serve(rank: int, ranks: int, meeting: str, orders: Connection) -> None:
+def _serve(rank: int, ranks: int, meeting: str, orders: Connection, kind: str) -> None:
     import torch
     import torch.distributed as dist
+    from torch.utils import _pytree as pytree
 
     torch.set_num_threads(1)
+    if kind == "cuda":
+        torch.cuda.set_device(rank)
+    else:
+        device.rehearse()
     dist.init_process_group(
-        "gloo",
+        "nccl" if kind == "cuda" else "gloo",
         init_method=f"file://{meeting}",
         rank=rank,
         world_size=ranks,
@@ -41,7 +51,10 @@ def _serve(rank: int, ranks: int, meeting: str, orders: Connection) -> None:
             break
         function, arguments = order
         try:
-            orders.send((True, function(*arguments)))
+            answer = function(*arguments)
+            if kind == "cuda":  # whose memory ends with this process
+                answer = pytree.tree_map_only(torch.Tensor, lambda one: one.detach().cpu(), answer)
+            orders.send((True, answer))
         except BaseException:
             orders.send((False, f"process {rank}: {traceback.format_exc()}"))
     dist.destroy_process_group()
@@ -68,10 +81,12 @@ class Ranks:
     Args:
         count: how many.
         imported: names of further modules, imported once for all such processes.
+        kind: of their devices, "cpu" or "cuda". In a process ``tests.device.DEVICE`` is the same.
     """
 
-    def __init__(self, count: int, imported: Sequence[str] = ()) -> None:
-        context = multiprocessing.get_context("forkserver")
+    def __init__(self, count: int, imported: Sequence[str] = (), kind: str = "cpu") -> None:
+        # A fork can't use CUDA if an import has asked for GPUs before.
+        context = multiprocessing.get_context("spawn" if kind == "cuda" else "forkserver")
         self._folder = tempfile.TemporaryDirectory()
         self._orders = []
         self._processes = []
@@ -79,7 +94,7 @@ class Ranks:
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, count, f"{self._folder.name}/meeting", there),
+                args=(rank, count, f"{self._folder.name}/meeting", there, kind),
                 daemon=True,
             )
             with _forked_from_one_with(imported):
@@ -121,9 +136,9 @@ class Ranks:
 
 
 @contextmanager
-def started(count: int, imported: Sequence[str] = ()) -> Iterator[Ranks]:
+def started(count: int, imported: Sequence[str] = (), kind: str = "cpu") -> Iterator[Ranks]:
     """``count`` processes for the length of the block."""
-    ranks = Ranks(count, imported)
+    ranks = Ranks(count, imported, kind)
     try:
         yield ranks
     finally:

@@ -112,7 +112,7 @@ def test_all_steps_run_in_order(tmp_path: Path) -> None:
         f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={BENCHMARKS.parent}/ema_fused",
         f"cmake --build {build} --target _C",
         # The files with such tests alone: others import frameworks that aren't there.
-        f"python3 -m pytest -m gpu --rehearse -v -rfE --tb=short -o faulthandler_timeout=60 "
+        f"python3 -m pytest -m gpu --rehearse -v -rfEs --tb=short -o faulthandler_timeout=60 "
         f"{' '.join(with_gpu_tests)}",
         f"cmake --build {build} --target gpu_update",
         "gpu_update ",

@@ -1,4 +1,4 @@
-"""Lightning's strategies that shard a model, on processes of ``tests.ranks`` without a GPU.
+"""Lightning's strategies that shard a model, on processes of ``tests.ranks`` without a GPU or with.
 
 On a CPU Lightning accepts ``ModelParallelStrategy`` as it is. ``FSDPOnCPU`` and ``DeepSpeedOnCPU``
 leave out where the others ask for a GPU: nothing else of them is changed.
@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
     StateDictType,
 )
 
+from tests import device
 from tests.frameworks.zero3_models import deepspeed
 
 
@@ -61,10 +62,6 @@ def _whole_states(module: nn.Module, world_size: int, rank0_only: bool = True) -
         yield
 
 
-for module in (fabric_fsdp, pytorch_fsdp):
-    module._get_full_state_dict_context = _whole_states
-
-
 class FSDPOnCPU(FSDPStrategy):
     """Lightning gives FSDP the index of a device, and a CPU has none."""
 
@@ -88,7 +85,6 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
         super(DeepSpeedStrategy, self).setup_environment()
 
     def setup_distributed(self) -> None:
-        deepspeed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
@@ -99,15 +95,20 @@ class DeepSpeedOnCPU(DeepSpeedStrategy):
 
 def strategy(way: str, folders: bool) -> Any:
     """``folders``: whether checkpoints are folders of shards, not single files."""
+    on_cpu = device.DEVICE == "cpu"
     if way == "fsdp1":
-        return FSDPOnCPU(
+        if on_cpu:
+            for module in (fabric_fsdp, pytorch_fsdp):
+                module._get_full_state_dict_context = _whole_states
+        return (FSDPOnCPU if on_cpu else FSDPStrategy)(
             state_dict_type="sharded" if folders else "full",
             auto_wrap_policy=lambda module, recurse, nonwrapped_numel: (
                 recurse or isinstance(module, nn.Linear)
             ),
         )
     if way.startswith("zero"):
-        return DeepSpeedOnCPU(
+        deepspeed()
+        return (DeepSpeedOnCPU if on_cpu else DeepSpeedStrategy)(
             stage=int(way[-1]), zero_allow_untested_optimizer=True, logging_batch_size_per_gpu=1
         )
     if way == "plain":

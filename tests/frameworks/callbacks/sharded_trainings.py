@@ -1,8 +1,8 @@
-"""Trainings of a tiny language model by transformers' Trainer, sharded between gloo processes.
+"""Trainings of a tiny language model by transformers' Trainer, sharded between processes.
 
 Run in each of the processes of ``tests.ranks``. On a CPU accelerate doesn't shard by FSDP, and
 counts one process under DeepSpeed: it looks at the kind of device first. So what it answers there
-is replaced, and nothing else.
+is replaced, and nothing else; on GPUs nothing is.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import functools
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +37,7 @@ from ema_fused.callbacks import huggingface
 from ema_fused.callbacks.huggingface import EMACallback
 from ema_fused.engine.dtensors import is_sharded, local
 from ema_fused.saving import checkpoints
+from tests import device
 from tests.digits import digits
 from tests.frameworks.zero3_models import deepspeed
 from tests.processes import die
@@ -65,17 +66,12 @@ def texts(start: int, stop: int) -> list[dict[str, Tensor]]:
 @contextmanager
 def accelerator_of(way: str) -> Iterator[dict[str, Any]]:
     """Arguments of a Trainer that shards this way, inside what makes accelerate do it here."""
+    on_cpu = device.DEVICE == "cpu"
     state.AcceleratorState._reset_state(reset_partial_state=True)
     state.GradientState._reset_state()
     rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "OMP_NUM_THREADS": "1"}
-    environment |= {"LOCAL_WORLD_SIZE": ranks, "ACCELERATE_TORCH_DEVICE": "cpu"}
-    kind = mock.patch.object(
-        state.PartialState,
-        "_prepare_backend",
-        lambda *_, **__: ("gloo", DistributedType.MULTI_GPU),
-    )
-    sixteen_bits = mock.patch.object(training_args, "is_torch_bf16_gpu_available", lambda: True)
+    environment |= {"LOCAL_WORLD_SIZE": ranks}
     arguments: dict[str, Any] = {}
     if way.startswith("fsdp"):
         config: dict[str, Any] = {
@@ -102,11 +98,31 @@ def accelerator_of(way: str) -> Iterator[dict[str, Any]]:
                 "bf16": {"enabled": "auto"},
             },
         }
-    else:
-        arguments, kind = {"use_cpu": True}, nullcontext()
-    with mock.patch.dict(os.environ, environment), kind, sixteen_bits, warnings.catch_warnings():
+    elif on_cpu:
+        arguments = {"use_cpu": True}
+    with (
+        mock.patch.dict(os.environ, environment),
+        warnings.catch_warnings(),
+        ExitStack() as answers,
+    ):
         warnings.simplefilter("ignore", FutureWarning)
+        if on_cpu:
+            answers.enter_context(_as_on_gpus(is_parallel="use_cpu" not in arguments))
         yield arguments
+
+
+@contextmanager
+def _as_on_gpus(*, is_parallel: bool) -> Iterator[None]:
+    """What accelerate and transformers say of GPUs, said of the CPU."""
+    kind = ("gloo", DistributedType.MULTI_GPU)
+    with (
+        mock.patch.dict(os.environ, ACCELERATE_TORCH_DEVICE="cpu"),
+        mock.patch.object(state.PartialState, "_prepare_backend", lambda *_, **__: kind)
+        if is_parallel
+        else nullcontext(),
+        mock.patch.object(training_args, "is_torch_bf16_gpu_available", lambda: True),
+    ):
+        yield
 
 
 class Recorder(TrainerCallback):  # type: ignore[misc]
@@ -226,6 +242,12 @@ def differing(ours: Tensors, theirs: Tensors) -> list[str]:
     return [name for name in ours if not torch.equal(ours[name], theirs[name])]
 
 
+def loaded(folder: Path) -> Tensors:
+    """The parameters of an exported model, in one plain process."""
+    plain = LlamaForCausalLM.from_pretrained(folder)
+    return {name: parameter.detach() for name, parameter in plain.named_parameters()}
+
+
 def trainer_of(
     folder: Path, way: str, arguments: dict[str, Any], **more: Any
 ) -> tuple[Trainer, EMACallback, Recorder]:
@@ -289,6 +311,7 @@ def course(folder: Path, way: str) -> dict[str, Any]:
             "kind": type(average).__name__,
             "wrapped": type(trainer.model_wrapped).__name__,
             "shapes": [tuple(one.shape) for one in map(local, average.module.parameters())],
+            "devices": {one.device.type for one in map(local, average.module.parameters())},
             "steps": len(recorder.weights),
             "best": best,
             "steps at best": int(average.steps),

@@ -13,13 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM
 
 from ema_fused import ExponentialMovingAverage
 from tests import ranks
 from tests.frameworks.callbacks import sharded_trainings as trainings
 from tests.frameworks.callbacks.conftest import SHARDED
-from tests.frameworks.callbacks.sharded_trainings import Tensors, differing
+from tests.frameworks.callbacks.sharded_trainings import differing, loaded
 from tests.ranks import Ranks
 
 WAYS = ["ddp", "fsdp2", "fsdp2full", "fsdp1", "zero1bf16", "zero2", "zero3bf16"]
@@ -39,11 +38,6 @@ def trained(
 
 
 Trained = tuple[str, Path, list[dict[str, Any]]]
-
-
-def loaded(folder: Path) -> Tensors:
-    plain = LlamaForCausalLM.from_pretrained(folder)
-    return {name: parameter.detach() for name, parameter in plain.named_parameters()}
 
 
 def test_the_average_is_that_of_the_recorded_weights_to_the_bit(trained: Trained) -> None:
