@@ -33,14 +33,12 @@ from transformers import (
     training_args,
 )
 
-from ema_fused.callbacks import huggingface
 from ema_fused.callbacks.huggingface import EMACallback
 from ema_fused.engine.dtensors import is_sharded, local
 from ema_fused.saving import checkpoints
 from tests import device
 from tests.digits import digits
 from tests.frameworks.zero3_models import deepspeed
-from tests.processes import die
 
 WORDS, LENGTH = 17, 16
 MOMENTUM = 0.1
@@ -334,8 +332,9 @@ def course(folder: Path, way: str) -> dict[str, Any]:
     return facts
 
 
-def resumed(folder: Path, way: str, step: int, last: int = 6) -> dict[str, Any]:
-    """The same training from a checkpoint on."""
+def resumed(folder: Path, way: str, step: int | None, last: int = 6) -> dict[str, Any]:
+    """The same training from a checkpoint on; None: from the last one that the Trainer finds."""
+    checkpoint = True if step is None else str(folder / f"checkpoint-{step}")
     with (
         accelerator_of(way) as arguments,
         warnings.catch_warnings(record=True) as warned,
@@ -344,32 +343,18 @@ def resumed(folder: Path, way: str, step: int, last: int = 6) -> dict[str, Any]:
         trainer, callback, recorder = trainer_of(
             folder, way, arguments, max_steps=last, save_strategy="no", eval_strategy="no"
         )
-        trainer.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+        trainer.train(resume_from_checkpoint=checkpoint)
         average: Any = callback.average
         return {
             "at start": recorder.at_start,
             "steps": int(average.steps),
             "average": whole_averages(callback, way),
+            "averages": recorder.averages,
             "by hand": differing(whole_averages(callback, way), recorder.averages[-1])
             if recorder.averages
             else [],
             "warned": [str(one.message) for one in warned if "no folder" in str(one.message)],
         }
-
-
-def killed(folder: Path, way: str) -> None:
-    """The second checkpoint of :func:`course`; one of the processes is killed while it saves."""
-    with accelerator_of(way) as arguments:
-        trainer, _, _ = trainer_of(folder, way, arguments)
-        write = huggingface.write_shards
-
-        def dying(average: Any, model: Any, at: Path) -> None:
-            if trainer.state.global_step == 4 and dist.get_rank() == 1:
-                die()
-            write(average, model, at)
-
-        with mock.patch.object(huggingface, "write_shards", dying):
-            trainer.train()
 
 
 def skipping(folder: Path, way: str, overflows: set[int]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from ema_fused import ExponentialMovingAverage
 from tests import ranks
+from tests.frameworks.callbacks import ended_trainings
 from tests.frameworks.callbacks import sharded_trainings as trainings
 from tests.frameworks.callbacks.conftest import SHARDED
 from tests.frameworks.callbacks.sharded_trainings import differing, loaded
@@ -131,16 +132,43 @@ def test_another_number_of_processes_goes_on_with_the_average(
         assert process["by hand"] == []
 
 
+def killed(folder: Path, way: str, moment: str) -> None:
+    with (
+        ranks.started(2, imported=SHARDED) as dying,
+        pytest.raises(AssertionError, match="a process ended"),
+    ):
+        dying.run(ended_trainings.killed, folder, way, moment)
+    assert (folder / "died").exists()
+
+
+@pytest.mark.parametrize(
+    ("trained", "moment"),
+    [("fsdp2", "step"), ("fsdp2", "update"), ("zero3bf16", "step")],
+    indirect=["trained"],
+)
+def test_killed_within_a_step_it_goes_on_from_the_last_checkpoint_to_the_bit(
+    trained: Trained, two_trainers: Ranks, tmp_path: Path, moment: str
+) -> None:
+    way, _, (facts, _) = trained
+    killed(tmp_path, way, moment)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    for process in two_trainers.run(trainings.resumed, tmp_path, way, None):
+        made = [process["at start"], *process["averages"]]
+        for average, expected in zip(made, facts["averages"][3:], strict=True):
+            assert differing(average, expected) == []
+        assert differing(process["average"], facts["averages"][5]) == []
+        assert process["steps"] == 6
+
+
 @pytest.mark.parametrize("trained", ["fsdp2"], indirect=True)
 def test_a_killed_save_leaves_the_checkpoint_before(
     trained: Trained, two_trainers: Ranks, tmp_path: Path
 ) -> None:
     way, _, (facts, _) = trained
-    with (
-        ranks.started(2, imported=SHARDED) as dying,
-        pytest.raises(AssertionError, match="a process ended"),
-    ):
-        dying.run(trainings.killed, tmp_path, way)
+    killed(tmp_path, way, "save")
     assert not (tmp_path / "checkpoint-4" / "averaged").exists()
     assert (tmp_path / "checkpoint-4" / "averaged.partial").exists()
     # The Trainer refuses a checkpoint without its last file.
@@ -149,6 +177,29 @@ def test_a_killed_save_leaves_the_checkpoint_before(
     for process in two_trainers.run(trainings.resumed, tmp_path, way, 2):
         assert differing(process["at start"], facts["averages"][1]) == []
         assert differing(process["average"], facts["averages"][5]) == []
+
+
+def ends(losses: list[float]) -> tuple[int, int]:
+    """The step at which a training ends whose losses have got worse twice, and the best step."""
+    best = 1
+    for step, loss in enumerate(losses, 1):
+        if loss < losses[best - 1]:
+            best = step
+        elif step - best == 2:
+            return step, best
+    return len(losses), best
+
+
+def test_all_processes_stop_early_by_the_averages_metric(
+    two_trainers: Ranks, tmp_path: Path
+) -> None:
+    for facts in two_trainers.run(ended_trainings.stopped_early, tmp_path, "fsdp2"):
+        assert facts["losses"] == pytest.approx(facts["expected"], rel=1e-5)
+        assert (facts["stopped"], facts["best"]) == ends(facts["expected"])
+        assert facts["stopped"] == len(facts["losses"]) < ended_trainings.STEPS_AT_MOST
+        assert ends(facts["own"]) < ends(facts["expected"])  # another course with those
+        assert facts["unequal"] == []
+        assert facts["average at best"] == facts["model at best"] == []
 
 
 @pytest.mark.parametrize("way", ["fsdp2", "ddp"])
