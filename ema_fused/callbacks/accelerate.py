@@ -26,7 +26,12 @@ checkpoints take each process's part of it along::
     average = AveragedWeights(model, momentum=0.001)
     register_average(accelerator, average, model)  # not register_for_checkpointing(average)
     ...
-    export_safetensors(average.weights, "averaged")  # of ema_fused.saving; not save_model()
+    export_safetensors(average.weights, "averaged")  # of ema_fused.saving
+
+That gathers tensor by tensor. Under FSDP2 ``accelerator.save_model(average.module, "averaged")``
+writes the same, with the whole model in the first process's host memory; all processes call it.
+Under ZeRO-3 ``save_model`` takes DeepSpeed's engine alone: inside ``average.swapped(model)``
+``accelerator.save_model(model, "averaged")`` writes the averages in the model's dtype.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from tests.frameworks.callbacks.sharded_trainings import (
     Tensors,
     accelerator_of,
     differing,
+    shards_of,
     whole,
     whole_weights,
 )
@@ -88,6 +89,20 @@ class Loop:
         self.weights.append(new)
         self.expected.append({n: torch.lerp(old[n], one, MOMENTUM) for n, one in new.items()})
 
+    def save_model(self, folder: Path) -> str:
+        """Writes the averages by accelerate's ``save_model``, and returns what FSDP2 is refused."""
+        if self.way == "zero3":
+            with self.average.swapped(self.model):
+                self.accelerator.save_model(self.model, folder)
+            return ""
+        self.accelerator.save_model(self.average.module, folder)
+        try:
+            with self.average.swapped(self.model):
+                self.accelerator.save_model(self.model, folder)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
     def averages(self) -> Tensors:
         return {name: whole(one).clone() for name, one in self.average.weights.items()}
 
@@ -107,6 +122,9 @@ def trained(folder: Path, way: str) -> dict[str, Any]:
             "averages": loop.expected,
         }
         export_safetensors(loop.average.weights, folder / "exported")
+        before = shards_of(loop.plain)
+        facts["said"] = loop.save_model(folder / "saved")
+        facts["kept"] = all(map(torch.equal, before, shards_of(loop.plain)))
         loop.accelerator.load_state(str(folder / "checkpoint"))
         facts["loaded"] = differing(loop.averages(), loop.expected[1])
         loop.train(2, 4)
