@@ -44,9 +44,15 @@ _WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 if _WORKERS > 1:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // _WORKERS))
 
+_TRAINERS_ON_GPUS = (
+    "tests/gpu/test_gpu_deepspeed.py",
+    "tests/gpu/test_gpu_lightning.py",
+    "tests/gpu/test_gpu_transformers.py",
+)
 # A file's tests share fixtures, so one process runs them all, and one process runs all the files
 # that start distributed processes: several such groups at a time would disturb each other.
 _START_RANKS = (
+    *_TRAINERS_ON_GPUS,
     "tests/converting/test_sharded_averages.py",
     "tests/modules/test_sharded.py",
     "tests/modules/test_sharded_left_out.py",
@@ -68,9 +74,6 @@ _START_RANKS = (
     "tests/frameworks/callbacks/test_callback_trl_zero3.py",
     "tests/frameworks/callbacks/test_callback_accelerate_sharded.py",
     "tests/frameworks/callbacks/test_callback_huggingface_sharded.py",
-    "tests/gpu/test_gpu_deepspeed.py",
-    "tests/gpu/test_gpu_lightning.py",
-    "tests/gpu/test_gpu_transformers.py",
 )
 _RANKS = {"two_ranks", "four_ranks", "deepspeed_ranks", "two_trainers", "four_trainers"}
 # What takes longest is begun first, so that no process is left alone with it at the end.
@@ -125,7 +128,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         elif not torch.cuda.is_available():
             item.add_marker(_NO_GPU)
     order = {file: place for place, file in enumerate(_FIRST)}
-    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+    if torch.cuda.is_available():  # whose time may be limited: the kernels come first
+        order |= dict.fromkeys(_TRAINERS_ON_GPUS, len(_FIRST) + 1)
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(_FIRST)))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
