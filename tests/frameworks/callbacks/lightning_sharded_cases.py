@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_avg_fn
 
-from tests import ranks
 from tests.frameworks.callbacks import lightning_sharded_run as run
 from tests.networks import differences
 
@@ -54,16 +52,6 @@ def assert_begins_with(resumed: dict[str, Any], own: dict[int, State], step: int
     assert resumed["at_start"]["n_averaged"] == step
     assert differences(resumed["at_start"]["own"], own[step]) == []
     assert differences(resumed["at_start"]["averages"], averages(until(own, step))) == []
-
-
-def killed_in_a_save(folder: Path, way: str, name: str, time: int) -> Path:
-    with (
-        ranks.started(2, run.IMPORTED) as doomed,
-        pytest.raises(AssertionError, match="a process ended"),
-    ):
-        doomed.run(run.die_in_a_save, folder, way, name, time)
-    assert (folder / name / "current_model_state").is_dir()
-    return folder / name
 
 
 def mean(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import logging
-import os
-import signal
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.strategies import fsdp as fabric_fsdp
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch import callbacks as original
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.strategies import fsdp as pytorch_fsdp
-from lightning.pytorch.strategies import model_parallel as pytorch_model_parallel
 from torch import Tensor, nn
 from torch.distributed.fsdp import (
     fully_shard,
@@ -418,27 +413,3 @@ def fit_without(folder: Path, way: str, folders: bool) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fitting.fit(Model(way), batches(way, BATCHES, 0), held_out(way))
-
-
-def die_in_a_save(folder: Path, way: str, name: str, time: int) -> None:
-    """Trains until a checkpoint is written, in which each process ends after its shards.
-
-    Args:
-        name: of the checkpoint.
-        time: which of the saves of this name.
-    """
-
-    save = fabric_fsdp._distributed_checkpoint_save
-
-    saved: list[str] = []
-
-    def save_and_die(state: Any, path: Path) -> None:
-        save(state, path)
-        saved.append(path.name)
-        if saved.count(name) == time:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    module = pytorch_fsdp if way == "fsdp1" else pytorch_model_parallel
-    module._distributed_checkpoint_save = save_and_die
-    again = [Saves("on_train_batch_start", folder, step) for step in (3, 6)]
-    fit(folder, way, further=again)

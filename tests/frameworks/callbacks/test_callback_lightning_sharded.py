@@ -24,7 +24,6 @@ from tests.frameworks.callbacks.lightning_sharded_cases import (
     assert_begins_with,
     averages,
     found,
-    killed_in_a_save,
     loss_of,
     mean,
     until,
@@ -352,24 +351,6 @@ def test_a_model_made_on_meta_has_its_values_before_its_average(two: Ranks, tmp_
     seen = found(tmp_path)
     assert differences(seen["at_start"]["averages"], seen["at_start"]["own"]) == []
     assert differences(seen["end"], averages(seen["own"])) == []
-
-
-@SHARDED
-def test_a_save_that_is_killed_leaves_the_checkpoint_before_it(
-    two: Ranks, trained: Callable[[str, bool], Path], tmp_path: Path, way: str
-) -> None:
-    torn = killed_in_a_save(tmp_path, way, f"step={RESUMED}.ckpt", 1)
-    with pytest.raises(AssertionError, match="does not point to a valid checkpoint"):
-        two.run(run.fit, tmp_path / "torn", way, torn)
-    two.run(run.fit, tmp_path / "resumed", way, tmp_path / f"step={run.BATCHES}.ckpt")
-    expected = found(trained(way, True))["end"]
-    assert differences(found(tmp_path / "resumed")["end"], expected) == []
-
-
-def test_a_checkpoint_half_overwritten_passes_for_none(two: Ranks, tmp_path: Path) -> None:
-    torn = killed_in_a_save(tmp_path, "fsdp2", "on_train_batch_start.ckpt", 2)
-    with pytest.raises(AssertionError, match="does not point to a valid checkpoint"):
-        two.run(run.fit, tmp_path / "torn", "fsdp2", torn)
 
 
 @pytest.mark.parametrize("way", ["fsdp2", pytest.param("zero2", marks=_NEEDS)])
