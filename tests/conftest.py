@@ -68,6 +68,7 @@ _START_RANKS = (
     "tests/frameworks/adapters/test_torchtitan_ranks.py",
     "tests/examples/test_example_fsdp2.py",
     "tests/frameworks/test_zero3.py",
+    "tests/frameworks/test_zero3_bema.py",
     "tests/frameworks/test_zero3_engines.py",
     "tests/frameworks/test_zero3_states.py",
     "tests/frameworks/callbacks/test_callback_lightning_sharded.py",
@@ -75,6 +76,7 @@ _START_RANKS = (
     "tests/frameworks/callbacks/test_callback_trl_zero3.py",
     "tests/frameworks/callbacks/test_callback_accelerate_sharded.py",
     "tests/frameworks/callbacks/test_callback_huggingface_sharded.py",
+    "tests/frameworks/callbacks/test_callback_huggingface_sharded_kinds.py",
 )
 _RANKS = {"two_ranks", "four_ranks", "deepspeed_ranks", "two_trainers", "four_trainers"}
 # What takes longest is begun first, so that no process is left alone with it at the end.

@@ -117,13 +117,14 @@ def write_all_but_weights(model: nn.Module, folder: Path) -> None:
 def put_averaged_dtype(folder: Path, averaged: nn.Module) -> None:
     """Writes into the configuration the dtype of the averages, to which ``from_pretrained`` goes.
 
-    The model has written its own.
+    The model has written its own. Of several it is the widest: tensors that are left out of the
+    average may have 16 bits.
     """
     file = folder / "config.json"
     dtypes = [one.dtype for one in averaged.parameters() if one.is_floating_point()]
     if file.is_file() and dtypes:
         config = json.loads(file.read_text(encoding="utf-8"))
-        config["dtype"] = str(dtypes[0]).removeprefix("torch.")
+        config["dtype"] = str(max(dtypes, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.averages.bias_corrected import BiasCorrectedEMA
+from ema_fused.callbacks.shards import is_spread
 from ema_fused.engine.graphs import outside_graphs
 from ema_fused.frameworks import missing
 from ema_fused.modules.copying import averaged_copy
@@ -58,7 +59,8 @@ class BEMACallback(TrainerCallback):  # type: ignore[misc]
         running_model: a copy of the model with the corrected averages; None before.
 
     Raises:
-        TypeError, ValueError: an argument is of a wrong type or range, when the training begins.
+        TypeError, ValueError: an argument is of a wrong type or range, or the model is sharded,
+            when the training begins.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class BEMACallback(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Makes the averages and the copy of the model; loads them if training is resumed."""
         model = _plain(model)
-        self.average = BiasCorrectedEMA(
+        average = BiasCorrectedEMA(
             model,
             ema_power=self.ema_power,
             bias_power=self.bias_power,
@@ -109,7 +111,9 @@ class BEMACallback(TrainerCallback):  # type: ignore[misc]
             device=self.device,
             share_frozen=True,
         )
-        self.average.update_parameters(model)
+        _refuse_shards(average, model)
+        self.average = average
+        average.update_parameters(model)
         # A frozen parameter is shared where it can be: not with another device.
         at = torch.empty(0, device=self.device).device
         is_there = all(parameter.device == at for parameter in model.parameters())
@@ -205,6 +209,16 @@ class BEMACallback(TrainerCallback):  # type: ignore[misc]
         saved = torch.load(folder / STATE, map_location=self.device, weights_only=True)
         self.average.load_state_dict(saved["average"])
         self.running_model.load_state_dict(saved["running"], strict=False)
+
+
+def _refuse_shards(average: BiasCorrectedEMA, model: nn.Module) -> None:
+    if is_spread(average, model):
+        raise TypeError(
+            "BEMACallback keeps running_model, a whole copy of the model, and each process has a "
+            "part of the model only; EMACallback(ema_fused.BiasCorrectedEMA, ...).attach(trainer) "
+            "averages the parts, and callback.average.swapped_corrected(trainer.model) evaluates "
+            "them with the correction"
+        )
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -160,7 +160,7 @@ class Recorder(TrainerCallback):  # type: ignore[misc]
         self.weights.append(new)
         before = self.averages[-1] if self.averages else self.at_start
         self.averages.append(
-            {name: torch.lerp(before[name], one, MOMENTUM) for name, one in new.items()}
+            {name: torch.lerp(before[name].to(one), one, MOMENTUM) for name, one in new.items()}
             if before
             else new
         )
@@ -251,6 +251,8 @@ def trainer_of(
 ) -> tuple[Trainer, EMACallback, Recorder]:
     recorder = Recorder(way)
     averaged: dict[str, Any] = {"momentum": MOMENTUM, **more.pop("averaged", {})}
+    if averaged["momentum"] is None:
+        del averaged["momentum"]  # of a kind that has its own
     options = {
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
