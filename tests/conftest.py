@@ -73,6 +73,7 @@ _START_RANKS = (
     "tests/frameworks/test_zero3_states.py",
     "tests/frameworks/callbacks/test_callback_lightning_sharded.py",
     "tests/frameworks/callbacks/test_callback_lightning_killed.py",
+    "tests/frameworks/callbacks/test_callback_lightning_gathering.py",
     "tests/frameworks/callbacks/test_callback_trl_zero3.py",
     "tests/frameworks/callbacks/test_callback_accelerate_sharded.py",
     "tests/frameworks/callbacks/test_callback_huggingface_sharded.py",
