@@ -21,6 +21,8 @@ from tests.frameworks.callbacks.sharded_trainings import (
     accelerator_of,
     differing,
     loss_of,
+    shards_of,
+    texts,
     trainer_of,
     whole,
     whole_averages,
@@ -99,17 +101,31 @@ def course(folder: Path, way: str, choice: str) -> dict[str, Any]:
             folder, way, arguments, averaged=_averaged(choice), max_steps=STEPS
         )
         trainer.train()
-        averages, _ = expected(choice, recorder.weights)
+        averages, corrected = expected(choice, recorder.weights)
         callback.save_pretrained(folder / "exported")
         return {
             "problems": problems(choice, callback, way, recorder.weights),
             "collectives": recorder.collectives,
             "unequal": recorder.unequal,
+            "read out": _read_out(callback) if "bema" in choice else None,
+            "corrected": loss_of(corrected[-1]),
             "losses": {step: told["eval_loss"] for step, told in recorder.metrics.items()},
             "expected": {step: loss_of(averages[step - 1]) for step in recorder.metrics},
             "weights": recorder.weights,
             "averages": averages,
         }
+
+
+@torch.no_grad()
+def _read_out(callback: EMACallback) -> tuple[float, bool]:
+    """The loss inside ``swapped_corrected``; whether the model has its own shards afterwards."""
+    average: Any = callback.average
+    trained = _model(callback).eval()
+    before = shards_of(trained)
+    tokens = torch.stack([row["input_ids"] for row in texts(64, 80)])
+    with average.swapped_corrected(trained):
+        loss = float(trained(input_ids=tokens, labels=tokens).loss)
+    return loss, all(map(torch.equal, before, shards_of(trained)))
 
 
 def resumed(folder: Path, way: str, choice: str, before: list[Tensors]) -> dict[str, Any]:
