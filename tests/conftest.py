@@ -71,6 +71,7 @@ _START_RANKS = (
     "tests/frameworks/test_zero3_bema.py",
     "tests/frameworks/test_zero3_engines.py",
     "tests/frameworks/test_zero3_states.py",
+    "tests/frameworks/test_zero3_universal.py",
     "tests/frameworks/callbacks/test_callback_lightning_sharded.py",
     "tests/frameworks/callbacks/test_callback_lightning_killed.py",
     "tests/frameworks/callbacks/test_callback_lightning_gathering.py",

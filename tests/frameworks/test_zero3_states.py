@@ -18,15 +18,13 @@ from ema_fused.saving import checkpoints
 from ema_fused.saving.checkpoints import averaged_state_dict, load_averaged_state_dict
 from ema_fused.saving.export import export_safetensors, model_state_dict
 from tests.frameworks.zero3_models import (
+    Training,
     differing,
     masters,
     network,
-    partitioned,
-    train,
     whole,
     whole_weights,
 )
-from tests.processes import die
 from tests.ranks import Ranks, started
 from tests.saving.killed_saves_run import Death, die_at
 
@@ -41,37 +39,6 @@ STEPS = 3
 def four_ranks() -> Iterator[Ranks]:
     with started(4) as ranks:
         yield ranks
-
-
-class Training:
-    """An engine and its average, which are saved and resumed together."""
-
-    def __init__(self, folder: Path, seed: int = 0) -> None:
-        self.engine = partitioned(network(seed))
-        self.averaged = AveragedWeights(self.engine.module, 0.25, averaged_dtype=torch.float64)
-        self.folder = folder
-
-    def step(self, number: int, *, dies: bool = False) -> None:
-        train(self.engine, number)
-        if dies:
-            die()
-        self.averaged.update_parameters(self.engine.module)
-
-    def state(self) -> dict[str, Any]:
-        return averaged_state_dict(self.averaged, self.engine.module)
-
-    def save(self) -> None:
-        self.engine.save_checkpoint(str(self.folder / "engine"), tag=str(int(self.averaged.steps)))
-        checkpoints.save(self.state(), self.folder / "averaged")
-
-    def resume(self) -> None:
-        self.load_average()
-        self.engine.load_checkpoint(str(self.folder / "engine"), tag=str(int(self.averaged.steps)))
-
-    def load_average(self) -> None:
-        state = self.state()
-        checkpoints.load(state, self.folder / "averaged")
-        load_averaged_state_dict(self.averaged, self.engine.module, state)
 
 
 def saved(folder: Path) -> dict[str, Tensor]:

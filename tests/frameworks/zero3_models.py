@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 
 from ema_fused import AveragedWeights
 from ema_fused.engine.dtensors import is_sharded
+from ema_fused.saving import checkpoints
+from ema_fused.saving.checkpoints import averaged_state_dict, load_averaged_state_dict
 from tests import device
+from tests.processes import die
 
 IN, HIDDEN, OUT = 33, 16, 7
 
@@ -67,15 +71,22 @@ def deepspeed() -> Any:
 
 
 def configuration(
-    *, stage: int = 3, bf16: bool = True, trains: bool = True, accumulation: int = 1, **zero: Any
+    *,
+    stage: int = 3,
+    bf16: bool = True,
+    trains: bool = True,
+    accumulation: int = 1,
+    universal: bool = False,
+    **zero: Any,
 ) -> dict[str, Any]:
-    """DeepSpeed's; ``zero`` are its options of ZeRO."""
+    """DeepSpeed's; ``universal`` are the checkpoints it loads, ``zero`` its options of ZeRO."""
     zero = {"stage": stage, "stage3_param_persistence_threshold": 40} | zero
     adam = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
     return {
         "train_micro_batch_size_per_gpu": 6,
         "gradient_accumulation_steps": accumulation,
         "bf16": {"enabled": bf16},
+        "checkpoint": {"load_universal": universal},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # that of torch serves where weights are offloaded
     } | ({"optimizer": adam} if trains else {})
@@ -157,3 +168,34 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
     """Names whose values aren't the same to the bit."""
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+class Training:
+    """An engine and its average, which are saved and resumed together."""
+
+    def __init__(self, folder: Path, seed: int = 0, **options: Any) -> None:
+        self.engine = partitioned(network(seed), **options)
+        self.averaged = AveragedWeights(self.engine.module, 0.25, averaged_dtype=torch.float64)
+        self.folder = folder
+
+    def step(self, number: int, *, dies: bool = False) -> None:
+        train(self.engine, number)
+        if dies:
+            die()
+        self.averaged.update_parameters(self.engine.module)
+
+    def state(self) -> dict[str, Any]:
+        return averaged_state_dict(self.averaged, self.engine.module)
+
+    def save(self) -> None:
+        self.engine.save_checkpoint(str(self.folder / "engine"), tag=str(int(self.averaged.steps)))
+        checkpoints.save(self.state(), self.folder / "averaged")
+
+    def resume(self) -> None:
+        self.load_average()
+        self.engine.load_checkpoint(str(self.folder / "engine"), tag=str(int(self.averaged.steps)))
+
+    def load_average(self) -> None:
+        state = self.state()
+        checkpoints.load(state, self.folder / "averaged")
+        load_averaged_state_dict(self.averaged, self.engine.module, state)
