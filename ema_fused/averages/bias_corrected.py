@@ -32,6 +32,7 @@ from ema_fused.modules.module_pairs import (
 )
 from ema_fused.modules.pairing import Pairing
 from ema_fused.modules.skeleton import skeleton_of
+from ema_fused.modules.sources import Given
 from ema_fused.modules.swapping import Swapped, refuse_while_swapped
 
 # What is read out takes temporary memory, for so many elements at a time; on a CPU, what its caches
@@ -65,6 +66,8 @@ class BiasCorrectedEMA(AveragedWeights):
         multiplier: of t, 0 or more.
         min_momentum: the momentum doesn't fall below it.
         steps_before: is added to t: the steps that were made before the initial copy.
+        source: average these tensors in place of the model's own, as :class:`AveragedWeights`;
+            the initial values are theirs too.
 
     The others as :class:`BaseAveragedModel`. Buffers aren't corrected.
 
@@ -82,6 +85,7 @@ class BiasCorrectedEMA(AveragedWeights):
         min_momentum: float = 0.0,
         steps_before: int = 0,
         *shared: Any,
+        source: Given | None = None,
         **options: Unpack[Options],
     ) -> None:
         falling = functools.partial(
@@ -95,7 +99,7 @@ class BiasCorrectedEMA(AveragedWeights):
             falling, power=check_not_negative("ema_power", ema_power), least=min_momentum
         )
         momentum(1), self._scale(1)  # a value of another kind or range raises now
-        super().__init__(model, momentum, *shared, arithmetic="axpby", **options)
+        super().__init__(model, momentum, *shared, arithmetic="axpby", source=source, **options)
         if self._is_flattened:
             raise ValueError(
                 "BiasCorrectedEMA of a model sharded by FSDP1, whose pieces mean nothing without "

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_fused import AveragedWeights, ExponentialMovingAverage, attach
+from ema_fused import AveragedWeights, BiasCorrectedEMA, ExponentialMovingAverage, attach
 from ema_fused.engine import backends
 
 
@@ -116,6 +116,29 @@ def test_averages_are_those_of_the_source(kind: str, backend: str | None) -> Non
         assert torch.equal(weights[name], model.state_dict()[name])
     # The steps are too small for the 16-bit weights' own average.
     assert not torch.equal(weights["first.bias"], weights["first.bias"].bfloat16().float())
+
+
+def test_corrected_averages_begin_at_the_source_and_lead_towards_it() -> None:
+    model, optimizer = made()
+    averaged = BiasCorrectedEMA(model, source=optimizer.masters, lag=2)
+    recorded = nn.ParameterList(copied(optimizer.masters).values())
+    expected = BiasCorrectedEMA(recorded, lag=2)
+    for number in range(4):
+        if number:
+            train(model, optimizer, number)
+        with torch.no_grad():
+            for one, master in zip(recorded, optimizer.masters.values(), strict=True):
+                one.copy_(master)
+        averaged.update_parameters(model)
+        expected.update_parameters(recorded)
+    read = averaged.corrected(model)
+    wanted = dict(zip(optimizer.masters, expected.corrected(recorded).values(), strict=True))
+    assert_equal({name: read[name] for name in wanted}, wanted)
+    assert not torch.equal(read["first.bias"], averaged.weights["first.bias"])
+    with averaged.swapped_corrected(model):
+        inside = copied(dict(model.named_parameters()))
+    rounded = {name: one.bfloat16() for name, one in wanted.items()}
+    assert_equal({name: inside[name] for name in wanted}, rounded)
 
 
 def test_swapped_in_they_are_rounded_and_the_source_is_left_alone() -> None:
