@@ -118,6 +118,7 @@ def test_averages_are_those_of_the_source(kind: str, backend: str | None) -> Non
     assert not torch.equal(weights["first.bias"], weights["first.bias"].bfloat16().float())
 
 
+@pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")  # the frozen ones, in 16 bits
 def test_corrected_averages_begin_at_the_source_and_lead_towards_it() -> None:
     model, optimizer = made()
     averaged = BiasCorrectedEMA(model, source=optimizer.masters, lag=2)
