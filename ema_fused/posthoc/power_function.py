@@ -389,4 +389,5 @@ def _drop_plan(owner: weakref.ref[PowerFunctionEMA], _: object) -> None:
     """Drops the plan of ``owner``: it would keep the tensors of a deleted model alive."""
     ema = owner()
     if ema is not None:
-        ema._paired = None
+        # Not by nn.Module's __setattr__, which may be gone when the interpreter ends.
+        ema.__dict__["_paired"] = None
