@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ema_fused.averages.averaged_weights import AveragedWeights
 from ema_fused.engine.checks import check_integer
+from ema_fused.modules.naming import plain_names
 
 __all__ = ["from_torchtitan", "to_torchtitan"]
 
@@ -25,7 +26,9 @@ def to_torchtitan(averaged: AveragedWeights) -> dict[str, Tensor]:
     """The averages under the keys that torchtitan's ``EMA`` of the same model has.
 
     Averaged parameters, and the buffers of ``update_buffers``; what ``share_frozen`` shares with
-    the model isn't averaged and is left out, as torchtitan does. The values are the averages
+    the model isn't averaged and is left out, as torchtitan does. So is what ``include`` and
+    ``exclude`` leave out: torchtitan's ``EMA``, which averages all that trains, finds these keys
+    missing. The values are the averages
     themselves: ``torch.distributed.checkpoint`` saves them, and loads into them::
 
         dcp.save({"ema": to_torchtitan(averaged)}, checkpoint_id="run/step-100")
@@ -45,7 +48,8 @@ def from_torchtitan(
     """A state for ``averaged.load_state_dict``, from one that torchtitan's ``EMA`` has saved.
 
     What torchtitan doesn't average (buffers that are copies, say) is as it is in ``averaged``, and
-    ``averaged`` isn't changed::
+    ``averaged`` isn't changed. What it averages, and ``include`` and ``exclude`` leave out here, is
+    not taken from it::
 
         state = to_torchtitan(averaged)
         dcp.load({"ema": state}, checkpoint_id="run/step-100")
@@ -68,6 +72,8 @@ def from_torchtitan(
         for key, value in state.items()
         if key.startswith(_BEFORE) and key.endswith(_BEHIND)
     }
+    left_out = plain_names(averaged.left_out_names)
+    values = {name: value for name, value in values.items() if name not in left_out}
     absent = [name for name in names if name not in values]
     unknown = [name for name in values if name not in names]
     if absent or unknown:

@@ -47,6 +47,23 @@ def test_there_and_back_all_is_equal_and_the_rest_is_kept() -> None:
     assert torch.equal(kept, before["module.norm.num_batches_tracked"])
 
 
+def test_what_is_left_out_has_no_key_and_is_not_taken() -> None:
+    whole, part = averaged(share_frozen=True), averaged(1, share_frozen=True, exclude="conv")
+    state = {key: tensor.clone() for key, tensor in to_torchtitan(whole).items()}
+    chosen = {key for key in state if "conv" not in key}
+    assert to_torchtitan(part).keys() == chosen < state.keys()
+    own = part.module.conv.weight.detach().clone()
+    part.load_state_dict(from_torchtitan(state, part, steps=3))
+    for key, tensor in to_torchtitan(part).items():
+        assert torch.equal(tensor, state[key])
+    assert torch.equal(part.module.conv.weight, own)
+    assert not torch.equal(own, whole.module.conv.weight)
+    with pytest.raises(KeyError, match=r"missing: conv\.weight, conv\.bias; unknown: none\. "):
+        from_torchtitan(to_torchtitan(part), whole, steps=3)
+    with pytest.raises(KeyError, match=r"missing: none; unknown: elsewhere\.weight\. "):
+        from_torchtitan({**state, "state.elsewhere.weight.ema_params": own}, part, steps=3)
+
+
 def test_names_that_do_not_match_are_told() -> None:
     average = averaged(share_frozen=True)
     state = dict(to_torchtitan(average))

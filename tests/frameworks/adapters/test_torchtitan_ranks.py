@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor.debug import CommDebugMode
 
 from ema_fused import AveragedWeights
@@ -314,3 +315,107 @@ def test_averaged_weights_go_on_with_torchtitans_averages_and_back(
     two_ranks: Ranks, tmp_path: Path
 ) -> None:
     assert two_ranks.run(other_averages, str(tmp_path)) == [[], []]
+
+
+CHOICES: list[dict[str, Any]] = [{"exclude": r"last|scale"}, {"include": [r"first\.", "norm"]}]
+LEFT_OUT = {"last.weight", "last.bias", "scale"}
+
+
+class Choice:
+    """Averages of a part of the weights, and torchtitan's of all, of the same training."""
+
+    def __init__(self, choice: dict[str, Any]) -> None:
+        self.run = Run()
+        self.theirs = self.run.restated()
+        self.averages = [
+            AveragedWeights(part, momentum, update_buffers=[*PATTERNS], **choice)
+            for part in self.run.parts
+        ]
+
+    def state(self) -> dict[str, Tensor]:
+        return {
+            key: one for average in self.averages for key, one in to_torchtitan(average).items()
+        }
+
+    def step(self, number: int) -> None:
+        self.run.step(number)
+        self.theirs.step(number)
+        for average, part in zip(self.averages, self.run.parts, strict=True):
+            average.update_parameters(part)
+
+    def load(self, state: dict[str, Tensor], steps: int) -> None:
+        for i, average in enumerate(self.averages):
+            part = {key: one for key, one in state.items() if key.startswith(f"state.{i}.")}
+            average.load_state_dict(from_torchtitan(part, average, steps=steps))
+
+    def differing(self) -> list[str]:
+        """What isn't as torchtitan's average has it, or isn't the model's own if it is left out."""
+        theirs = self.theirs.state_dict()
+        found = different(self.state(), {key: theirs[key] for key in self.state()})
+        missing = {key.split(".", 2)[2].removesuffix(".ema_params") for key in theirs}
+        missing -= {key.split(".", 2)[2].removesuffix(".ema_params") for key in self.state()}
+        found += [f"names: {name}" for name in missing ^ LEFT_OUT]
+        for i, (average, model) in enumerate(zip(self.averages, self.run.models, strict=True)):
+            own = dict(model.named_parameters())
+            for name in LEFT_OUT:
+                ours = average.weights[f"{i}.{name}"]
+                if local(ours).data_ptr() != local(own[name]).data_ptr():
+                    found.append(f"not the model's own: {name}")
+        return found
+
+
+def averages_of_a_part(folder: str, choice: dict[str, Any]) -> list[str]:
+    """From torchtitan's checkpoint of all to averages of a part, three steps, and saved again."""
+    training = Choice(choice)
+    for number in range(1, 4):
+        training.run.step(number)
+        training.theirs.step(number)
+    dcp.save({"ema": training.theirs}, checkpoint_id=f"{folder}/theirs")
+    state = training.state()
+    dcp.load({"ema": state}, checkpoint_id=f"{folder}/theirs")
+    training.load(state, steps=3)
+    found = training.differing()
+    for number in range(4, 7):
+        training.step(number)
+    found += training.differing()
+    # All of torchtitan's at once: what is left out isn't taken.
+    training.load({key: one.clone() for key, one in training.theirs.state_dict().items()}, steps=6)
+    found += training.differing()
+    dcp.save({"ema": training.state()}, checkpoint_id=f"{folder}/ours")
+    return found
+
+
+def taken_back(folder: str, choice: dict[str, Any]) -> tuple[list[str], str, dict[str, Tensor]]:
+    """Loads what :func:`averages_of_a_part` saved, here and by torchtitan's container."""
+    training = Choice(choice)
+    state = training.state()
+    dcp.load({"ema": state}, checkpoint_id=f"{folder}/ours")
+    training.load(state, steps=6)
+    found = [] if {int(average.steps) for average in training.averages} == {6} else ["steps"]
+    before = {key: one.clone() for key, one in training.theirs.state_dict().items()}
+    try:
+        dcp.load({"ema": training.theirs}, checkpoint_id=f"{folder}/ours")
+        said = ""
+    except CheckpointException as error:
+        said = str(error)
+    planner = dcp.DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load({"ema": training.theirs}, checkpoint_id=f"{folder}/ours", planner=planner)
+    after = training.theirs.state_dict()
+    found += different({key: after[key] for key in state}, training.state())
+    rest = after.keys() - state.keys()
+    found += different({key: after[key] for key in rest}, {key: before[key] for key in rest})
+    return found, said, {key: whole(one) for key, one in training.state().items()}
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=str)
+def test_averages_of_a_part_of_the_weights_have_its_keys_and_take_its_values(
+    two_ranks: Ranks, four_ranks: Ranks, tmp_path: Path, choice: dict[str, Any]
+) -> None:
+    assert two_ranks.run(averages_of_a_part, str(tmp_path), choice) == [[], []]
+    expected = None
+    for ranks in (two_ranks, four_ranks):
+        for found, said, values in ranks.run(taken_back, str(tmp_path), choice):
+            assert found == []
+            assert "Missing key in checkpoint state_dict: ema.state.0." in said
+            expected = expected or values
+            assert different(values, expected) == []
