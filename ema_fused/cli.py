@@ -119,6 +119,12 @@ def reconstruct(
         f"snapshots, {made.bytes:,} bytes",
         f"the profile reached is off by {made.error:.2g} of the one asked for",
     ]
+    if made.left_out:
+        more = ", ..." if len(made.left_out) > 6 else ""
+        lines.append(
+            f"{len(made.left_out)} parameters that weren't averaged aren't in it: "
+            f"{', '.join(made.left_out[:6])}{more}"
+        )
     if picture is not None:
         made.picture(picture)
         lines.append(f"{picture}: both profiles")

@@ -186,3 +186,9 @@ def copied_without(model: nn.Module, *, copied: Copy, selection: Selection) -> C
     plain = {name: without_wrappers(name) for name in slots_of(module, (Kind.BUFFER, Kind.CACHE))}
     names = {name: left_out[own] for name, own in plain.items() if own in left_out}
     return Copied(module, shared, names)
+
+
+def told(names: Sequence[str]) -> str:
+    """What ``repr`` tells of the parameters that are left out."""
+    plain = [without_wrappers(name) for name in names]
+    return f"left_out={len(plain)}: {naming._list(plain)}" if plain else ""

@@ -21,7 +21,7 @@ from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.exchanging import Exchange
 from ema_fused.modules.extra_state import ExtraState
 from ema_fused.modules.first_values import FirstValues
-from ema_fused.modules.leaving_out import Copied
+from ema_fused.modules.leaving_out import Copied, told
 from ema_fused.modules.model_argument import check_model
 from ema_fused.modules.module_pairs import is_averaged, refuse_own, slots_of
 from ema_fused.modules.pairing import Pairing
@@ -106,9 +106,7 @@ class PairedModule(WaitingModule):
 
     def extra_repr(self) -> str:
         """Names what is left out."""
-        names = self._shares.left_out
-        plain = [naming.without_wrappers(name) for name in names]
-        return f"left_out={len(names)}: {naming._list(plain)}" if names else ""
+        return told(self._shares.left_out)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the averaged copy."""

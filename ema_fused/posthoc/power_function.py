@@ -7,9 +7,9 @@ import os
 import uuid
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +22,17 @@ from ema_fused.engine.plan import Plan
 from ema_fused.modules import exchanging, swapping
 from ema_fused.modules.adopting import Adopted, Resize, carry_over
 from ema_fused.modules.advice import of_first_copy
+from ema_fused.modules.choosing import Buffers, checked_buffers
 from ema_fused.modules.copying import FrozenShares
-from ema_fused.modules.following import following_buffers
+from ema_fused.modules.leaving_out import Parameters, Selection, told
 from ema_fused.modules.model_argument import check_model
-from ema_fused.modules.module_pairs import Pair, pair_up, refuse_lazy, refuse_untied
+from ema_fused.modules.module_pairs import names_of_buffers
 from ema_fused.modules.partitions import partitioned_parameters
-from ema_fused.modules.sharding import converted
-from ema_fused.modules.skeleton import skeleton_of
 from ema_fused.modules.swapping import refuse_while_swapped
-from ema_fused.modules.watch import ModuleWatch
+from ema_fused.posthoc.averaged_tensors import AveragedTensors, averaged_tensors
+from ema_fused.posthoc.paired_plan import PairedPlan
 from ema_fused.posthoc.power_profiles import gamma_of, momentum_between
 from ema_fused.posthoc.snapshots import write_snapshot
-
-
-class _Paired(NamedTuple):
-    model: weakref.ref[nn.Module]
-    watch: ModuleWatch
-    plan: Plan
 
 
 class PowerFunctionEMA(nn.Module):
@@ -67,6 +61,11 @@ class PowerFunctionEMA(nn.Module):
         model: the model to average, wrapped or not; tensors have the names of the plain model.
         sigma_rel: the widths, in (0, 0.2887); up to eight. Two are enough to reconstruct others.
         backend: as in :class:`~ema_fused.Plan`.
+        update_buffers: average these buffers as well, as :class:`BaseAveragedModel`; in at least
+            float32 too, and finite from the first update on.
+        include: average only these parameters, as :class:`BaseAveragedModel`.
+        exclude: of these, average no parameters that this names. What is left out is in the
+            model's memory, and in no snapshot or ``state_dict()``; :meth:`average` has it.
 
     Attributes:
         sigma_rel: the widths, a tuple.
@@ -76,8 +75,9 @@ class PowerFunctionEMA(nn.Module):
         run: a random name that identifies the snapshots of this run; a resumed run keeps it.
 
     Raises:
-        ValueError: a width is out of range or given twice, or there are none or too many.
-        TypeError: there is no argument of this name.
+        ValueError: a width is out of range or given twice, or there are none or too many; a pattern
+            names nothing, or nothing would be averaged.
+        TypeError: there is no argument of this name, or one is of a wrong type.
     """
 
     def __init__(
@@ -86,6 +86,9 @@ class PowerFunctionEMA(nn.Module):
         sigma_rel: float | Sequence[float] = (0.05, 0.10),
         *,
         backend: str | None = None,
+        update_buffers: Buffers = False,
+        include: Parameters | None = None,
+        exclude: Parameters | None = None,
         **unknown: Any,
     ) -> None:
         super().__init__()
@@ -109,14 +112,37 @@ class PowerFunctionEMA(nn.Module):
             raise ValueError(f"sigma_rel is {self.sigma_rel}; different widths are expected")
         self._gammas = [gamma_of(one) for one in self.sigma_rel]
         refuse_while_swapped("a PowerFunctionEMA was made", model)
-        # Inference tensors could never be updated outside inference mode.
-        with torch.inference_mode(False):
-            self.averages = nn.ModuleList(skeleton_of(model, _average_of) for _ in self.sigma_rel)
+        self.update_buffers = checked_buffers(
+            update_buffers, functools.partial(names_of_buffers, model)
+        )
+        self._selection = Selection(include, exclude)
+        self.averages, left_out = self._make(model)
+        self._shares = FrozenShares(left_out, left_out=left_out)
         self.time = 0
         self.steps = 0
         self.run = uuid.uuid4().hex
         self.backend = backend
-        self._paired: _Paired | None = None
+        self._paired: PairedPlan | None = None
+        self.register_state_dict_post_hook(_drop_what_is_left_out)  # type: ignore[no-untyped-call]
+
+    def _make(self, model: nn.Module) -> AveragedTensors:
+        # Inference tensors could never be updated outside inference mode.
+        with torch.inference_mode(False):
+            return averaged_tensors(
+                model,
+                len(self.sigma_rel),
+                selection=self._selection,
+                update_buffers=self.update_buffers,
+            )
+
+    @property
+    def left_out_names(self) -> list[str]:
+        """Names of the parameters that ``include`` and ``exclude`` leave out of the averages."""
+        return list(self._shares.left_out)
+
+    def extra_repr(self) -> str:
+        """Names what is left out."""
+        return told(self._shares.left_out)
 
     @outside_graphs
     def update_parameters(self, model: nn.Module, *, samples: int = 1) -> None:
@@ -161,44 +187,18 @@ class PowerFunctionEMA(nn.Module):
 
     def _planned_with(self, model: nn.Module) -> Plan:
         known = self._paired
-        if known is not None and known.model() is model and not known.watch.changed():
-            return known.plan
-        check_model("update_parameters()", model)
-        try:
-            return self._plan_with(model)
-        except (KeyError, ValueError):
-            with ExitStack() as undone_if_it_raises:
-                changed = [
-                    undone_if_it_raises.enter_context(
-                        following_buffers(
-                            average, model, update_buffers=False, shares=FrozenShares()
-                        )
-                    )
-                    for average in self.averages
-                ]
-                if not any(changed):
-                    raise
-                return self._plan_with(model)
-
-    def _plan_with(self, model: nn.Module) -> Plan:
-        watch = ModuleWatch(self.averages, model)
-        each = [self._pairs(average, model) for average in self.averages]
-        pairs = each[0]
-        refuse_untied(pairs)
-        plan = Plan(
-            [[pair.averaged for pair in one] for one in each],
-            [pair.source for pair in pairs],
-            only_copy=[not pair.averages for pair in pairs],
-            backend=self.backend,
-            names=[pair.name for pair in pairs],
-        )
-        # The plan keeps the model's tensors alive: drop it when the model is garbage-collected.
-        drop_plan = functools.partial(_drop_plan, weakref.ref(self))
-        self._paired = _Paired(weakref.ref(model, drop_plan), watch, plan)
-        return plan
-
-    def _pairs(self, average: nn.Module, model: nn.Module) -> list[Pair]:
-        return pair_up(average, model, update_buffers=False, shares=FrozenShares()).updated
+        if known is None or not known.holds(model):
+            check_model("update_parameters()", model)
+            # The plan keeps the model's tensors alive: drop it when the model is garbage-collected.
+            known = self._paired = PairedPlan(
+                self.averages,
+                model,
+                update_buffers=self.update_buffers,
+                shares=self._shares,
+                backend=self.backend,
+                when_model_is_gone=functools.partial(_drop_plan, weakref.ref(self)),
+            )
+        return known.plan
 
     @outside_graphs
     @torch.no_grad()
@@ -220,13 +220,22 @@ class PowerFunctionEMA(nn.Module):
         If an error is raised, the averages are unchanged.
         """
         refuse_while_swapped("adopt() was called", model)
+        modules, left_out = self._make(model)
         with torch.inference_mode(False):
-            modules = [skeleton_of(model, _average_of) for _ in self.sigma_rel]
             adopted = [
-                carry_over(new, set(), old, set(), resize=resize, update_buffers=False)
+                carry_over(
+                    new,
+                    set(left_out),
+                    old,
+                    self._shares.names,
+                    resize=resize,
+                    update_buffers=self.update_buffers,
+                    left_out=left_out,
+                )
                 for new, old in zip(modules, self.averages, strict=True)
             ]
-        self.averages = nn.ModuleList(modules)
+        self.averages = modules
+        self._shares.take(left_out, left_out)
         self._paired = None
         return adopted[0]
 
@@ -234,7 +243,8 @@ class PowerFunctionEMA(nn.Module):
         """The tensors of one average by name, like the model's ``state_dict()``; not copies.
 
         A model that renames its tensors when it is saved, or saves more than tensors, loads
-        ``ema_fused.export.model_state_dict(model, ema.average(sigma_rel))``.
+        ``ema_fused.export.model_state_dict(model, ema.average(sigma_rel))``. What is left out is
+        included.
 
         Args:
             sigma_rel: one of the widths kept; may be omitted if there is only one.
@@ -258,7 +268,7 @@ class PowerFunctionEMA(nn.Module):
         check_model("copy_to()", model)
         refuse_while_swapped("copy_to() was called", self, model)
         average = self._average_of(sigma_rel)
-        exchanging.copy_to(average, model, shares=FrozenShares(), backend=self.backend)
+        exchanging.copy_to(average, model, shares=self._shares, backend=self.backend)
 
     @outside_graphs
     def copy_from(self, model: nn.Module) -> None:
@@ -300,7 +310,7 @@ class PowerFunctionEMA(nn.Module):
             self,
             average,
             model,
-            shares=FrozenShares(),
+            shares=self._shares,
             backend=self.backend,
             on_entry=functools.partial(self._before_swapped, average, model),
         )
@@ -343,6 +353,8 @@ class PowerFunctionEMA(nn.Module):
                 sigma_rel=sigma_rel,
                 time=self.time,
                 steps=self.steps,
+                update_buffers=self.update_buffers,
+                left_out=self.left_out_names,
             )
             for sigma_rel, average in zip(self.sigma_rel, self.averages, strict=True)
         ]
@@ -369,20 +381,26 @@ class PowerFunctionEMA(nn.Module):
             )
         self.time, self.steps, self.run = state["time"], state["steps"], state["run"]
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        for number, average in enumerate(self.averages):
+            tensors = average.state_dict(keep_vars=True)
+            for name in self._shares.left_out:  # whatever the state has of it
+                state_dict[f"{prefix}averages.{number}.{name}"] = tensors[name]
+
     def __getstate__(self) -> dict[str, Any]:
         """Copied and pickled is everything but the plan, which refers to the model itself."""
         refuse_while_swapped("the averaged model was copied or pickled", self)
         return self.__dict__ | {"_paired": None}
 
 
-def _average_of(name: str, tensor: Tensor) -> Tensor:
-    """A copy; float32 for parameters of 16 bits or fewer, which would lose most updates."""
-    refuse_lazy(name, tensor, "model")
-    if not isinstance(tensor, nn.Parameter):
-        return converted(tensor, None, None)
-    is_short = tensor.is_floating_point() and tensor.itemsize <= 2
-    average = converted(tensor, None, torch.float32 if is_short else None)
-    return nn.Parameter(average, requires_grad=False)
+def _drop_what_is_left_out(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, _: Any
+) -> None:
+    assert isinstance(module, PowerFunctionEMA)
+    for number in range(len(module.averages)):
+        for name in module.left_out_names:
+            state_dict.pop(f"{prefix}averages.{number}.{name}", None)
 
 
 def _drop_plan(owner: weakref.ref[PowerFunctionEMA], _: object) -> None:

@@ -29,7 +29,9 @@ def reconstruct(run_dir: PathLike, sigma_rel: float, step: int | None = None) ->
         step: the step of a snapshot; None: the last.
 
     Returns:
-        A state dict of the model: the averaged tensors, and the buffers as they were at that step.
+        A state dict of the model: the averaged tensors, and the other buffers as they were at that
+        step. Parameters that ``PowerFunctionEMA`` has left out aren't there:
+        ``model.load_state_dict(reconstruct(...), strict=False)`` leaves these as they are.
 
     Raises:
         ValueError: ``sigma_rel`` is out of range, there is no snapshot of this step, or snapshots
@@ -52,6 +54,7 @@ class Reconstruction:
         error: the L2 distance between the profiles reached and wanted, relative to the norm of the
             latter.
         steps: the number of updates at that step.
+        left_out: names of the model's parameters that weren't averaged, and aren't in the result.
     """
 
     def __init__(self, run_dir: PathLike, sigma_rel: float, step: int | None = None) -> None:
@@ -64,6 +67,7 @@ class Reconstruction:
                 f"no snapshot of step {step} in {run_dir}; there are {_steps(snapshots)}"
             )
         self._last = self.snapshots[-1]
+        self.left_out = list(self._last.left_out)
         self.sigma_rel = sigma_rel
         self.wanted = Profile(gamma, self._last.time)
         self.weights, self.error = combine(
@@ -122,6 +126,8 @@ class Reconstruction:
             "profile_error": repr(self.error),
             **self._last.tied,
         }
+        if self.left_out:
+            metadata["left_out"] = json.dumps(self.left_out)
         # The layout of the tensors is that of the snapshots.
         header = json.dumps({"__metadata__": metadata, **self._last.layout}).encode()
         header += b" " * (-len(header) % 8)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from ema_fused.modules.choosing import Buffers
+from ema_fused.modules.module_pairs import has_average, is_averaged, slots_of
 from ema_fused.posthoc.power_profiles import Profile, gamma_of
 from ema_fused.saving.safetensors_files import read_header, safetensors
 from ema_fused.saving.whole_files import written_whole
@@ -25,6 +28,7 @@ class Snapshot:
         run: the name of the run that saved it.
         followers: names of the tensors that are copied, not averaged.
         tied: for each further name of a tied tensor, the name that it is saved under.
+        left_out: names of the model's parameters that aren't averaged, and not in the file.
         layout: dtype, shape and offsets in the file of each tensor, as in the safetensors header.
     """
 
@@ -35,6 +39,7 @@ class Snapshot:
     steps: int
     followers: frozenset[str]
     tied: dict[str, str]
+    left_out: tuple[str, ...]
     layout: dict[str, dict[str, Any]]
 
     @property
@@ -43,18 +48,33 @@ class Snapshot:
 
 
 def write_snapshot(
-    run_dir: Path, average: nn.Module, *, run: str, sigma_rel: float, time: int, steps: int
+    run_dir: Path,
+    average: nn.Module,
+    *,
+    run: str,
+    sigma_rel: float,
+    time: int,
+    steps: int,
+    update_buffers: Buffers,
+    left_out: Sequence[str],
 ) -> Path:
-    """Saves the tensors of ``average``, each once, and returns the path of the file."""
+    """Saves the tensors of ``average``, each once, and returns the path of the file.
+
+    Args:
+        update_buffers: which buffers are averaged too.
+        left_out: names of parameters that aren't averaged; they aren't saved.
+    """
     names: dict[Tensor, str] = {}
     tied = {}
     for name, tensor in average.state_dict(keep_vars=True).items():
+        if name in left_out:
+            continue
         if names.setdefault(tensor, name) != name:
             tied[name] = names[tensor]
     averaged = {
         name
-        for name, parameter in average.named_parameters(remove_duplicate=False)
-        if parameter.is_floating_point() or parameter.is_complex()
+        for name, slot in slots_of(average).items()
+        if is_averaged(name, slot, update_buffers) and has_average(slot.tensor)
     }
     followers = sorted(name for name in names.values() if name not in averaged)
     metadata = {
@@ -65,6 +85,7 @@ def write_snapshot(
         "steps": str(steps),
         "followers": json.dumps(followers),
         "tied": json.dumps(tied),
+        "left_out": json.dumps(list(left_out)),
     }
     package = safetensors()
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -98,6 +119,8 @@ def _read(path: Path) -> Snapshot:
         steps=int(metadata["steps"]),
         followers=frozenset(json.loads(metadata["followers"])),
         tied=json.loads(metadata["tied"]),
+        # Snapshots of earlier versions are of all parameters.
+        left_out=tuple(json.loads(metadata.get("left_out", "[]"))),
         layout=layout,
     )
 
@@ -127,6 +150,8 @@ def read_snapshots(run_dir: Path) -> list[Snapshot]:
 
 
 def _difference(one: Snapshot, other: Snapshot) -> str | None:
+    for name in set(one.left_out) ^ set(other.left_out):
+        return f"averages: {name!r} is averaged in one of them, and left out of the other"
     for name in (*one.layout, *other.layout):
         if one.layout.get(name) != other.layout.get(name):
             return f"models: {name!r} is {_kind(one, name)} and {_kind(other, name)}"

@@ -37,6 +37,7 @@ EXEMPT = {
         "a PNG to draw the profiles asked for and reached in",
         "...: sigma_rel ... at step ... from ... snapshots, ... bytes",
         "the profile reached is off by ... of the one asked for",
+        "... parameters that weren't averaged aren't in it: ...",
         "which checkpoints, and how much each counts",
         "reading and writing",
         "the given weights",

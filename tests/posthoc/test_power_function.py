@@ -157,16 +157,16 @@ def test_equal_batches_count_as_steps() -> None:
 
 
 def test_all_averages_are_updated_by_one_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ema_fused.posthoc import power_function
+    from ema_fused.posthoc import paired_plan
 
     made = []
 
-    class Counted(power_function.Plan):
+    class Counted(paired_plan.Plan):
         def __init__(self, *arguments: Any, **options: Any) -> None:
             super().__init__(*arguments, **options)
             made.append(self)
 
-    monkeypatch.setattr(power_function, "Plan", Counted)
+    monkeypatch.setattr(paired_plan, "Plan", Counted)
     model = conv_net()
     run(PowerFunctionEMA(model, WIDTHS), model, 10)
     (plan,) = made

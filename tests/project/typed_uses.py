@@ -62,6 +62,7 @@ def accepted(model: nn.Module) -> None:
     AveragedWeights(model, 0.001, source=masters(model), **options)
     BiasCorrectedEMA(model, source=masters, **options)
     BiasCorrectedEMA(model, 0.5, 0.2, source=masters(model), **options)
+    PowerFunctionEMA(model, 0.1, include=is_wide, exclude=["router"], update_buffers=r"running_")
 
 
 def refused(model: nn.Module) -> None:
