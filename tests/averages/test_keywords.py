@@ -106,7 +106,9 @@ def test_what_is_taken_is_listed() -> None:
     assert {"device", "update_buffers", "every", "distance_every"} < set(listed)
     assert len(set(listed)) == len(listed)
     assert "end_momentum, max_iters" in refusal(CosineEMA, nonsense=1)
-    assert refusal(PowerFunctionEMA, nonsense=1).endswith("It takes model, sigma_rel, backend")
+    assert refusal(PowerFunctionEMA, nonsense=1).endswith(
+        "It takes model, sigma_rel, backend, update_buffers, include, exclude"
+    )
 
 
 def test_a_class_of_ones_own_is_named_with_its_arguments() -> None:
