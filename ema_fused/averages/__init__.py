@@ -15,6 +15,7 @@ from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.averages.bias_corrected import BiasCorrectedEMA
 from ema_fused.averages.kinds import (
     CosineEMA,
+    EmaDecaySqrt,
     ExpMomentumEMA,
     ExponentialMovingAverage,
     MomentumAnnealingEMA,
@@ -29,6 +30,7 @@ __all__ = [
     "BiasCorrectedEMA",
     "CosineEMA",
     "Distance",
+    "EmaDecaySqrt",
     "ExpMomentumEMA",
     "ExponentialMovingAverage",
     "MomentumAnnealingEMA",

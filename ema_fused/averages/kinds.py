@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, Unpack
@@ -115,6 +116,64 @@ class ExponentialMovingAverage(BaseAveragedModel):
             return MEAN
         is_known = getattr(momentum, "__module__", None) == schedules.__name__
         return MOMENTUM if is_known or not callable(momentum) else None
+
+
+class EmaDecaySqrt(ExponentialMovingAverage):
+    """A mean up to a step, and from there on values weighted by "1 - sqrt": levanter's.
+
+    Levanter's ``EmaDecaySqrtModelAveraging``, with its arguments: in the place of a learning rate
+    that decays, while the model trains and in the memory of one average. (WSM, arXiv 2507.17634,
+    does it with checkpoints afterwards, and weighs each by what such a rate falls meanwhile:
+    ``python -m ema_fused merge``.) The values of step t count ``1 - beta`` before ``switch_step``,
+    and ``1 - sqrt((t - switch_step) / decay_steps)`` from there on; the average is their sum
+    divided by all weights so far, and stays as it is from step ``switch_step + decay_steps`` on. So
+    ``beta`` says how much the mean before the switch counts after it.
+
+    Steps are counted from the initial copy on, so ``begin_step`` moves the switch too. The average
+    of a sharded model is ``AveragedWeights(model, momentum=partial(schedules.ema_decay_sqrt,
+    ...))``.
+
+    Args:
+        model: the model to average; tensors of any shape and floating-point dtype.
+        beta: in [0, 1); 0 counts the steps before the switch like the first after it.
+        switch_step: 0 or more; the step of the first weight of the decay, 1.
+        decay_steps: 1 or more.
+
+    The others as :class:`BaseAveragedModel`, but ``interval`` has to be 1.
+
+    Raises:
+        TypeError, ValueError: an argument is of a wrong type or out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        beta: float = 0.999,
+        switch_step: int = 100_000,
+        decay_steps: int = 100_000,
+        *shared: Any,
+        **options: Unpack[Options],
+    ) -> None:
+        beta = check_fraction("beta", beta)
+        if beta == 1:
+            raise ValueError(
+                "beta is 1, so nothing before switch_step would count; a number in [0, 1) is "
+                "expected. To begin at the switch, pass begin_step=..., switch_step=0"
+            )
+        momentum = functools.partial(
+            schedules.ema_decay_sqrt,
+            momentum=1.0 - beta,
+            switch=check_integer("switch_step", switch_step, least=0),
+            total=check_integer("decay_steps", decay_steps, least=1),
+        )
+        super().__init__(model, momentum, *shared, **options)
+        if self.interval > 1:
+            raise ValueError(
+                f"interval={self.interval} with EmaDecaySqrt: the weights of the steps left out "
+                f"would be in its sum, and their values not; leave out calls by every="
+            )
+        # Its momentum jumps up at the switch, and isn't a decay for that.
+        self._is_questioned = True
 
 
 class MomentumAnnealingEMA(ExponentialMovingAverage):
