@@ -9,7 +9,6 @@ from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ema_fused.averages import schedules
 from ema_fused.averages.averaged_weights import AveragedWeights
@@ -18,18 +17,11 @@ from ema_fused.engine.checks import check_integer, check_not_negative
 from ema_fused.engine.dtensors import local
 from ema_fused.engine.rounding import HALVES
 from ema_fused.modules.adopting import Adopted, Resize
+from ema_fused.modules.beside import averaged_in, put
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.exchanging import exchange_of_everything
 from ema_fused.modules.model_argument import check_model
-from ema_fused.modules.module_pairs import (
-    Pair,
-    Slot,
-    has_average,
-    is_averaged,
-    pair_up,
-    refuse_own,
-    slots_of,
-)
+from ema_fused.modules.module_pairs import Pair, pair_up, refuse_own, slots_of
 from ema_fused.modules.pairing import Pairing
 from ema_fused.modules.skeleton import skeleton_of
 from ema_fused.modules.sources import Given
@@ -228,15 +220,15 @@ class BiasCorrectedEMA(AveragedWeights):
         present = slots_of(self._initial)
         made = {id(slot.tensor): slot for slot in present.values()}
         with torch.inference_mode(False), torch.no_grad():
-            for name, slot in _averaged_in(self._averages(), self.shared_names).items():
+            for name, slot in averaged_in(self._averages(), self.shared_names).items():
                 if name in present:
                     made[id(slot.tensor)] = present[name]
-            for name, slot in _averaged_in(self._averages(), self.shared_names).items():
+            for name, slot in averaged_in(self._averages(), self.shared_names).items():
                 if name in present:
                     continue
                 tied = made.get(id(slot.tensor))
                 value = slot.tensor.detach().clone() if tied is None else tied.tensor
-                _put(self._initial, name, value)
+                put(self._initial, name, value)
                 made[id(slot.tensor)] = slots_of(self._initial)[name]
 
     def _paired_with(self, model: nn.Module) -> Pairing:
@@ -275,9 +267,9 @@ class BiasCorrectedEMA(AveragedWeights):
         before = slots_of(self._initial)
         adopted = super().adopt(model, resize=resize)
         self._modules["initial"] = nn.Module()
-        for name, slot in _averaged_in(self._averages(), self.shared_names).items():
+        for name, slot in averaged_in(self._averages(), self.shared_names).items():
             if name in before and before[name].tensor.shape == slot.tensor.shape:
-                _put(self._initial, name, before[name].tensor)
+                put(self._initial, name, before[name].tensor)
         self._complete()
         return adopted
 
@@ -289,33 +281,6 @@ class BiasCorrectedEMA(AveragedWeights):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
         self._complete()  # what the checkpoint has trained and this model shared
-
-
-def _averaged_in(averages: nn.Module, shared: set[str]) -> dict[str, Slot]:
-    """The parameters that have an average of their own."""
-    return {
-        name: slot
-        for name, slot in slots_of(averages).items()
-        if name not in shared
-        and not is_lazy(slot.tensor)
-        and is_averaged(name, slot, False)
-        and has_average(slot.tensor)
-    }
-
-
-def _put(root: nn.Module, name: str, tensor: Tensor) -> None:
-    """Registers a parameter under a name with dots, in modules made for it."""
-    *path, last = name.split(".")
-    for part in path:
-        if part not in root._modules:
-            root.add_module(part, nn.Module())
-        inside = root._modules[part]
-        assert inside is not None
-        root = inside
-    is_parameter = isinstance(tensor, nn.Parameter)
-    root._parameters[last] = (
-        tensor if is_parameter else nn.Parameter(tensor, requires_grad=False)  # type: ignore[assignment]
-    )
 
 
 def _pieces(pairs: list[Pair]) -> Iterator[list[Pair]]:
