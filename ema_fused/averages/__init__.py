@@ -1,10 +1,10 @@
 """The averaged models that users create, their momentum schedules, and automatic updates.
 
 :mod:`.base` counts the updates and makes them; :mod:`.kinds` has the averages that keep a copy of
-the model, :mod:`.averaged_weights` the one without, :mod:`.bias_corrected` one that is read out;
-:mod:`.schedules` gives the momentum as a function of the step; :mod:`.attaching` updates an average
-after each step of an optimizer, which :mod:`.real_steps` tells of. May import ``converting``,
-``engine``, ``modules`` and ``posthoc``.
+the model, :mod:`.averaged_weights` the one without, :mod:`.bias_corrected` one that is read out,
+:mod:`.latest_weights` the mean of a window of checkpoints; :mod:`.schedules` gives the momentum as
+a function of the step; :mod:`.attaching` updates an average after each step of an optimizer, which
+:mod:`.real_steps` tells of. May import ``converting``, ``engine``, ``modules`` and ``posthoc``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ema_fused.averages.kinds import (
     MomentumAnnealingEMA,
     StochasticWeightAverage,
 )
+from ema_fused.averages.latest_weights import LatestWeightAverage
 from ema_fused.averages.telemetry import Distance
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "EmaDecaySqrt",
     "ExpMomentumEMA",
     "ExponentialMovingAverage",
+    "LatestWeightAverage",
     "MomentumAnnealingEMA",
     "StochasticWeightAverage",
     "attach",

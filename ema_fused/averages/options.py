@@ -37,7 +37,7 @@ class Options(TypedDict, total=False):
     exclude: Parameters | None
 
 
-# Options that a class with its own avg_func can't have, and their defaults.
+# Options that only an average by a momentum can have, and their defaults.
 _NEED_MOMENTUM = (
     ("rounding", "nearest"),
     ("every", 1),
@@ -48,21 +48,27 @@ _NEED_MOMENTUM = (
 )
 
 
+def needing_momentum(options: Options) -> str:
+    """The options given that only an average by a momentum can have; "" if there are none."""
+    given = [
+        f"{option}={options[option]!r}"  # type: ignore[literal-required]
+        for option, usual in _NEED_MOMENTUM
+        if options.get(option, usual) != usual
+    ]
+    return ", ".join(given)
+
+
 def refuse_one_by_one(name: str, options: Options) -> None:
     """Raises ValueError for options that a class with its own ``avg_func`` can't have.
 
     Args:
         name: the name of the class, for the message.
     """
-    needed = [
-        f"{option}={options[option]!r}"  # type: ignore[literal-required]
-        for option, usual in _NEED_MOMENTUM
-        if options[option] != usual  # type: ignore[literal-required]
-    ]
+    needed = needing_momentum(options)
     if needed:
         raise ValueError(
             f"{name} averages by its own avg_func, which does as it likes; "
-            f"{', '.join(needed)} needs a class that defines momentum_at"
+            f"{needed} needs a class that defines momentum_at"
         )
 
 

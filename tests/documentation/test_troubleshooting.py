@@ -144,6 +144,7 @@ EXEMPT = {
         "update_after_step (100 unless it is given), and averages at every update_every-th "
         "step (10): pass EMA(update_after_step=..., update_every=...) as it was done so far",
         "the seed of stochastic rounding isn't carried",
+        "the checkpoints of a window: the average counts as one",
         "the weights of the model, which stay in the source",
         "the weights of the model aren't in the source: load it into "
         "EMA(include_online_model=False), or pass them by --raw (raw=)",

@@ -12,7 +12,8 @@ from torch import nn
 from ema_fused.averages import kinds as ours
 from ema_fused.averages.averaged_weights import AveragedWeights
 from ema_fused.averages.kinds import ExponentialMovingAverage
-from tests.device import DEVICE, nobody_waits
+from ema_fused.averages.latest_weights import LatestWeightAverage
+from tests.device import DEVICE, needs, nobody_waits
 from tests.networks import Tied, conv_net, differences, run, snapshot, train
 
 pytestmark = [
@@ -174,3 +175,28 @@ def test_what_is_left_out_of_a_copy_elsewhere_is_copied_at_each_update(
     averaged.flush()
     assert averaged.module.head.weight.device.type == "cpu"
     assert torch.equal(averaged.module.head.weight, model.head.weight.cpu())
+
+
+@pytest.mark.parametrize("mean_on", [None, "cpu"])
+def test_the_latest_checkpoints_are_in_pinned_memory_and_no_step_waits(mean_on: str | None) -> None:
+    twin = conv_net()
+    model = copy.deepcopy(twin).to(DEVICE)
+    ours, expected = LatestWeightAverage(model, 3, 2, mean_on), LatestWeightAverage(twin, 3, 2)
+    random = torch.Generator().manual_seed(0)
+    for step in range(9):
+        train_like(model, twin, random)
+        expected.update_parameters(twin)
+        if step and mean_on is None:
+            with nobody_waits():
+                ours.update_parameters(model)
+        else:  # buffers on their way to a mean in host memory are waited for
+            ours.update_parameters(model)
+    assert {one.device.type for one in ours.weights.values()} == {mean_on or DEVICE}
+    state, wanted = dict(ours.state_dict()), dict(expected.state_dict())
+    assert differences(on_cpu(state), wanted) == []
+    window = {name: one for name, one in state.items() if name.startswith("window.0")}
+    assert all(one.is_cpu for one in window.values())
+    with ours.swapped(model), expected.swapped(twin):
+        assert differences(on_cpu(snapshot(model)), snapshot(twin)) == []
+    needs("a GPU: without one no memory is pinned")
+    assert all(one.is_pinned() for one in window.values())

@@ -14,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from ema_fused import (
     AveragedWeights,
     BaseAveragedModel,
+    EmaDecaySqrt,
     ExponentialMovingAverage,
+    LatestWeightAverage,
     PowerFunctionEMA,
     StochasticWeightAverage,
 )
@@ -217,6 +219,30 @@ def test_averaged_weights_are_written_for_from_pretrained_and_resumed(tmp_path: 
         if checkpoint is None:
             loaded = DigitsModel.from_pretrained(tmp_path / "checkpoint-12" / "averaged")
             assert differences(own(loaded), by_hand.average) == []
+    assert differences(*states) == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments"),
+    [
+        (LatestWeightAverage, {"k": 3, "interval": 2}),
+        (EmaDecaySqrt, {"beta": 0.9, "switch_step": 3, "decay_steps": 6}),
+    ],
+)
+def test_averages_in_the_place_of_a_decay_are_evaluated_and_resumed(
+    tmp_path: Path, kind: Any, arguments: dict[str, Any]
+) -> None:
+    states = []
+    for checkpoint in (None, str(tmp_path / "checkpoint-6")):
+        trainer = digits_trainer(tmp_path, save_strategy="steps", save_steps=6)
+        callback = EMACallback(kind, **arguments).attach(trainer)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        states.append(state_of(callback.average))
+        assert isinstance(callback.average, BaseAveragedModel)
+        averages = own(callback.average.module)
+        assert_measured_with(averages, trainer.evaluate())
+        loaded = DigitsModel.from_pretrained(tmp_path / "checkpoint-12" / "averaged")
+        assert differences(own(loaded), averages) == []
     assert differences(*states) == []
 
 
