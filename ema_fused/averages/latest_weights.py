@@ -193,7 +193,7 @@ class LatestWeightAverage(AveragedWeights):
         loaded = super().load_state_from(*arguments, **options)
         self._restart()
         note = "the checkpoints of a window: the average counts as one"
-        return dataclasses.replace(loaded, lost=(*loaded.lost, note))
+        return dataclasses.replace(loaded, lost=tuple(dict.fromkeys((*loaded.lost, note))))
 
     def _kind(self) -> str | None:
         return None

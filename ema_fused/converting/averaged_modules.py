@@ -20,6 +20,7 @@ from ema_fused.converting.average_state import (
     tensors_in,
 )
 
+_WINDOW = "window."  # of LatestWeightAverage
 _ONLINE, _AVERAGED = "online_model.", "ema_model."
 
 
@@ -34,13 +35,18 @@ def _inside(state: Mapping[Any, Any], count: str, *more: str) -> dict[str, Any] 
 
 
 def _read_ours(state: Mapping[Any, Any], _: Wanted) -> AverageState | None:
-    inside = _inside(state, "steps", "rounding_seed")
+    window = [key for key in state if str(key).startswith(_WINDOW)]
+    inside = _inside(state, "steps", "rounding_seed", *window)
     if inside is None:
         return None
-    seed = ("the seed of stochastic rounding isn't carried",) if "rounding_seed" in state else ()
+    notes = ["the seed of stochastic rounding isn't carried"] if "rounding_seed" in state else []
+    if window:
+        notes.append("the checkpoints of a window: the average counts as one")
     versions = getattr(state, "_metadata", None) or getattr(state, "versions", None) or {}
     kind = versions.get("", {}).get("average")
-    return AverageState("ema_fused", inside, steps=number(state["steps"]), kind=kind, notes=seed)
+    return AverageState(
+        "ema_fused", inside, steps=number(state["steps"]), kind=kind, notes=tuple(notes)
+    )
 
 
 def _build_ours(state: AverageState, _: Wanted) -> Built:

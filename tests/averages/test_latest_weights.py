@@ -310,6 +310,19 @@ def test_an_average_of_another_kind_counts_as_one_checkpoint() -> None:
         assert differences(held(one, model), mean([first, parameters(model)])) == []
 
 
+def test_its_state_is_an_average_for_others_too() -> None:
+    model = conv_net()
+    average = LatestWeightAverage(model, 2)
+    run(average, model, 4)
+    others = ExponentialMovingAverage(model, 0.1), LatestWeightAverage(model, 2)
+    for other in others:
+        report = other.load_state_from(average.state_dict())
+        assert (report.format, report.steps) == ("ema_fused", 4)
+        assert report.lost == ("the checkpoints of a window: the average counts as one",)
+        assert differences(held(other, model), held(average, model)) == []
+    assert int(others[1].window.filled) == 1
+
+
 def test_weights_that_are_loaded_before_the_first_update_count_as_one() -> None:
     model, steps = conv_net(), generator()
     average = LatestWeightAverage(model, 2)
@@ -447,6 +460,19 @@ def test_adopting_keeps_the_checkpoints_of_what_is_kept() -> None:
     del model.extra
     average.adopt(model)
     assert not any("extra" in name for name in average.state_dict())
+
+
+def test_a_buffer_that_has_become_a_parameter_begins_anew() -> None:
+    model, steps = conv_net(), generator()
+    average = LatestWeightAverage(model, 3, update_buffers=True)
+    run(average, model, 4)
+    del model.scale
+    model.scale = nn.Parameter(torch.tensor(7.0))
+    assert "scale" in average.adopt(model).started
+    train(model, steps)
+    average.update_parameters(model)
+    expected = (7.0 * 2 + model.scale.double()) / 3
+    assert torch.equal(average.weights["scale"], expected.float())
 
 
 def test_models_without_shapes_or_values_are_averaged_from_their_first_batch_on() -> None:
