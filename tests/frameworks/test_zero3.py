@@ -11,8 +11,14 @@ import torch
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
 
-from ema_fused import AveragedWeights, ExponentialMovingAverage, PowerFunctionEMA
+from ema_fused import (
+    AveragedWeights,
+    ExponentialMovingAverage,
+    LatestWeightAverage,
+    PowerFunctionEMA,
+)
 from ema_fused.engine.dtensors import local
+from ema_fused.saving import averaged_state_dict, load_averaged_state_dict
 from tests.frameworks.zero3_models import (
     alike,
     bits_of,
@@ -25,6 +31,7 @@ from tests.frameworks.zero3_models import (
     train,
     whole_weights,
 )
+from tests.networks import differences
 from tests.ranks import Ranks
 
 pytest.importorskip("deepspeed", reason="DeepSpeed isn't installed")
@@ -84,6 +91,41 @@ def averages(bf16: bool) -> dict[str, list[str]]:
 def test_averages_are_those_of_the_float32_pieces(deepspeed_ranks: Ranks, bf16: bool) -> None:
     for found in deepspeed_ranks.run(averages, bf16):
         assert found == {name: [] for name in OPTIONS}
+
+
+def latest_checkpoints(bf16: bool) -> dict[str, list[str]]:
+    engine = partitioned(network(), bf16=bf16)
+    averaged = LatestWeightAverage(engine.module, 2)
+    resumed = LatestWeightAverage(engine.module, 2)
+    recorded = []
+    for number in range(5):
+        train(engine, number)
+        for one in (averaged, resumed) if number == 4 else (averaged,):
+            one.update_parameters(engine.module)
+        recorded.append(masters(engine))
+        if number == 3:
+            saved = averaged_state_dict(averaged, engine.module)
+            load_averaged_state_dict(resumed, engine.module, saved)
+    expected = {
+        name: ((recorded[-2][name].double() + piece.double()) / 2).to(piece.dtype)
+        for name, piece in recorded[-1].items()
+    }
+    found = {}
+    for label, one in (("averaged", averaged), ("resumed", resumed)):
+        held = {name: local(tensor) for name, tensor in one.module.named_parameters()}
+        found[label] = differences(held, {name: expected[name] for name in held})
+    before = bits_of(engine)
+    with averaged.swapped(engine.module):
+        inside = bits_of(engine)
+    found["swapped"] = [] if differences(inside, before) else ["nothing was swapped"]
+    found["swapped back"] = differences(bits_of(engine), before)
+    return found
+
+
+@pytest.mark.parametrize("bf16", [True, False], ids=["bf16", "float32"])
+def test_the_latest_checkpoints_are_float32_pieces(deepspeed_ranks: Ranks, bf16: bool) -> None:
+    for found in deepspeed_ranks.run(latest_checkpoints, bf16):
+        assert {label: names for label, names in found.items() if names} == {}
 
 
 def what_is_sent() -> tuple[int, int]:
