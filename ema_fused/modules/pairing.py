@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
@@ -21,12 +22,11 @@ from ema_fused.modules.kept_elsewhere import have_moved
 from ema_fused.modules.known_model import KnownModel
 from ema_fused.modules.materialising import materialise
 from ema_fused.modules.merged_adapters import merged_in
-from ema_fused.modules.module_pairs import Kind, Pair, lists_of, pair_up, plan_of, refuse_untied
-from ema_fused.modules.non_finite import NonFiniteBuffers, averaged_buffers, those_non_finite
+from ema_fused.modules.module_pairs import Kind, Pair, pair_up, plan_of, refuse_untied
+from ema_fused.modules.planned_pairs import PlannedPairs
 from ema_fused.modules.shared_pairs import SharedPairs
 from ema_fused.modules.sources import Sources
 from ema_fused.modules.watch import ModuleWatch
-from ema_fused.offloading.offloaded_plan import OffloadedPlan
 
 
 class Pairing:
@@ -56,8 +56,7 @@ class Pairing:
         counts_versions: count up the version counters of the averages (see :class:`VersionCounters`
             of :mod:`ema_fused.engine.versions`) at each call that writes them.
         mends_buffers: averaged buffers that hold infinity or NaN don't become NaN: such elements
-            take the model's value (:mod:`.non_finite`). Which buffers these are is looked up once,
-            at the first update after tensors were paired.
+            take the model's value (:mod:`.planned_pairs`).
         follows_extra_state: find the modules whose extra state the averaged ones take over.
         sources: what is averaged in place of the model's own tensors.
 
@@ -97,19 +96,24 @@ class Pairing:
         self.update_buffers = update_buffers
         self.counts_versions = counts_versions
         self._follows_extra_state = follows_extra_state
-        self._offload = offload
         self._overlap = overlap
         self.stream: torch.cuda.Stream | None = None
         gone = when_one_is_gone or _nothing
         self._averaged = weakref.ref(averaged, gone)
         self._model = KnownModel(model, gone)
-        self._arithmetic = arithmetic
         self._rounding = rounding
         self._backend = backend
+        self._plan = functools.partial(
+            PlannedPairs,
+            arithmetic=arithmetic,
+            rounding=rounding,
+            backend=backend,
+            offload=offload,
+            mends_buffers=mends_buffers,
+        )
         self._shares = FrozenShares() if shares is None else shares
         self._leave = leave
         self._caches_are_buffers = caches_are_buffers
-        self._mends_buffers = mends_buffers
         self._sources = sources
         self._prepare()
 
@@ -150,7 +154,7 @@ class Pairing:
             self.stream = None
         elif self.stream is None or self.stream.device != self.device:
             self.stream = torch.cuda.Stream(self.device)
-        planned = self._planned(pairs)
+        planned = self._plan(pairs, stream=self.stream)
         for pair in pairs:
             _check_own_memory(pair)
         # Assigned only now, so that an error above leaves the pairing as it was.
@@ -162,10 +166,7 @@ class Pairing:
             self._slots_changed = lambda: watch.changed() or have_moved(elsewhere)
         self._pairs = pairs
         self._shared = SharedPairs(shared, self._shares) if shared else None
-        self._run_by(*planned)
-        self._unseen = averaged_buffers(pairs) if self._mends_buffers else []
-        self._non_finite: NonFiniteBuffers | None = None
-        self._is_plain = self._is_ordinary and not self._unseen
+        self._planned = planned
         follows = self._follows_extra_state
         self.extra_state = ExtraState.between(averaged, model) if follows else None
         self._followers: Plan | None = None
@@ -176,69 +177,6 @@ class Pairing:
         # With a smaller weight even a change as large as the average is rounded away: it is below
         # half a unit in the last place.
         self.lossy_below = max((torch.finfo(dtype).eps / 2 for dtype in halves), default=0.0)
-
-    def _planned(self, pairs: list[Pair]) -> tuple[Plan | OffloadedPlan, list[Pair], Plan | None]:
-        """The plan that updates ``pairs``, its own pairs, and one that copies the buffers that it
-        reads.
-        """
-        runs_beside = self._offload or self.stream is not None
-        snapshot, planned = _with_snapshots(pairs, self._backend) if runs_beside else (None, pairs)
-        kind = OffloadedPlan if self._offload else Plan
-        everything = kind(
-            **lists_of(planned),
-            arithmetic=self._arithmetic,
-            rounding=self._rounding,
-            backend=self._backend,
-        )
-        return everything, planned, snapshot
-
-    def _run_by(
-        self, everything: Plan | OffloadedPlan, planned: list[Pair], snapshot: Plan | None
-    ) -> None:
-        self._everything = everything
-        self._in_plan = planned
-        self._listed: tuple[Callable[[str], float], list[float], list[float]] | None = None
-        self._snapshot = snapshot
-        # A plan on a device orders its streams, so waiting for the averages and waiting for the
-        # reads of the model are the same.
-        self._flush, self._wait_until_read = (
-            (everything.flush, everything.wait_until_read)
-            if isinstance(everything, OffloadedPlan)
-            else (everything.wait, everything.wait)
-        )
-
-    @property
-    def _is_ordinary(self) -> bool:
-        return not self._offload and self.stream is None and self._rounding == "nearest"
-
-    def _look_at_buffers(self) -> None:
-        """Takes the buffers that hold infinity or NaN out of the plan; looked for once.
-
-        Not done when tensors are paired: the average may be one of the model before its first
-        forward pass, and is copied over next.
-        """
-        if self._non_finite is not None and not self._non_finite.are_as_planned():
-            self._prepare_again()
-        if not self._unseen:
-            return
-        apart = those_non_finite(self._unseen)
-        if apart:
-            self.flush()
-            names = {pair.name for pair in apart}
-            self._run_by(*self._planned([pair for pair in self._pairs if pair.name not in names]))
-            self._non_finite = NonFiniteBuffers(
-                apart,
-                arithmetic=self._arithmetic,
-                rounding=self._rounding,
-                backend=self._backend,
-            )
-        self._unseen = []
-        self._is_plain = self._is_ordinary and not apart
-
-    def _take_snapshot(self, snapshot: Plan) -> None:
-        # The previous update may still be reading the snapshot.
-        self.wait_until_read()
-        snapshot.copy_()
 
     def holds(self, averaged: nn.Module, model: nn.Module, update_buffers: Buffers) -> bool:
         """Whether the pairs are still those of these modules; takes some nanoseconds per tensor."""
@@ -270,10 +208,11 @@ class Pairing:
             False, with nothing done, where the update takes another way: :meth:`holds` says no, or
             it isn't a plain one by one native kernel, or its changes are rounded away.
         """
-        compiled = self._compiled
+        compiled = self._planned.compiled
         slots = self._model.slots
         if (
             compiled is None
+            or self.extra_state is not None
             or slots is None
             or self._slots is None
             or averaged is not self._averaged()
@@ -292,13 +231,6 @@ class Pairing:
             self._versions.increment()
         return done
 
-    @property
-    def _compiled(self) -> Any:
-        plan = self._everything
-        if not self._is_plain or self.extra_state is not None or not isinstance(plan, Plan):
-            return None
-        return plan.compiled
-
     def difference(self, other: Pairing) -> str:
         """Says what has changed since ``other``, an earlier pairing; for a warning."""
         model = self._model.present()
@@ -316,23 +248,12 @@ class Pairing:
     def copy_(self) -> None:
         """Copies every source into its average."""
         try:
-            return self._copy()
+            if self._planned.copy_():
+                return self._count()
         except ValueError:
             pass
         self._prepare_again()
-        self._copy()
-
-    def _copy(self) -> None:
-        if self._non_finite is not None and not self._non_finite.are_as_planned():
-            self._prepare_again()
-        if self._snapshot is not None:
-            self._take_snapshot(self._snapshot)
-        self._everything.copy_()
-        # Wait for errors now: without this first copy the average would have no valid values.
-        self._flush()
-        if self._non_finite is not None:
-            self._non_finite.copy_()
-        self._look_at_buffers()  # now, as the next update may be captured into a graph
+        self._planned.copy_()
         self._count()
 
     def _count(self) -> None:
@@ -356,69 +277,13 @@ class Pairing:
         hold infinity or NaN.
         """
         try:
-            self._average(weight, seed, step, found_inf, squared_distance)
-            return self._count()
+            if self._planned.average_(weight, seed, step, found_inf, squared_distance):
+                return self._count()
         except ValueError:
             pass
         self._prepare_again()
-        self._average(weight, seed, step, found_inf, squared_distance)
+        self._planned.average_(weight, seed, step, found_inf, squared_distance)
         self._count()
-
-    def _average(
-        self,
-        weight: float | Tensor | list[float] | Callable[[str], float],
-        seed: int,
-        step: int | Tensor,
-        found_inf: Tensor | None,
-        squared_distance: Tensor | None,
-    ) -> None:
-        if not self._is_plain:
-            self._look_at_buffers()
-        plan = self._everything
-        apart: Any = weight
-        if callable(weight):
-            weight, apart = self._one_a_pair(weight)
-        if self._is_plain and found_inf is None and squared_distance is None:
-            plan.lerp_(weight)  # type: ignore[arg-type]  # the fast path
-            return
-        if self._snapshot is not None:
-            self._take_snapshot(self._snapshot)
-        if isinstance(plan, OffloadedPlan):
-            assert isinstance(weight, float) and not isinstance(step, Tensor)
-            plan.lerp_(
-                weight,
-                found_inf=found_inf,
-                seed=seed,
-                step=step,
-                squared_distance=squared_distance,
-            )
-        else:
-            is_random = self._rounding == "stochastic"
-            if is_random:
-                plan.seed = seed
-            plan.lerp_(
-                weight,
-                found_inf=found_inf,
-                step=step if is_random else None,
-                stream=self.stream,
-                squared_distance=squared_distance,
-            )
-        if self._non_finite is not None:
-            self._non_finite.average_(apart, seed=seed, step=step, found_inf=found_inf)
-
-    def _one_a_pair(self, weight_of: Callable[[str], float]) -> tuple[list[float], list[float]]:
-        """The weights of the plan's pairs, and of the buffers apart from it; kept for the next call
-        with the same function.
-        """
-        if self._listed is None or self._listed[0] is not weight_of:
-            apart = [] if self._non_finite is None else self._non_finite.pairs
-            each, others = (
-                # Pairs that are copied have none.
-                [weight_of(pair.name) if pair.averages else 1.0 for pair in pairs]
-                for pairs in (self._in_plan, apart)
-            )
-            self._listed = weight_of, each, others
-        return self._listed[1:]
 
     def _prepare_again(self) -> None:
         self.flush()
@@ -426,15 +291,15 @@ class Pairing:
 
     def flush(self) -> None:
         """Waits until all updates are in the averages; the host waits for offloaded ones only."""
-        self._flush()
+        self._planned.flush()
 
     def is_idle(self) -> bool:
         """Whether no update is unfinished, as far as the host knows."""
-        return self._everything.is_idle()
+        return self._planned.plan.is_idle()
 
     def wait_until_read(self) -> None:
         """Waits until all updates have read the model."""
-        self._wait_until_read()
+        self._planned.wait_until_read()
 
     def where_it_runs(self) -> AbstractContextManager[object]:
         """A context in which the stream of the updates is the current stream."""
@@ -466,7 +331,9 @@ class Pairing:
 
         Whoever averages them calls :meth:`mend_` afterwards.
         """
-        self._look_at_buffers()
+        if not self._planned.look_at_buffers():
+            self._prepare_again()
+            self._planned.look_at_buffers()
         pairs = [pair for pair in self._pairs if pair.averages]
         if all(pair.averaged.shape == pair.source.shape for pair in pairs):
             return pairs
@@ -475,38 +342,7 @@ class Pairing:
 
     def mend_(self) -> None:
         """Gives elements of averaged buffers that aren't finite the model's value."""
-        if self._non_finite is not None:
-            self._non_finite.mend_()
-
-
-def _with_snapshots(pairs: list[Pair], backend: str | None) -> tuple[Plan | None, list[Pair]]:
-    """A plan that copies the model's buffers, and the pairs with these copies as sources.
-
-    For updates that run in parallel with training: the next forward pass writes the buffers without
-    waiting for the update, which therefore reads copies of them. Sparse buffers are copied into the
-    average itself, and the update leaves them alone.
-    """
-    carried = [pair for pair in pairs if _is_carried(pair)]
-    pairs = [pair for pair in pairs if not _is_carried(pair)]
-    with torch.inference_mode(False):
-        held = {
-            id(pair.source): torch.empty_like(pair.source, requires_grad=False)
-            for pair in pairs
-            if pair.kind is not Kind.PARAMETER
-        }
-    if not held and not carried:
-        return None, pairs
-    copied = carried + [
-        pair._replace(averaged=held[id(pair.source)], averages=False)
-        for pair in pairs
-        if id(pair.source) in held
-    ]
-    from_copies = [pair._replace(source=held.get(id(pair.source), pair.source)) for pair in pairs]
-    return plan_of(copied, backend=backend), from_copies
-
-
-def _is_carried(pair: Pair) -> bool:
-    return pair.source.layout != torch.strided and not pair.averages
+        self._planned.mend_()
 
 
 def _copy_unless(found_inf: Tensor | None, followers: Plan) -> None:

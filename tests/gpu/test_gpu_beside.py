@@ -70,7 +70,7 @@ def test_an_overlapping_update_runs_on_a_stream_of_its_own() -> None:
         main = torch.cuda.current_stream()
         assert averaged._pairing is not None
         assert averaged._pairing.stream not in (None, main)
-        assert averaged._pairing._everything._side_streams.unfinished  # type: ignore[union-attr]
+        assert averaged._pairing._planned.plan._side_streams.unfinished  # type: ignore[union-attr]
         optimizer.step()
         synchronize()
 

@@ -18,7 +18,7 @@ from ema_fused import (
 )
 from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.engine import backends
-from ema_fused.modules import pairing
+from ema_fused.modules import planned_pairs
 from tests.networks import CPU_BACKENDS, conv_net, differences, generator, snapshot, train
 
 INF, NAN = math.inf, math.nan
@@ -157,18 +157,18 @@ def test_an_observer_s_range_is_averaged_from_its_first_batch_on() -> None:
     assert average.module.mask.tolist() == [-2.0, 2.0]  # type: ignore[operator, union-attr]
     assert average._pairing is not None
     if backends.why_not("cpu") is None:
-        assert average._pairing._compiled is not None  # as fast as any other buffer
+        assert average._pairing._planned.compiled is not None  # as fast as any other buffer
 
 
 def test_finite_buffers_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    real = pairing.those_non_finite
+    real = planned_pairs.those_non_finite
 
     def counted(pairs: Any) -> Any:
         seen.append(len(pairs))
         return real(pairs)
 
-    monkeypatch.setattr(pairing, "those_non_finite", counted)
+    monkeypatch.setattr(planned_pairs, "those_non_finite", counted)
     model, random = conv_net(), generator()
     average = ExponentialMovingAverage(model, 0.1, update_buffers=True, begin_step=3)
     for _ in range(8):
