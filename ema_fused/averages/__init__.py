@@ -1,9 +1,10 @@
 """The averaged models that users create, their momentum schedules, and automatic updates.
 
-:mod:`.base` counts the updates and makes them; :mod:`.kinds` has the averages that keep a copy of
-the model, :mod:`.averaged_weights` the one without, :mod:`.bias_corrected` one that is read out,
-:mod:`.latest_weights` the mean of a window of checkpoints; :mod:`.schedules` gives the momentum as
-a function of the step; :mod:`.attaching` updates an average after each step of an optimizer, which
+:mod:`.updating` counts the updates and makes them; :mod:`.base` takes the options, saves and loads;
+:mod:`.kinds` has the averages that keep a copy of the model, :mod:`.averaged_weights` the one
+without, :mod:`.bias_corrected` one that is read out, :mod:`.latest_weights` the mean of a window of
+checkpoints; :mod:`.schedules` gives the momentum as a function of the step; :mod:`.attaching`
+updates an average after each step of an optimizer, which
 :mod:`.real_steps` tells of. May import ``converting``, ``engine``, ``modules`` and ``posthoc``.
 """
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.averages import schedules
-from ema_fused.averages.base import BaseAveragedModel, averages_one_by_one
+from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.averages.kept_kind import MEAN, MOMENTUM
 from ema_fused.averages.momenta import Momentum, MomentumByName, NamedWeights
 from ema_fused.averages.momentum import check_function
 from ema_fused.averages.options import Options, refuse_momenta
+from ema_fused.averages.updating import averages_one_by_one
 from ema_fused.engine.checks import check_fraction, check_integer, check_momentum, check_positive
 from ema_fused.modules.choosing import Pattern
 
