@@ -2,9 +2,9 @@
 
 How a call becomes a launch: :mod:`.ops` (stateless; plans are cached in :mod:`.plan_cache`) or
 :mod:`.plan` (prepared) -> :mod:`.pairs` (each averaged tensor and its source, checked) ->
-:mod:`.routing` (which backend serves which pair) -> :mod:`.native`, :mod:`.foreach`,
-:mod:`.across_devices` or :mod:`.sparse` (each updates one of the :mod:`.parts` of a plan) -> the
-compiled core in ``csrc/``. A pair listed twice (tied tensors) is updated once:
+:mod:`.planned_parts`, by :mod:`.routing` (which backend serves which pair) -> :mod:`.native`,
+:mod:`.foreach`, :mod:`.across_devices` or :mod:`.sparse` (each updates one of the :mod:`.parts` of
+a plan) -> the compiled core in ``csrc/``. A pair listed twice (tied tensors) is updated once:
 ``csrc/chunk_table.cpp`` drops repeated pairs, :mod:`.parts` those that torch updates.
 :mod:`.reference` states what an update computes. May import torch and the compiled core; nothing
 else of this package.

@@ -38,6 +38,14 @@ def check_lists(averaged: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         )
 
 
+def check_items(what: str, items: object, pairs: int) -> None:
+    """Raises TypeError unless ``items`` is None or a list, ValueError unless of one item a pair."""
+    if items is not None and not isinstance(items, Sequence):
+        raise TypeError(f"{what} is {items!r}; a list of one item a pair is expected")
+    if items is not None and len(items) != pairs:
+        raise ValueError(f"{what} has {len(items)} items for {pairs} pairs")
+
+
 def check_list(tensors: object, which: str) -> None:
     """Raises TypeError unless ``tensors`` is a list or another sequence."""
     if isinstance(tensors, Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -23,6 +24,29 @@ class Task(NamedTuple):
     only_copy: bool
     average: int  # which of several averages of one source
     number: int  # counter of the random bits for its rounding
+
+
+def tasks_of(
+    averaged: Sequence[Tensor],
+    source: Sequence[Tensor],
+    only_copy: Sequence[bool],
+    numbers: Sequence[int] | None,
+    averages: int,
+) -> list[Task]:
+    """The tasks of a plan.
+
+    Args:
+        averaged: of all averages of one source, one list after the other; likewise ``source``.
+        only_copy: one flag per pair of one average; likewise ``numbers``; None is their indices.
+        averages: how many there are.
+    """
+    pairs = len(only_copy)
+    own = range(pairs) if numbers is None else numbers
+    span = max(own, default=0) + 1
+    return [
+        Task(pair, averaged[pair], source[pair], only_copy[i], k, k * span + own[i])
+        for pair, (k, i) in enumerate(itertools.product(range(averages), range(pairs)))
+    ]
 
 
 class Update(NamedTuple):

@@ -17,17 +17,17 @@ from ema_fused.engine.graphs import outside_graphs
 from ema_fused.engine.native import NativePart
 from ema_fused.engine.pairs import (
     as_several,
+    check_items,
     check_lists,
     label,
     labels_of,
     refuse_average,
     refuse_swap,
 )
-from ema_fused.engine.parts import Part, Task, Update, kind_of, swap_all
-from ema_fused.engine.rounding import HALVES, check_rounding, check_seed
-from ema_fused.engine.routing import split
-from ema_fused.engine.streams import SideStreams
-from ema_fused.engine.undisturbed import undisturbed
+from ema_fused.engine.parts import Part, Update, kind_of, tasks_of
+from ema_fused.engine.planned_parts import PlannedParts, changed_meanwhile
+from ema_fused.engine.rounding import check_rounding, check_seed
+from ema_fused.engine.streams import SideStreams, check_stream
 from ema_fused.engine.versions import VersionCounters
 
 ARITHMETICS = ("lerp", "axpby", "delta", "products")
@@ -123,12 +123,8 @@ class Plan:
                 f"rounding 'stochastic' goes with arithmetic 'lerp', and {arithmetic!r} was given: "
                 f"its own roundings are what stochastic rounding replaces"
             )
-        each = (("only_copy", only_copy), ("names", names), ("numbers", numbers))
-        for what, items in each:
-            if items is not None and not isinstance(items, Sequence):
-                raise TypeError(f"{what} is {items!r}; a list of one item a pair is expected")
-            if items is not None and len(items) != len(source):
-                raise ValueError(f"{what} has {len(items)} items for {len(source)} pairs")
+        for what, items in (("only_copy", only_copy), ("names", names), ("numbers", numbers)):
+            check_items(what, items, len(source))
         if backend is not None:
             backends.check_name(backend)
         self.averaged = [tensor for one in several for tensor in one]
@@ -149,33 +145,16 @@ class Plan:
         self._build()
 
     def _build(self) -> None:
-        pairs = len(self._only_copy)
-        own = range(pairs) if self._numbers is None else self._numbers
-        span = max(own, default=0) + 1
-        tasks = [
-            Task(k * pairs + i, self.averaged[k * pairs + i], source, copied, k, k * span + number)
-            for k in range(self.averages)
-            for i, (source, copied, number) in enumerate(
-                zip(self.source[:pairs], self._only_copy, own, strict=True)
-            )
-        ]
+        tasks = tasks_of(self.averaged, self.source, self._only_copy, self._numbers, self.averages)
         arithmetic = "stochastic" if self.rounding == "stochastic" else self.arithmetic
-        self._draws = arithmetic == "stochastic" and any(
-            task.averaged.dtype in HALVES and not task.only_copy for task in tasks
-        )
-        self._labels = labels_of(self._names, pairs, self.averages)
-        self._parts: list[Part] = split(tasks, arithmetic, self.backend, self._labels)
-        parts = self._parts
-        self._no_average = min(
-            (p.no_average for p in parts if p.no_average is not None), default=None
-        )
-        self._no_swap = min((p.no_swap for p in parts if p.no_swap is not None), default=None)
+        self._labels = labels_of(self._names, len(self._only_copy), self.averages)
+        self._parts = PlannedParts(tasks, arithmetic, self.backend, self._labels)
         # The fast path: with one native part, lerp_ calls its launch directly.
-        sole = self._parts[0] if len(self._parts) == 1 else None
+        parts = self._parts.parts
         self.compiled: Any = None
         self._average_at_once: Any = None
-        is_plain = self.rounding == "nearest" and self._no_average is None
-        if isinstance(sole, NativePart) and is_plain:
+        is_plain = self.rounding == "nearest" and self._parts.no_average is None
+        if is_plain and len(parts) == 1 and isinstance(sole := parts[0], NativePart):
             self.compiled = sole.compiled
             self._average_at_once = self.compiled.run
             self._AVERAGE = sole.AVERAGE
@@ -186,15 +165,14 @@ class Plan:
         Raises:
             ValueError: a dtype or shape has changed; nothing was updated.
         """
-        for part in self._parts:
-            changed = part.changed()
-            if changed is not None:
-                which = "source" if changed.is_source else "averaged tensor"
-                tensor = (self.source if changed.is_source else self.averaged)[changed.pair]
-                raise ValueError(
-                    f"{label(changed.pair, self._labels)}: the {which} was planned as "
-                    f"{changed.planned} and is now {kind_of(tensor)}; make a new Plan for it"
-                )
+        changed = self._parts.changed()
+        if changed is not None:
+            which = "source" if changed.is_source else "averaged tensor"
+            tensor = (self.source if changed.is_source else self.averaged)[changed.pair]
+            raise ValueError(
+                f"{label(changed.pair, self._labels)}: the {which} was planned as "
+                f"{changed.planned} and is now {kind_of(tensor)}; make a new Plan for it"
+            )
         self._build()
 
     def is_as_planned(self) -> bool:
@@ -204,19 +182,14 @@ class Plan:
         Raises:
             ValueError: tensors that have moved overlap now.
         """
-        return all(part.ready() for part in self._parts)
+        return self._parts.ready()
 
-    def _run(self, operation: Callable[[Part], bool]) -> None:
+    def _run(self, operation: Callable[[PlannedParts], bool]) -> None:
         """Runs all parts; if a tensor is no longer as planned, plans again before any part runs."""
-        if len(self._parts) == 1:
-            if operation(self._parts[0]):
-                return
+        if not operation(self._parts):
             self._rebuild()
-        elif not self.is_as_planned():
-            self._rebuild()
-        for part in self._parts:
-            if not operation(part):
-                raise _changed_meanwhile()
+            if not operation(self._parts):
+                raise changed_meanwhile()
 
     @outside_graphs
     def lerp_(
@@ -295,8 +268,8 @@ class Plan:
         stream: torch.cuda.Stream | None,
         squared_distance: Tensor | None,
     ) -> None:
-        if self._no_average is not None:
-            i = self._no_average
+        i = self._parts.no_average
+        if i is not None:
             raise refuse_average(self.averaged[i], self.source[i], label(i, self._labels))
         weights, by_pair = as_weights(weight, self.averages, len(self.averaged), self._labels)
         update = Update(
@@ -311,25 +284,13 @@ class Plan:
             check_distance(squared_distance, self.averages)
         used = (*weights, update.found_inf, update.step, squared_distance)
         with self._on(stream, [item for item in used if isinstance(item, Tensor)]):
-            self._refuse_to_repeat(update)
-            self._run(lambda part: part.average(update))
+            self._run(lambda parts: parts.average(update))
             if squared_distance is not None and update.distances is not None:
                 add_up(update.distances, squared_distance, update.found_inf)
         if step is None:
             self.step += 1
         if self._counts:
             self._averaged_versions.increment()
-
-    def _refuse_to_repeat(self, update: Update) -> None:
-        """Raises where a CUDA graph would draw the same random bits at every replay."""
-        if not self._draws or (isinstance(update.step, Tensor) and update.step.is_cuda):
-            return
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a captured update with stochastic rounding would draw the same random bits at "
-                "every replay; pass step=, a 0-dim int64 tensor on the device, and advance it in "
-                "the graph: step += 1"
-            )
 
     @outside_graphs
     def copy_(self, *, stream: torch.cuda.Stream | None = None) -> None:
@@ -342,7 +303,7 @@ class Plan:
             ValueError: a tensor's dtype or shape has changed; nothing has been updated then.
         """
         with self._on(stream):
-            self._run(lambda part: part.copy())
+            self._run(PlannedParts.copy)
         if self._counts:
             self._averaged_versions.increment()
 
@@ -366,22 +327,14 @@ class Plan:
                 f"a source can't be swapped with {self.averages} averages at once; make a Plan of "
                 f"the one to swap it with"
             )
-        if self._no_swap is not None:
-            i = self._no_swap
+        i = self._parts.no_swap
+        if i is not None:
             raise refuse_swap(self.averaged[i], self.source[i], label(i, self._labels))
         with self._on(stream):
-            if len(self._parts) > 1:
-                undisturbed(self._swap_parts)
-            else:
-                self._run(lambda part: part.swap())
+            self._run(PlannedParts.swap)
         if self._counts:
             self._averaged_versions.increment()
             self._source_versions.increment()
-
-    def _swap_parts(self) -> None:
-        if not self.is_as_planned():
-            self._rebuild()
-        swap_all(self._parts, _swap_part)
 
     def _on(
         self, stream: torch.cuda.Stream | None, scalars: Sequence[Tensor] = ()
@@ -389,14 +342,7 @@ class Plan:
         if stream is None:
             self.wait()
             return nullcontext()
-        if not isinstance(stream, torch.cuda.Stream):
-            raise TypeError(f"the stream is {stream!r}; a torch.cuda.Stream is expected")
-        elsewhere = [t.device for t in self.averaged if t.is_cuda and t.device != stream.device]
-        if elsewhere:
-            raise ValueError(
-                f"the stream is on {stream.device} and the plan has tensors on {elsewhere[0]} too; "
-                f"make a Plan for each device"
-            )
+        check_stream(stream, self.averaged)
         return self._side_streams.running_on(stream, [*self.averaged, *self.source, *scalars])
 
     @outside_graphs
@@ -433,13 +379,12 @@ class Plan:
 
     def give_up(self) -> list[Part]:
         """Hands the parts over to the caller; the plan must not be used afterwards."""
-        parts, self._parts = self._parts, []
-        return parts
+        return self._parts.parts
 
     @property
     def backends(self) -> tuple[str, ...]:
         """Which backends serve this plan."""
-        return tuple(dict.fromkeys(part.backend for part in self._parts))
+        return tuple(dict.fromkeys(part.backend for part in self._parts.parts))
 
     @property
     def devices(self) -> tuple[str, ...]:
@@ -454,12 +399,12 @@ class Plan:
     @property
     def elements(self) -> int:
         """How many elements an update writes."""
-        return sum(part.elements for part in self._parts)
+        return sum(part.elements for part in self._parts.parts)
 
     @property
     def chunks(self) -> int:
         """How many entries the chunk tables have."""
-        return sum(part.chunks for part in self._parts if isinstance(part, NativePart))
+        return sum(part.chunks for part in self._parts.native)
 
     @property
     def launches(self) -> int:
@@ -467,7 +412,7 @@ class Plan:
 
         (Not counted: sources on another device, which are copied over and planned at each update.)
         """
-        return sum(1 for part in self._parts if isinstance(part, NativePart) and part.chunks)
+        return sum(1 for part in self._parts.native if part.chunks)
 
     def __repr__(self) -> str:
         return (
@@ -499,15 +444,3 @@ class Plan:
         averaged, source, step = state.pop("averaged"), state.pop("source"), state.pop("step")
         self.__init__(averaged, source, **state)  # type: ignore[misc]
         self.step = step
-
-
-def _changed_meanwhile() -> RuntimeError:
-    return RuntimeError(
-        "a tensor was changed by another thread while it was being updated, and perhaps not all "
-        "pairs are updated; change tensors between updates alone"
-    )
-
-
-def _swap_part(part: Part) -> None:
-    if not part.swap():
-        raise _changed_meanwhile()

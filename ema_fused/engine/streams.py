@@ -69,3 +69,15 @@ class SideStreams:
             # Kept until the update has finished: other streams may have to wait for it too.
             if event.query():
                 del self.unfinished[device]
+
+
+def check_stream(stream: object, averaged: Sequence[Tensor]) -> None:
+    """Raises TypeError or ValueError unless all of ``averaged`` can be updated on ``stream``."""
+    if not isinstance(stream, torch.cuda.Stream):
+        raise TypeError(f"the stream is {stream!r}; a torch.cuda.Stream is expected")
+    elsewhere = [t.device for t in averaged if t.is_cuda and t.device != stream.device]
+    if elsewhere:
+        raise ValueError(
+            f"the stream is on {stream.device} and the plan has tensors on {elsewhere[0]} too; "
+            f"make a Plan for each device"
+        )

@@ -256,7 +256,7 @@ def communication_in(way: str) -> int:
         with averaged.swapped(model):
             pass
     assert averaged._pairing is not None
-    parts = averaged._pairing._planned.plan._parts
+    parts = averaged._pairing._planned.plan._parts.parts
     assert len(parts) == 1, "one launch of each process"
     return int(seen.get_total_counts())
 
