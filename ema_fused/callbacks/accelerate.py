@@ -36,7 +36,6 @@ Under ZeRO-3 ``save_model`` takes DeepSpeed's engine alone: inside ``average.swa
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from pathlib import Path
 from typing import Any
@@ -54,7 +53,7 @@ from ema_fused.callbacks.shards import (
 from ema_fused.callbacks.skipped_steps import listen, step_was_skipped
 from ema_fused.frameworks import missing
 from ema_fused.posthoc.power_function import PowerFunctionEMA
-from ema_fused.saving import checkpoints
+from ema_fused.saving import checkpoints, resuming
 
 try:
     from accelerate import Accelerator
@@ -104,14 +103,8 @@ def register_average(
     def load(_: list[nn.Module], folder: str) -> None:
         if as_the_first_sees(checkpoints.exists(Path(folder) / name)):
             read_shards(average, model, Path(folder) / name)
-            return
-        if accelerator.is_main_process:
-            warnings.warn(
-                f"{folder} has no folder {name!r}, so it was saved without this average: it starts "
-                f"as a copy of the model's weights there",
-                stacklevel=2,
-            )
-        average.copy_from(model)
+        else:
+            resuming.start(average, model, folder, f"no folder {name!r}")
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)

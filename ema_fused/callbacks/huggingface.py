@@ -11,7 +11,6 @@ callback unless it was passed in ``Trainer(callbacks=...)``.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -33,7 +32,7 @@ from ema_fused.callbacks.shards import (
 from ema_fused.callbacks.wrapped_methods import call_inside
 from ema_fused.frameworks import missing
 from ema_fused.posthoc.power_function import PowerFunctionEMA
-from ema_fused.saving import whole_files
+from ema_fused.saving import resuming, whole_files
 from ema_fused.saving.first_process import by_the_first
 
 try:
@@ -421,10 +420,4 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         elif is_there:
             read(average, self._model(), folder, sigma_rel=self.evaluated_sigma_rel)
         else:
-            if trainer.is_world_process_zero():
-                warnings.warn(
-                    f"{checkpoint} has no folder {AVERAGED!r}, so it was saved without an average: "
-                    f"the average starts as a copy of the model's weights there",
-                    stacklevel=2,
-                )
-            average.copy_from(trainer.model)
+            resuming.start(average, trainer.model, checkpoint, f"no folder {AVERAGED!r}")

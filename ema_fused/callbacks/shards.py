@@ -56,6 +56,9 @@ def write_shards(average: Any, model: nn.Module, folder: Path) -> None:
 def read_shards(average: Any, model: nn.Module, folder: Path) -> None:
     """Loads what :func:`write_shards` wrote, in any number of processes.
 
+    Into the average's own memory, without the copy by which ``checkpoints.load_or_start`` leaves it
+    unchanged if an error is raised: the training ends with one.
+
     Raises:
         RuntimeError: the average there doesn't match.
     """

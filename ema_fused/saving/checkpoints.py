@@ -23,7 +23,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,7 +38,6 @@ from torch.distributed.tensor import distribute_tensor
 
 from ema_fused.engine.dtensors import is_sharded, local
 from ema_fused.engine.flat_shards import FlatShard
-from ema_fused.engine.notices import warn
 from ema_fused.modules.naming import plain_names, without_wrappers
 from ema_fused.modules.paired_module import PairedModule
 from ema_fused.modules.sharding import is_flattened
@@ -55,14 +54,6 @@ __all__ = [
     "load_or_start",
     "save",
 ]
-
-
-class Average(Protocol):
-    """Any averaged model, and :class:`~ema_fused.PowerFunctionEMA`."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
-    def copy_from(self, model: nn.Module) -> None: ...
 
 
 def save(
@@ -251,7 +242,7 @@ def load_averaged_state_dict(
 
 
 def load_or_start(
-    averaged: Average,
+    averaged: resuming.Average,
     model: nn.Module,
     source: str | os.PathLike[str] | Mapping[str, Any],
     *,
@@ -297,13 +288,7 @@ def load_or_start(
         shared = plain_names(averaged.shared_names)
         wanted = {name: one for name, one in wanted.items() if without_wrappers(name) not in shared}
     if not resuming.fits_everywhere(wanted, found, where, key=key, group=process_group):
-        averaged.copy_from(model)
-        if not dist.is_initialized() or dist.get_rank(process_group) == 0:
-            warn(
-                f"{where} has no average ({key!r}), so one begins here, with the weights that the "
-                f"model has now. If the checkpoint has one under another name, pass key=; if its "
-                f"run had none, all is as it should be"
-            )
+        resuming.start(averaged, model, where, f"key={key!r}", process_group)
         return False
     if isinstance(source, Mapping):
         state = {name: saved[name] for name in state if name in saved}
@@ -320,7 +305,7 @@ def load_or_start(
     return True
 
 
-def _state_apart(averaged: Average, model: nn.Module) -> dict[str, Any]:
+def _state_apart(averaged: resuming.Average, model: nn.Module) -> dict[str, Any]:
     """A copy of the state of an average, to load into; on the devices of the model."""
 
     if isinstance(averaged, PairedModule) and is_flattened(model):

@@ -1,14 +1,19 @@
-"""What a checkpoint has of an average, compared with what an average needs; agreed by all ranks."""
+"""What a checkpoint has of an average, compared with what one needs; if nothing, one begins.
+
+All ranks agree on it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
+from ema_fused.engine.notices import warn
 from ema_fused.saving import whole_files
 from ema_fused.saving.first_process import by_the_first
 
@@ -18,6 +23,36 @@ _NOT_NEEDED = ("rounding_seed",)
 
 Shapes = dict[str, tuple[int, ...] | None]
 """The shape of each tensor in a state by its path, and None for anything else."""
+
+
+class Average(Protocol):
+    """Any averaged model, and :class:`~ema_fused.PowerFunctionEMA`."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any: ...
+    def copy_from(self, model: nn.Module) -> None: ...
+
+
+def start(
+    averaged: Average,
+    model: nn.Module,
+    where: str,
+    missing: str,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """Starts an average from the weights of a checkpoint without one; the first process warns.
+
+    Args:
+        model: with these weights.
+        where: the checkpoint, for the warning.
+        missing: what of an average isn't there, for the warning.
+    """
+    averaged.copy_from(model)
+    if not dist.is_initialized() or dist.get_rank(group) == 0:
+        warn(
+            f"{where} has no average ({missing}), so one begins here, with the weights that the "
+            f"model has now"
+        )
 
 
 def shapes_of(state: Mapping[str, Any], path: str = "") -> Shapes:

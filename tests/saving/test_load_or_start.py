@@ -94,9 +94,8 @@ def test_one_begins_where_there_is_none(
     with pytest.warns(UserWarning) as seen:
         assert checkpoints.load_or_start(fresh, resumed, source) is False
     assert [str(one.message) for one in seen] == [
-        f"{name} has no average ('averaged'), so one begins here, with the weights that the model "
-        f"has now. If the checkpoint has one under another name, pass key=; if its run had none, "
-        f"all is as it should be"
+        f"{name} has no average (key='averaged'), so one begins here, with the weights that the "
+        f"model has now"
     ]
     assert seen[0].filename == __file__
     assert differences(snapshot(fresh.module), snapshot(model)) == []

@@ -162,7 +162,7 @@ def test_without_a_folder_all_widths_start_from_the_model(tmp_path: Path) -> Non
     trainer = digits_trainer(tmp_path, max_steps=4, callbacks=[beside])
     callback = EMACallback(PowerFunctionEMA, sigma_rel=WIDTHS, evaluated_sigma_rel=0.1)
     callback.attach(trainer)
-    with pytest.warns(UserWarning, match="has no folder 'averaged'"):
+    with pytest.warns(UserWarning, match="no folder 'averaged'"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert isinstance(callback.average, PowerFunctionEMA) and beside.average is not None
     for width in WIDTHS:

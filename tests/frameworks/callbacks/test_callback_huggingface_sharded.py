@@ -115,7 +115,7 @@ def test_a_training_is_resumed_to_the_bit(trained: Trained, two_trainers: Ranks)
     (at.parent / "averaged.partial").rmdir()
     shutil.rmtree(at)
     first, second = two_trainers.run(trainings.resumed, folder, way, 6, 8)
-    assert len(first["warned"]) == 1 and "starts as a copy" in first["warned"][0]
+    assert len(first["warned"]) == 1 and "one begins here" in first["warned"][0]
     assert second["warned"] == []
     assert first["steps"] == second["steps"] == 2
     assert first["by hand"] == second["by hand"] == []
