@@ -55,7 +55,7 @@ def expect_shared(ema: PowerFunctionEMA, model: nn.Module, names: set[str]) -> N
         assert shared == names == set(ema.left_out_names)
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=str)
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: "-".join(choice))
 def test_the_rest_is_averaged_as_ever(choice: dict[str, Any]) -> None:
     model = conv_net()
     ema, whole = PowerFunctionEMA(model, WIDTHS, **choice), PowerFunctionEMA(model, WIDTHS)
