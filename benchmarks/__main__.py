@@ -52,7 +52,7 @@ _GPU_MODELS = (
     "sdxl_unet",
 )
 _REHEARSED = 2  # so many of them in a rehearsal
-_HOST_LISTS = ("161x16", "1000x16", "5000x16")
+_HOST_LISTS, _SMOKE_HOST_LISTS = ("161x16", "1000x16", "5000x16"), ("161x16", "20x16")
 _TORCH, _GROWTH = "torch", "growth"
 _COMPILED, _SHARDED, _STEP, _BUSY, _APEX = "compiled", "sharded", "step", "busy", "apex"
 _PEERS = (_TORCH, _GROWTH, _COMPILED, _SHARDED, _STEP, _BUSY, *peers.NAMES)
@@ -85,7 +85,8 @@ def _cases(chosen: argparse.Namespace, clock: Clock, run: Run) -> Iterator[Case]
     models = [_shapes(key, chosen.smoke) for key in chosen.models]
     if _TORCH in chosen.peers:
         if clock.device.type == "cuda" or chosen.smoke:
-            yield from host_cases([find(key) for key in _HOST_LISTS], clock)
+            keys = _SMOKE_HOST_LISTS if chosen.smoke else _HOST_LISTS
+            yield from host_cases([find(key) for key in keys], clock)
         for shapes in models:
             yield from torch_cases(shapes, chosen.dtypes, clock)
     others = [peer for peer in chosen.peers if peer != _TORCH]

@@ -25,14 +25,16 @@ class Program(NamedTuple):
     """What ``python ARGUMENTS`` would run.
 
     Attributes:
-        arguments: ``-c`` and code, or a script; then the program's own.
+        arguments: ``-c`` and code, ``-m`` and a module, or a script; then the program's own.
         environment: all variables.
+        folder: where it runs.
         output: the file that gets what it prints; likewise ``errors``.
         seconds: after which it is ended.
     """
 
     arguments: list[str]
     environment: dict[str, str]
+    folder: str
     output: str
     errors: str
     seconds: int
@@ -44,6 +46,7 @@ class Program(NamedTuple):
             opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(opened, stream)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(self.folder)
         os.environ.clear()
         os.environ.update(self.environment)
         if "OMP_NUM_THREADS" in self.environment:  # it was read when torch was imported
@@ -51,6 +54,11 @@ class Program(NamedTuple):
 
             torch.set_num_threads(int(self.environment["OMP_NUM_THREADS"]))
         kind, *rest = self.arguments
+        if kind == "-m":
+            sys.argv = rest
+            sys.path[0] = self.folder
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+            return
         if kind != "-c":
             sys.argv = self.arguments
             sys.path[0] = str(Path(kind).parent)
@@ -66,10 +74,10 @@ class Program(NamedTuple):
 class Server:
     """The server, as the process that starts it sees it."""
 
-    def __init__(self, imported: tuple[str, ...], root: str) -> None:
+    def __init__(self, imported: tuple[str, ...], environment: dict[str, str]) -> None:
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__, *imported],
-            cwd=root,
+            env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -87,6 +95,8 @@ def _serve(imported: list[str]) -> None:
     os.dup2(2, 1)  # what is imported may print
     for name in imported:
         importlib.import_module(name)
+    if "torch" in sys.modules:  # whose optimizers import that when they are made, for seconds
+        importlib.import_module("torch._dynamo")
     for line in sys.stdin:
         order = json.loads(line)
         if "wait" in order:

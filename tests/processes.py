@@ -52,13 +52,15 @@ def _variables(changed: dict[str, str | None]) -> dict[str, str]:
 class Fork:
     """A program that runs in a fork of a process with its imports; used as a ``Popen`` is."""
 
-    def __init__(self, server: Server, arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, server: Server, arguments: list[str], environment: dict[str, str], folder: str
+    ) -> None:
         self.args = arguments
         self.returncode: int | None = None
         self._server = server
         self._folder = tempfile.TemporaryDirectory()
         self._printed = [str(Path(self._folder.name, name)) for name in ("output", "errors")]
-        program = Program(arguments, environment, *self._printed, seconds=_SECONDS)
+        program = Program(arguments, environment, folder, *self._printed, seconds=_SECONDS)
         self._number: int = server.ask({"run": program._asdict()})
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
@@ -81,13 +83,13 @@ def fork(imported: str, *arguments: object, **environment: str | None) -> Fork:
     Not for programs that look at what they import.
     """
     server = _server((imported,), os.environ.get("PYTHONPATH", ""))
-    return Fork(server, list(map(str, arguments)), _variables(environment))
+    return Fork(server, list(map(str, arguments)), _variables(environment), str(Path.cwd()))
 
 
 @functools.cache
 def _server(imported: tuple[str, ...], path: str) -> Server:
     """The server of this process: where modules are found is settled when it starts."""
-    return Server(imported, str(ROOT))
+    return Server(imported, _variables({}))
 
 
 @contextlib.contextmanager

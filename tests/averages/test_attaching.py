@@ -262,10 +262,11 @@ def test_a_training_killed_in_the_middle_goes_on_to_the_bit(tmp_path: Path) -> N
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
     script = Path(__file__).with_name("attach_run.py")
-    processes.run(script, tmp_path / "whole")
-    processes.run(script, tmp_path / "killed", "--kill-at", 18, status=-signal.SIGKILL)
+    processes.run_fork("tests.digits", script, tmp_path / "whole")
+    killed = (tmp_path / "killed", "--kill-at", 18)
+    processes.run_fork("tests.digits", script, *killed, status=-signal.SIGKILL)
     assert torch.load(tmp_path / "killed/checkpoint.pt", weights_only=True)["done"] == 16
-    processes.run(script, tmp_path / "killed", "--resume")
+    processes.run_fork("tests.digits", script, tmp_path / "killed", "--resume")
     whole, resumed = (
         torch.load(tmp_path / which / "checkpoint.pt", weights_only=True)
         for which in ("whole", "killed")

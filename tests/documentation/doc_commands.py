@@ -11,13 +11,12 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tests import ROOT
+from tests import ROOT, processes
 
 # Run as they stand, in the folder of the page's other blocks.
 _RUN = re.compile(r"python -m ema_fused (info|reconstruct|(convert|inspect) run\.pt)\b")
@@ -25,11 +24,11 @@ _RUN = re.compile(r"python -m ema_fused (info|reconstruct|(convert|inspect) run\
 _SETTING = re.compile(r"([A-Z_]+)=(.*)")
 
 
-def output(command: Sequence[str], folder: Path = ROOT, **environment: str) -> str:
+def output(command: Sequence[str], **environment: str) -> str:
     """What a command prints; it has to end well."""
     done = subprocess.run(
         command,
-        cwd=folder,
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -46,8 +45,8 @@ def commands(block: str) -> list[list[str]]:
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
 
 
-def check(command: list[str], folder: Path) -> None:
-    """Runs a command in ``folder``, or sees that something covers it.
+def check(command: list[str]) -> None:
+    """Runs a command, or sees that something covers it.
 
     Raises:
         AssertionError: it fails, is not covered, or names what isn't there.
@@ -58,7 +57,7 @@ def check(command: list[str], folder: Path) -> None:
         settings[found[1]] = found[2]
         del words[0]
     if _RUN.match(shlex.join(words)):
-        output([sys.executable, *words[1:]], folder, **settings)
+        _python(*words[1:], **settings)
         return
     covered = [row for row in _COVERED if re.match(row.pattern, shlex.join(words))]
     assert covered, (
@@ -104,15 +103,15 @@ def _runs_script(words: list[str]) -> None:
         output(["bash", "-n", str(script)])
         assert os.access(script, os.X_OK), f"{words[place]} can't be executed"
         return
-    _knows([sys.executable, str(script)], words[place + 1 :])
+    _knows([str(script)], words[place + 1 :])
     if words[0] == "torchrun":
-        _knows([sys.executable, "-m", "torch.distributed.run"], words[1:place])
+        _knows(["-m", "torch.distributed.run"], words[1:place])
 
 
 def _runs_module(words: list[str]) -> None:
     """A module of ours, perhaps with a command of it: it knows its options."""
     options = 4 if len(words) > 3 and not words[3].startswith("-") else 3
-    _knows([sys.executable, *words[1:options]], words[options:])
+    _knows(words[1:options], words[options:])
 
 
 def _knows(program: list[str], options: list[str]) -> None:
@@ -125,7 +124,13 @@ def _knows(program: list[str], options: list[str]) -> None:
 
 @functools.cache
 def _help(program: tuple[str, ...]) -> str:
-    return output([*program, "--help"])
+    return _python(*program, "--help")
+
+
+def _python(*arguments: str, **environment: str) -> str:
+    """What ``python ARGUMENTS`` prints; it has to end well."""
+    done = processes.run_fork("torch", *arguments, **environment)
+    return done.stdout + done.stderr
 
 
 def _installs(words: list[str]) -> None:

@@ -246,7 +246,7 @@ def check_block(example: Example) -> None:
     language, source = example.parsed
     if language == "sh":
         for command in doc_commands.commands(source):
-            doc_commands.check(command, Path.cwd())
+            doc_commands.check(command)
         return
     page = str(Path(example.path).relative_to(ROOT))
     assert language == "text", f"a block in {language!r}; python, sh or text is expected"

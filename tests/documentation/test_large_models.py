@@ -293,7 +293,7 @@ def test_program_writes_between_the_markers_of_a_page(large_models: Any, tmp_pat
         encoding="utf-8",
     )
     for _ in range(2):
-        done = processes.run(*PROGRAM, "--write", page)
+        done = processes.run_fork("benchmarks", *PROGRAM, "--write", page)
         assert done.stdout == ""
     written = page.read_text(encoding="utf-8")
     assert written == (
@@ -315,5 +315,5 @@ def test_program_writes_between_the_markers_of_a_page(large_models: Any, tmp_pat
     ],
 )
 def test_program_refuses_what_is_out_of_range(arguments: list[str], expected: str) -> None:
-    done = processes.run(*PROGRAM, *arguments, status=2)
+    done = processes.run_fork("benchmarks", *PROGRAM, *arguments, status=2)
     assert expected in done.stderr

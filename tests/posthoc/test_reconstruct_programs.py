@@ -106,7 +106,7 @@ def test_the_command_writes_the_file_and_the_picture(tmp_path: Path) -> None:
     run_dir, out, png = tmp_path / "run", tmp_path / "out.safetensors", tmp_path / "profiles.png"
     trained(conv_net(), run_dir)
     options = ["--sigma-rel", 0.08, "-o", out, "--step", 9, "--picture", png]
-    done = processes.run(*COMMAND, run_dir, *options)
+    done = processes.run_fork("torch", *COMMAND, run_dir, *options)
     assert "sigma_rel 0.08 at step 9 from 6 snapshots" in done.stdout
     assert done.stderr == ""  # no bar where there is no terminal
     assert differences(load_file(out), reconstruct(run_dir, 0.08, 9)) == []
@@ -125,7 +125,7 @@ def test_the_command_writes_the_file_and_the_picture(tmp_path: Path) -> None:
 )
 def test_the_command_says_what_is_wrong(tmp_path: Path, width: str, match: str) -> None:
     options = ["--sigma-rel", width, "-o", tmp_path / "out.safetensors"]
-    done = processes.run(*COMMAND, tmp_path, *options, status=1)
+    done = processes.run_fork("torch", *COMMAND, tmp_path, *options, status=1)
     assert done.stderr.startswith("error: ") and match in done.stderr
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
