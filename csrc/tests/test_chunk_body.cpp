@@ -57,7 +57,7 @@ void run_as_a_device(std::vector<Case>& cases, const Launch& launch, double* dis
 
 int main() {
   // Neither this file nor the baseline loop is compiled for a processor with fused multiply-add.
-  check_all({run_in_some_shape, &baseline::update_chunks}, 24);
+  check_all({run_in_some_shape, &baseline::update_chunks}, 12);
   for (const Arithmetic arithmetic : {Arithmetic::kLerp, Arithmetic::kStochastic}) {
     check_large(arithmetic, {run_as_a_device, &baseline::update_chunks});
   }
