@@ -4,8 +4,8 @@
 :mod:`.kinds` has the averages that keep a copy of the model, :mod:`.averaged_weights` the one
 without, :mod:`.bias_corrected` one that is read out, :mod:`.latest_weights` the mean of a window of
 checkpoints; :mod:`.schedules` gives the momentum as a function of the step; :mod:`.attaching`
-updates an average after each step of an optimizer, which
-:mod:`.real_steps` tells of. May import ``converting``, ``engine``, ``modules`` and ``posthoc``.
+updates an average after each step of an optimizer, and :mod:`.real_steps`
+tells it of each. May import ``converting``, ``engine``, ``modules`` and ``posthoc``.
 """
 
 from __future__ import annotations
