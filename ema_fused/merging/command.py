@@ -15,6 +15,7 @@ import torch
 
 from ema_fused.engine.rounding import ROUNDINGS
 from ema_fused.merging.adding_up import INTEGERS
+from ema_fused.merging.configurations import ADAPTER_CONFIGS
 from ema_fused.merging.hashing import HASHES
 from ema_fused.merging.merge_files import GIB, Record, merge
 from ema_fused.merging.outputs import FORMATS
@@ -97,6 +98,13 @@ def _add_tensors(group: Any) -> None:
     group.add_argument(
         "--only-common", action="store_true", help="leave out tensors that are not alike in all"
     )
+    group.add_argument(
+        "--adapter-config",
+        choices=ADAPTER_CONFIGS,
+        default="equal",
+        help="of adapters of PEFT: where it changes what tensors mean, equal in all (default), or "
+        "the last's",
+    )
     group.add_argument("--allow-nonfinite", action="store_true", help="sum inf and NaN too")
     group.add_argument(
         "--integers",
@@ -135,6 +143,7 @@ def run(given: argparse.Namespace) -> str:
             integers=given.integers,
             ignore=given.ignore,
             only_common=given.only_common,
+            adapter_config=given.adapter_config,
             allow_nonfinite=given.allow_nonfinite,
             memory=given.memory,
             format=given.format,

@@ -55,12 +55,10 @@ def common(
         name: text for name in names if (text := _difference(name, every, checkpoints)) is not None
     }
     if differences and not only_common:
-        listed = list(differences.values())[:_LISTED]
-        more = [f"and {len(differences) - _LISTED} more"] if len(differences) > _LISTED else []
         raise ValueError(
             f"the checkpoints differ in {len(differences)} tensors, and nothing was written; "
-            f"ignore=REGEX (--ignore) or only_common (--only-common) leaves tensors out:\n  "
-            + "\n  ".join([*listed, *more])
+            f"ignore=REGEX (--ignore) or only_common (--only-common) leaves tensors out:"
+            + listed(list(differences.values()))
         )
     names = [name for name in names if name not in differences]
     if not names:
@@ -87,11 +85,18 @@ def _difference(
         kinds.setdefault(kind, []).append(str(checkpoint.path))
     if len(kinds) == 1:
         return None
-    told = "; ".join(f"{kind} in {_some(paths)}" for kind, paths in kinds.items())
+    told = "; ".join(f"{kind} in {some(paths)}" for kind, paths in kinds.items())
     return f"{name!r}: {told}"
 
 
-def _some(paths: list[str]) -> str:
+def listed(differences: Sequence[str]) -> str:
+    """The differences as lines of a message, of very many the first."""
+    more = [f"and {len(differences) - _LISTED} more"] if len(differences) > _LISTED else []
+    return "".join(f"\n  {one}" for one in [*differences[:_LISTED], *more])
+
+
+def some(paths: Sequence[str]) -> str:
+    """The paths in a message, of many the first."""
     return ", ".join(paths) if len(paths) <= 3 else f"{paths[0]} and {len(paths) - 1} others"
 
 

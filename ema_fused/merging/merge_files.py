@@ -19,6 +19,7 @@ from ema_fused.merging import outputs
 from ema_fused.merging.adding_up import INTEGERS, AddingUp, refuse_differing_integers
 from ema_fused.merging.choosing import chosen, step_of
 from ema_fused.merging.comparing import Common, common
+from ema_fused.merging.configurations import ADAPTER_CONFIGS, check_configurations
 from ema_fused.merging.hashing import CheckpointHash, check_hash
 from ema_fused.merging.outputs import Target
 from ema_fused.merging.recognising import Checkpoint, PathLike, open_checkpoint
@@ -80,6 +81,7 @@ def merge(
     integers: str = "counters",
     ignore: str | None = None,
     only_common: bool = False,
+    adapter_config: str = "equal",
     allow_nonfinite: bool = False,
     memory: int = 2 * GIB,
     format: str | None = None,
@@ -118,6 +120,8 @@ def merge(
             last's, others must be equal.
         ignore: a regular expression; tensors in whose names it is found are left out.
         only_common: leave out tensors that are not in all checkpoints with one shape and dtype.
+        adapter_config: of adapters of PEFT. ``"equal"``: all that changes what their tensors mean
+            must be equal in all. ``"last"``: it may differ, and is the last checkpoint's.
         allow_nonfinite: sum inf and NaN too.
         memory: that this program may have resident, in bytes.
         format: ``"safetensors"``, ``"torch"`` or ``"distributed"``; None: as the name of
@@ -134,9 +138,9 @@ def merge(
         How it was made: the weights used, and each input's hash. The files hold that too.
 
     Raises:
-        ValueError: the checkpoints differ (with every difference), are damaged or can't be read, or
-            hold inf or NaN; integers differ; an argument is out of its range; or the memory is too
-            small.
+        ValueError: the checkpoints or the configurations of adapters differ (with every
+            difference), are damaged or can't be read, or hold inf or NaN; integers differ; an
+            argument is out of its range; or the memory is too small.
         FileNotFoundError: there is nothing at a path.
         FileExistsError: ``output`` holds something else.
         OSError: the disk is full.
@@ -144,13 +148,14 @@ def merge(
 
     If an error is raised, ``output`` is as it was before.
     """
-    _check(rounding, integers, hash, dtype, max_shard_bytes)
+    _check(rounding, integers, adapter_config, hash, dtype, max_shard_bytes)
     given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
     places = chosen([Path(path) for path in given], last, every)
     goal = Path(output)
     outputs.refuse_overlap(goal, places)
     checkpoints = [open_checkpoint(path, key) for path in places]
     outputs.refuse_overwriting(goal, checkpoints)
+    check_configurations(checkpoints, adapter_config)
     used, told = _weights(weights, schedule, checkpoints, steps, normalise=normalise)
     shared = common(checkpoints, ignore=ignore, only_common=only_common)
     target = outputs.target_of(goal, format, checkpoints, max_shard_bytes)
@@ -176,6 +181,7 @@ def merge(
 def _check(
     rounding: str,
     integers: str,
+    adapter_config: str,
     hash: str,
     dtype: torch.dtype | None,
     max_shard_bytes: int | None,
@@ -184,6 +190,10 @@ def _check(
     check_hash(hash)
     if integers not in INTEGERS:
         raise ValueError(f"integers {integers!r} is none of {', '.join(INTEGERS)}")
+    if adapter_config not in ADAPTER_CONFIGS:
+        raise ValueError(
+            f"adapter_config {adapter_config!r} is none of {', '.join(ADAPTER_CONFIGS)}"
+        )
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ValueError(f"dtype is {dtype!r}; a floating-point dtype is expected")
     if max_shard_bytes is not None and max_shard_bytes < 1:

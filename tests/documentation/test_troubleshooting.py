@@ -61,6 +61,8 @@ EXEMPT = {
         "where the weights are in nested dictionaries: model, ema.1",
         "leave out tensors with such names",
         "leave out tensors that are not alike in all",
+        "of adapters of PEFT: where it changes what tensors mean, equal in all (default), or the "
+        "last's",
         "sum inf and NaN too",
         "from the last checkpoint; or equal in all; default: single numbers from the last, "
         "others equal in all",

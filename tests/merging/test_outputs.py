@@ -206,7 +206,7 @@ def test_a_hugging_face_folder_s_other_files_are_carried_over(tmp_path: Path) ->
     paths = []
     for seed in (1, 2):
         path = save(state(seed), tmp_path / f"checkpoint-{seed}", "folder")
-        (path / "config.json").write_text(f'{{"from": {seed}}}')
+        (path / "config.json").write_text(f'{{"_name_or_path": "{seed}"}}')
         (path / "1_Pooling").mkdir()
         (path / "1_Pooling" / "config.json").write_text("{}")
         torch.save({"state": {}}, path / "optimizer.pt")
@@ -224,7 +224,7 @@ def test_a_hugging_face_folder_s_other_files_are_carried_over(tmp_path: Path) ->
         "1_Pooling/config.json", "config.json", "merge.json", "model.safetensors", "vocab.txt",
     ]  # fmt: skip
     assert set(record.carried_over) == {"config.json", "vocab.txt", "1_Pooling/config.json"}
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"from": 2}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"_name_or_path": "2"}
     assert not (tmp_path / "out" / "vocab.txt").is_symlink()
 
 
