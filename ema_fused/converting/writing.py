@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor
 from ema_fused.converting.average_state import Built, Format
 from ema_fused.merging.safetensors_layout import DTYPES
 from ema_fused.saving import whole_files
-from ema_fused.saving.full_disk import told_if_full
+from ema_fused.saving.full_disk import size_of, told_if_full
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _FILES = (".pt", ".pth", ".bin", ".ckpt", ".tar")
@@ -54,8 +53,7 @@ def write(path: Path, built: Built) -> None:
         OSError: the disk is full, or can't be written.
     """
     content = built.tree if built.folder is None else built.folder
-    with told_if_full(path, _size(content)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with told_if_full(path, size_of(content)), whole_files.nothing_left(path):
         if built.folder is not None:
             _write_folder(path, built.folder)
         elif path.suffix == _SAFETENSORS:
@@ -66,28 +64,9 @@ def write(path: Path, built: Built) -> None:
             with whole_files.written_whole(path) as beside, beside.open("wb") as file:
                 torch.save(_plain(built.tree), file)
         else:
-            _write_distributed(path, built.tree)
+            from ema_fused.saving import checkpoints  # takes most of a second to import
 
-
-def _size(content: Any) -> int:
-    """The bytes of all tensors in it, and of texts; tied tensors are counted by each name."""
-    if isinstance(content, Tensor):
-        return content.nbytes
-    if isinstance(content, Mapping):
-        return sum(map(_size, content.values()))
-    if isinstance(content, (list, tuple)):
-        return sum(map(_size, content))
-    return len(content.encode()) if isinstance(content, str) else 0
-
-
-def _write_distributed(path: Path, tree: Mapping[str, Any]) -> None:
-    from ema_fused.saving import checkpoints  # takes most of a second to import
-
-    try:
-        checkpoints.save(dict(tree), path)
-    except BaseException:
-        shutil.rmtree(whole_files.beside(path), ignore_errors=True)
-        raise
+            checkpoints.save(dict(built.tree), path)
 
 
 def _plain(tree: Any) -> Any:
@@ -97,20 +76,16 @@ def _plain(tree: Any) -> Any:
 def _write_folder(path: Path, files: Mapping[str, Any]) -> None:
     whole_files.begin_beside(path)
     beside = whole_files.beside(path)
-    try:
-        for name, content in files.items():
-            if isinstance(content, str):
-                (beside / name).write_text(content, encoding="utf-8")
-            else:
-                write_safetensors(beside / name, content)
-            with (beside / name).open("rb+") as file:
-                os.fsync(file.fileno())
-        if path.is_dir():
-            path.rmdir()  # it is empty
-        whole_files.put_in_place(path)
-    except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise
+    for name, content in files.items():
+        if isinstance(content, str):
+            (beside / name).write_text(content, encoding="utf-8")
+        else:
+            write_safetensors(beside / name, content)
+        with (beside / name).open("rb+") as file:
+            os.fsync(file.fileno())
+    if path.is_dir():
+        path.rmdir()  # it is empty
+    whole_files.put_in_place(path)
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

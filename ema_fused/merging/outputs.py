@@ -85,22 +85,21 @@ class Target:
             OSError: the disk is full, or can't be written.
         """
         size = merged.bytes + sum(path.stat().st_size for path in self.beside.values())
-        with told_if_full(self.goal, size):
+        with told_if_full(self.goal, size), whole_files.nothing_left(self.goal):
             self._refuse_without_room(size, merged, files)
             if self.is_folder:
                 self._write_folder(merged, files, parts)
             else:
-                self.goal.parent.mkdir(parents=True, exist_ok=True)
                 self._write_into(self.goal.parent, merged, {self.goal.name: [*merged.tensors]})
 
     def _refuse_without_room(
         self, size: int, merged: Merged, files: Mapping[str, list[str]]
     ) -> None:
         """Raises OSError if the disk, a quota or a limit is too small, before anything is read."""
-        existing = next(parent for parent in self.goal.absolute().parents if parent.exists())
-        if shutil.disk_usage(existing).free < size:
+        folder = self.goal.absolute().parent
+        if shutil.disk_usage(folder).free < size:
             raise OSError(errno.ENOSPC, "no room")
-        with tempfile.TemporaryFile(dir=existing) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             largest = (sum(merged.tensors[name].bytes for name in one) for one in files.values())
             reserve(file.fileno(), max(largest))
 
@@ -112,20 +111,16 @@ class Target:
     ) -> None:
         whole_files.begin_beside(self.goal)
         folder = whole_files.beside(self.goal)
-        try:
-            if self.format == "distributed":
-                from ema_fused.merging import writing_distributed
+        if self.format == "distributed":
+            from ema_fused.merging import writing_distributed
 
-                writing_distributed.write_folder(folder, merged, parts)
-            else:
-                self._write_into(folder, merged, files)
-            carry_over(self.beside, folder)
-            with written_whole(folder / RECORD_FILE) as beside:
-                beside.write_text(f"{merged.record()}\n", encoding="utf-8")
-            whole_files.put_in_place(self.goal)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+            writing_distributed.write_folder(folder, merged, parts)
+        else:
+            self._write_into(folder, merged, files)
+        carry_over(self.beside, folder)
+        with written_whole(folder / RECORD_FILE) as beside:
+            beside.write_text(f"{merged.record()}\n", encoding="utf-8")
+        whole_files.put_in_place(self.goal)
 
     def _write_into(self, folder: Path, merged: Merged, files: Mapping[str, list[str]]) -> None:
         if self.format == "safetensors":

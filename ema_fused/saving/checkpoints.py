@@ -21,7 +21,7 @@ import copy
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -44,6 +45,7 @@ from ema_fused.modules.sharding import is_flattened
 from ema_fused.modules.swapping import refuse_while_swapped
 from ema_fused.saving import resuming, whole_files
 from ema_fused.saving.first_process import by_the_first
+from ema_fused.saving.full_disk import size_of, told_if_full
 from ema_fused.saving.replicas import MODULE, averages_in, refuse_differing
 
 __all__ = [
@@ -79,23 +81,43 @@ def save(
     Raises:
         RuntimeError: averages differ between processes, as those of experts of each process do;
             nothing is written.
+        OSError: the disk is full; nothing new is left on it.
+        CheckpointException: torch's, if the files can't be written for another reason.
     """
     goal = Path(path)
     if check_replicas:
         refuse_differing(averages_in(state_dict), group=process_group)
-    with by_the_first(process_group) as is_first:
-        if is_first:
-            whole_files.begin_beside(goal)
-    with _alone_if_it_is():
-        state_dict_saver.save(
-            state_dict,
-            checkpoint_id=whole_files.beside(goal),
-            process_group=process_group,
-            no_dist=not dist.is_initialized(),
-        )
-    with by_the_first(process_group) as is_first:
-        if is_first:
-            whole_files.put_in_place(goal)
+    size = size_of(state_dict)
+    with told_if_full(goal, size), ExitStack() as stack:
+        with by_the_first(process_group) as is_first:
+            if is_first:
+                stack.enter_context(whole_files.nothing_left(goal))
+                whole_files.begin_beside(goal)
+        with _alone_if_it_is():
+            state_dict_saver.save(
+                state_dict,
+                storage_writer=_Writer(whole_files.beside(goal), size),
+                process_group=process_group,
+                no_dist=not dist.is_initialized(),
+            )
+        with by_the_first(process_group) as is_first:
+            if is_first:
+                whole_files.put_in_place(goal)
+
+
+class _Writer(FileSystemWriter):
+    """Says itself that the disk is full, for the other processes.
+
+    torch sends them what was raised in each, without what has led to it.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        super().__init__(path)
+        self._size = size
+
+    def write_data(self, *arguments: Any) -> Any:
+        with told_if_full(self.path, self._size):
+            return super().write_data(*arguments)
 
 
 def load(

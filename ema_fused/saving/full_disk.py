@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -49,6 +53,20 @@ def told_if_full(path: str | os.PathLike[str], size: int) -> Iterator[None]:
             f"elsewhere",
             os.fspath(path),
         ) from error
+
+
+def size_of(content: Any) -> int:
+    """The bytes of all tensors in it, and of texts; of sharded tensors those of the whole.
+
+    Tied tensors are counted by each name.
+    """
+    if isinstance(content, Tensor):
+        return math.prod(content.size()) * content.dtype.itemsize
+    if isinstance(content, Mapping):
+        return sum(map(size_of, content.values()))
+    if isinstance(content, (list, tuple)):
+        return sum(map(size_of, content))
+    return len(content.encode()) if isinstance(content, str) else 0
 
 
 def reserve(number: int, size: int) -> None:

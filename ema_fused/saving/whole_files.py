@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -26,6 +26,24 @@ def written_whole(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
         raise
     _sync_directory(path.parent)
+
+
+@contextmanager
+def nothing_left(path: Path) -> Iterator[None]:
+    """Makes the directories around ``path``; a block that raises leaves none of them behind it.
+
+    Nor the temporary directory that :func:`begin_beside` makes.
+    """
+    absent = [parent for parent in path.absolute().parents if not parent.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        shutil.rmtree(beside(path), ignore_errors=True)
+        with suppress(OSError):  # another program has put something there meanwhile
+            for parent in absent:
+                parent.rmdir()
+        raise
 
 
 def beside(path: Path) -> Path:

@@ -105,7 +105,7 @@ def test_an_output_is_whole_or_absent(
     format: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_folder = FORMATS[format].output == "folder"
-    output = tmp_path / ("out" if is_folder else "out.pt")
+    output = tmp_path / ("new/run/out" if is_folder else "out.pt")
     if not is_folder:
         output.write_text("the one before")
 

@@ -15,6 +15,13 @@ from torch.distributed.checkpoint import state_dict_saver
 
 # Each a function (tensors, path) of the tests; ``sharded`` and ``folder`` write directories.
 FORMATS = ("safetensors", "sharded", "folder", "torch", "nested", "distributed")
+# What a merge writes, and its formats.
+OUTPUTS = {
+    "out.safetensors": "safetensors",
+    "out.pt": "torch",
+    "folder": "safetensors",
+    "distributed": "distributed",
+}
 
 
 def state(seed: int, **more: Tensor) -> dict[str, Tensor]:
@@ -69,3 +76,8 @@ def _save_sharded(tensors: Mapping[str, Tensor], path: Path) -> None:
         places |= dict.fromkeys(half, file)
     index = {"metadata": {"total_size": 0}, "weight_map": places}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def open_files() -> int:
+    """How many this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
-import shutil
-import threading
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +19,12 @@ from ema_fused.merging import merge, open_checkpoint, weights_of
 from ema_fused.merging.results import RECORD
 from tests import processes
 from tests.merging import kill_run
-from tests.merging.checkpoint_files import FORMATS, save, state
-
-OUTPUTS = {
-    "out.safetensors": "safetensors",
-    "out.pt": "torch",
-    "folder": "safetensors",
-    "distributed": "distributed",
-}
+from tests.merging.checkpoint_files import FORMATS, OUTPUTS, open_files, save, state
 
 
 @pytest.fixture
 def inputs(tmp_path: Path) -> list[Path]:
     return [save(state(seed), tmp_path / f"in-{seed}.pt", "torch") for seed in (1, 2, 3)]
-
-
-def open_files() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def result(path: Path) -> dict[str, Tensor]:
@@ -337,38 +322,6 @@ def test_an_interruption_at_any_action_leaves_nothing_beside(
     assert not [name for name in left if ".partial" in name]
 
 
-@contextmanager
-def at_most(size: int) -> Iterator[None]:
-    """No file may become larger."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize("name", OUTPUTS)
-def test_a_full_disk_is_told_and_nothing_is_left(tmp_path: Path, name: str) -> None:
-    paths = [save({"w": torch.randn(50_000)}, tmp_path / f"{n}.pt", "torch") for n in range(2)]
-    (tmp_path / "out").mkdir()
-    with (
-        at_most(100_000),
-        pytest.raises(OSError, match="no room for 200,000 bytes, and nothing was written"),
-    ):
-        merge(paths, output=tmp_path / "out" / name, format=OUTPUTS[name])
-    assert not any((tmp_path / "out").iterdir())
-
-
-def test_a_disk_with_too_little_room_is_told_before_anything_is_read(
-    tmp_path: Path, inputs: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10))
-    with pytest.raises(OSError, match="no room for"):
-        merge(inputs, output=tmp_path / "o.pt", progress=lambda *_: pytest.fail("it was read"))
-
-
 # ---- Many inputs, and little memory --------------------------------------------------------------
 
 
@@ -383,17 +336,6 @@ def test_a_thousand_inputs_need_few_open_files(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     assert result(tmp_path / "o.safetensors")["w"].tolist() == pytest.approx([499.5] * 10, rel=1e-6)
-
-
-def test_no_thread_or_file_is_left_after_an_error(tmp_path: Path) -> None:
-    paths = [save({"w": torch.ones(2**21)}, tmp_path / f"{n}.pt", "torch") for n in range(3)]
-    broken = {"w": torch.ones(2**21)}
-    broken["w"][5] = torch.nan
-    paths.append(save(broken, tmp_path / "3.pt", "torch"))
-    before = threading.active_count(), open_files()
-    with pytest.raises(ValueError, match="element 5"):
-        merge(paths, output=tmp_path / "o.pt")
-    assert (threading.active_count(), open_files()) == before
 
 
 def test_progress_is_told_in_bytes(tmp_path: Path, inputs: list[Path]) -> None:

@@ -1,15 +1,16 @@
-"""Merges and conversions onto a full disk: a small tmpfs, in a mount namespace of its own.
+"""Merges, conversions and saves onto a full disk: a small tmpfs, in a mount namespace of its own.
 
 ``unshare -rm python full_disk_run.py DISK FOLDER`` mounts it at DISK, writes the inputs into
 FOLDER, and prints as JSON for each case what was raised and what was left. A case of a merge is a
 format and how the disk is filled: ``small``, there is too little room from the beginning;
 ``carried``, for the files that are carried over; ``meanwhile``, another program takes it all while
-inputs are read.
+inputs are read. Saves are those of one process, and of each of two.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -19,9 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from ema_fused.converting import convert
 from ema_fused.merging import merge, open_checkpoint
+from ema_fused.saving import checkpoints
 
 SIZE = 4 * 2**20  # of the disk
 BEFORE, NEW = 0.5, 2.5  # the elements of the result that was there before, and of the new one
@@ -70,7 +75,7 @@ def outcome(disk: Path, output: Path, action: Callable[[], object]) -> dict[str,
     }
 
 
-def checkpoints(folder: Path, name: str, size: int, carried: int = 0) -> list[Path]:
+def inputs_of(folder: Path, name: str, size: int, carried: int = 0) -> list[Path]:
     """Two, with elements whose mean is ``BEFORE`` or, if they aren't ``before``, ``NEW``."""
     paths = []
     for number in range(2):
@@ -88,10 +93,10 @@ def checkpoints(folder: Path, name: str, size: int, carried: int = 0) -> list[Pa
 def merges(disk: Path, folder: Path) -> dict[str, Any]:
     half, three_quarters = SIZE // 2, SIZE // 4 * 3
     inputs = {
-        "before": checkpoints(folder, "before", 4000),
-        "small": checkpoints(folder, "small", 2 * SIZE),
-        "carried": checkpoints(folder, "carried", half, carried=three_quarters),
-        "meanwhile": checkpoints(folder, "meanwhile", half),
+        "before": inputs_of(folder, "before", 4000),
+        "small": inputs_of(folder, "small", 2 * SIZE),
+        "carried": inputs_of(folder, "carried", half, carried=three_quarters),
+        "meanwhile": inputs_of(folder, "meanwhile", half),
     }
     found = {}
     for kind, name in MERGES.items():
@@ -111,14 +116,54 @@ def merges(disk: Path, folder: Path) -> dict[str, Any]:
 
 
 def conversions(disk: Path, folder: Path) -> dict[str, Any]:
-    [source, _] = checkpoints(folder, "converted", 2 * SIZE)
+    [source, _] = inputs_of(folder, "converted", 2 * SIZE)
     found = {}
     for kind, name in CONVERSIONS.items():
         clear(disk)
-        target, output = kind.partition(" ")[0], disk / name
+        target, output = kind.partition(" ")[0], disk / "new" / "run" / name
         action = partial(convert, source, target, output, source="weights", folder=source)
         found[f"convert {kind}"] = outcome(disk, output, action)
     return found
+
+
+def saves(disk: Path, folder: Path) -> dict[str, Any]:
+    found = {}
+    for case, output in {"earlier": disk / "out", "new": disk / "new" / "run" / "out"}.items():
+        clear(disk)
+        if case == "earlier":
+            checkpoints.save({"w": torch.full((1000,), BEFORE)}, output)
+        state = {"w": torch.full((SIZE // 2,), NEW)}
+        found[f"save {case}"] = outcome(disk, output, partial(checkpoints.save, state, output))
+    clear(disk)
+    checkpoints.save({"w": torch.full((1000,), BEFORE)}, disk / "out")
+    return found | dict(zip(("save first", "save second"), by_two(disk, folder), strict=True))
+
+
+def by_two(disk: Path, folder: Path) -> list[dict[str, Any]]:
+    """What each of two processes finds that save a sharded tensor."""
+    other = os.fork()
+    rank = 0 if other else 1
+    try:
+        meeting = f"file://{folder / 'meeting'}"
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+        mesh = init_device_mesh("cpu", (2,))
+        state = {"w": distribute_tensor(torch.full((SIZE // 2,), NEW), mesh, [Shard(0)])}
+
+        def save() -> None:
+            try:
+                checkpoints.save(state, disk / "out")
+            finally:
+                dist.barrier()  # the first deletes what was written
+
+        found: list[Any] = [None, None]
+        dist.all_gather_object(found, outcome(disk, disk / "out", save))
+        dist.destroy_process_group()
+        if rank == 0:
+            os.waitpid(other, 0)
+        return found
+    finally:
+        if rank == 1:
+            os._exit(0)
 
 
 def clear(disk: Path) -> None:
@@ -127,7 +172,8 @@ def clear(disk: Path) -> None:
 
 def main(disk: Path, folder: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "none", str(disk)], check=True)
-    print(json.dumps({**merges(disk, folder), **conversions(disk, folder)}))
+    found = saves(disk, folder)
+    print(json.dumps({**merges(disk, folder), **conversions(disk, folder), **found}))
 
 
 if __name__ == "__main__":

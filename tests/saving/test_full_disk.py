@@ -1,4 +1,4 @@
-"""A full disk, a real and small one: what merges and conversions say, and what they leave.
+"""A full disk, a real and small one: what merges, conversions and saves say and leave.
 
 Where none can be mounted, limits on the size of files stand in for it, in the tests of merges.
 """
@@ -68,3 +68,12 @@ def test_a_conversion_onto_a_full_disk_leaves_nothing(
 ) -> None:
     case = cases[f"convert {format}"]
     assert is_refusal(case) and case["value"] is None
+
+
+@pytest.mark.parametrize("case", ["earlier", "new", "first", "second"])
+def test_a_save_onto_a_full_disk_leaves_the_earlier_checkpoint(
+    cases: dict[str, dict[str, Any]], case: str
+) -> None:
+    saved = cases[f"save {case}"]
+    assert is_refusal(saved) and saved["value"] == (None if case == "new" else BEFORE)
+    assert "8,388," in saved["told"]  # the bytes of the whole, also of each process
