@@ -63,7 +63,7 @@ _START_RANKS = (
     "tests/saving/test_load_or_start.py",
     "tests/saving/test_replicas.py",
     "tests/averages/test_bias_corrected.py",
-    "tests/averages/test_latest_weights.py",
+    "tests/averages/test_latest_weights_sharded.py",
     "tests/averages/test_nonfinite_steps.py",
     "tests/bench/test_sharded_step.py",
     "tests/frameworks/adapters/test_torchtitan_ranks.py",

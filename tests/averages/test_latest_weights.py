@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ema_fused import (
-    BaseAveragedModel,
-    ExponentialMovingAverage,
-    LatestWeightAverage,
-    StochasticWeightAverage,
-    attach,
-)
+from ema_fused import LatestWeightAverage, StochasticWeightAverage, attach
 from ema_fused.averages.checkpoint_window import CheckpointWindow
-from ema_fused.saving import averaged_state_dict, checkpoints, load_averaged_state_dict
+from tests.averages.latest_means import Tensors, held, mean, parameters
 from tests.networks import (
     ConvNet,
     Tied,
@@ -33,36 +23,8 @@ from tests.networks import (
     train,
     values_of,
 )
-from tests.ranks import Ranks
-from tests.sharded_models import perceptron, spread, whole
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-Tensors = dict[str, Tensor]
-
-
-def mean(recorded: list[Tensors], dtype: torch.dtype | None = None) -> Tensors:
-    """torch's mean over the recorded weights in float64, rounded.
-
-    Of float64 weights it is the sum from the oldest to the latest: torch's own order is another.
-    """
-    means = {}
-    for name, latest in recorded[-1].items():
-        values = [one[name].double() for one in recorded]
-        in_turn = torch.stack(values).cumsum(0)[-1] / len(values)
-        wide = in_turn if latest.dtype == torch.float64 else torch.stack(values).mean(0)
-        means[name] = wide.to(dtype or latest.dtype)
-    return means
-
-
-def parameters(model: nn.Module) -> Tensors:
-    return {name: one.detach().clone() for name, one in model.named_parameters()}
-
-
-def held(average: BaseAveragedModel, model: nn.Module) -> Tensors:
-    """What is averaged, by the names of the model's parameters."""
-    tensors = average.module.state_dict()
-    return {name: tensors[name].clone() for name, _ in model.named_parameters()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -234,132 +196,6 @@ def test_a_swap_before_the_first_update_is_warned_of() -> None:
     train(model, generator())
     with pytest.warns(UserWarning), average.swapped(model):
         pass
-
-
-def go_on(averages: list[LatestWeightAverage], model: nn.Module, n: int, seed: int) -> None:
-    steps = generator(seed)
-    for _ in range(n):
-        train(model, steps)
-        for one in averages:
-            one.update_parameters(model)
-
-
-@pytest.mark.parametrize("calls", [1, 4, 11])
-def test_it_resumes_to_the_bit_with_its_window(calls: int) -> None:
-    model = conv_net()
-    average = LatestWeightAverage(model, 3, interval=2)
-    run(average, model, calls)
-    saved = copy.deepcopy(average.state_dict())
-    resumed = LatestWeightAverage(conv_net(seed=1), 3, interval=2)
-    resumed.load_state_dict(saved)
-    copies = [copy.deepcopy(average), pickle.loads(pickle.dumps(average))]
-    go_on([average, resumed, *copies], model, 5, seed=2)
-    for other in (resumed, *copies):
-        assert differences(own(other), own(average)) == []
-
-
-def test_a_state_is_k_and_one_times_the_model() -> None:
-    model = conv_net()
-    state = LatestWeightAverage(model, 4, share_frozen=True).state_dict()
-    size = sum(one.nbytes for one in parameters(model).values())
-    names = [f"module.{name}" for name in parameters(model)]
-    names += [name for name in state if re.match(r"window\.\d", name)]
-    assert sum(state[name].nbytes for name in names) == 5 * size
-
-
-@pytest.mark.parametrize(("before", "after"), [(5, 2), (2, 5), (5, 4), (3, 1)])
-@pytest.mark.parametrize("calls", [3, 9])
-def test_windows_of_another_size_keep_the_latest(before: int, after: int, calls: int) -> None:
-    model, steps = conv_net(), generator()
-    average = LatestWeightAverage(model, before)
-    recorded = []
-    for _ in range(calls):
-        train(model, steps)
-        average.update_parameters(model)
-        recorded.append(parameters(model))
-    other = LatestWeightAverage(model, after)
-    other.load_state_dict(average.state_dict())
-    kept = recorded[-min(before, after) :]
-    assert differences(held(other, model), mean(kept)) == []
-    train(model, steps)
-    other.update_parameters(model)
-    kept = [*kept, parameters(model)][-after:]
-    assert differences(held(other, model), mean(kept)) == []
-    state = dict(average.state_dict())
-    del state["window.0.conv.weight"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*\.conv\.weight"):
-        LatestWeightAverage(model, before).load_state_dict(state)
-
-
-def test_an_average_of_another_kind_counts_as_one_checkpoint() -> None:
-    model, steps = conv_net(), generator()
-    ema = ExponentialMovingAverage(model, 0.3)
-    run(ema, model, 3)
-    loaded = LatestWeightAverage(model, 2)
-    with pytest.warns(UserWarning, match="no window of checkpoints"):
-        loaded.load_state_dict(ema.state_dict())
-    foreign = LatestWeightAverage(model, 2)
-    run(foreign, model, 4, seed=5)
-    report = foreign.load_state_from(ema.state_dict())
-    assert report.lost[-1].startswith("the checkpoints of a window")
-    first = parameters(ema.module)
-    train(model, steps)
-    for one in (loaded, foreign):
-        assert differences(held(one, model), first) == []
-        one.update_parameters(model)
-        assert differences(held(one, model), mean([first, parameters(model)])) == []
-
-
-def test_its_state_is_an_average_for_others_too() -> None:
-    model = conv_net()
-    average = LatestWeightAverage(model, 2)
-    run(average, model, 4)
-    others = ExponentialMovingAverage(model, 0.1), LatestWeightAverage(model, 2)
-    for other in others:
-        report = other.load_state_from(average.state_dict())
-        assert (report.format, report.steps) == ("ema_fused", 4)
-        assert report.lost == ("the checkpoints of a window: the average counts as one",)
-        assert differences(held(other, model), held(average, model)) == []
-    assert int(others[1].window.filled) == 1
-
-
-def test_weights_that_are_loaded_before_the_first_update_count_as_one() -> None:
-    model, steps = conv_net(), generator()
-    average = LatestWeightAverage(model, 2)
-    average.module.load_state_dict(conv_net(seed=4).state_dict())
-    first = held(average, model)
-    train(model, steps)
-    with pytest.warns(UserWarning):
-        average.update_parameters(model)
-    assert int(average.steps) == 2
-    assert differences(held(average, model), mean([first, parameters(model)])) == []
-
-
-def test_copy_from_leaves_one_checkpoint() -> None:
-    model, steps = conv_net(), generator()
-    average = LatestWeightAverage(model, 3)
-    run(average, model, 4)
-    train(model, steps)
-    average.copy_from(model)
-    first = parameters(model)
-    assert differences(dict(average.weights), own(model)) == []
-    train(model, steps)
-    average.update_parameters(model)
-    assert differences(held(average, model), mean([first, parameters(model)])) == []
-
-
-def test_it_goes_through_distributed_checkpoints_into_a_fresh_average(tmp_path: Path) -> None:
-    model = conv_net()
-    average = LatestWeightAverage(model, 3)
-    run(average, model, 5)
-    checkpoints.save({"averaged": averaged_state_dict(average, model)}, tmp_path / "saved")
-    fresh = LatestWeightAverage(conv_net(seed=2), 3)
-    run(fresh, conv_net(seed=2), 4)  # its window isn't in the order of its memory any more
-    state = averaged_state_dict(fresh, model)
-    checkpoints.load({"averaged": state}, tmp_path / "saved")
-    load_averaged_state_dict(fresh, model, state)
-    go_on([average, fresh], model, 4, seed=8)
-    assert differences(own(fresh), own(average)) == []
 
 
 def test_if_an_update_raises_nothing_has_changed() -> None:
@@ -542,59 +378,3 @@ def test_arguments_out_of_range_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         LatestWeightAverage(ConvNet(), **arguments)
-
-
-def of_shards(folder: str) -> tuple[Tensors, Tensors, Tensors]:
-    model = spread(perceptron(), "fsdp2")
-    average = LatestWeightAverage(model, 2)
-    plain = perceptron()
-    steps = generator(3)
-    recorded: list[Tensors] = []
-
-    def step(averages: list[LatestWeightAverage]) -> None:
-        with torch.no_grad():
-            for sharded, one in zip(model.parameters(), plain.parameters(), strict=True):
-                change = torch.randn(one.shape, generator=steps)
-                one.add_(change)
-                placed: Any = torch.distributed.tensor.distribute_tensor(
-                    change,
-                    sharded.device_mesh,  # type: ignore[attr-defined]
-                    sharded.placements,  # type: ignore[attr-defined]
-                )
-                sharded.add_(placed)
-        recorded.append(parameters(plain))
-        for each in averages:
-            each.update_parameters(model)
-
-    for _ in range(3):
-        step([average])
-    resumed, from_files = LatestWeightAverage(model, 2), LatestWeightAverage(model, 2)
-    saved = averaged_state_dict(average, model, full_state_dict=True)
-    load_averaged_state_dict(resumed, model, saved)
-    checkpoints.save({"averaged": averaged_state_dict(average, model)}, folder)
-    state = averaged_state_dict(from_files, model)
-    checkpoints.load({"averaged": state}, folder)
-    load_averaged_state_dict(from_files, model, state)
-    step([resumed, from_files])
-    expected = mean(recorded[-2:])
-    found = [
-        {name: whole(each.weights[name]) for name in expected} for each in (resumed, from_files)
-    ]
-    return found[0], found[1], expected
-
-
-def test_shards_are_averaged_and_resumed_to_the_bit(two_ranks: Ranks, tmp_path: Path) -> None:
-    for resumed, from_files, expected in two_ranks.run(of_shards, str(tmp_path / "saved")):
-        assert differences(resumed, expected) == []
-        assert differences(from_files, expected) == []
-
-
-def refusal_of_flattened() -> str:
-    with pytest.raises(ValueError) as raised:
-        LatestWeightAverage(spread(perceptron(), "fsdp1"), 2)
-    return str(raised.value)
-
-
-def test_flattened_parameters_are_refused(two_ranks: Ranks) -> None:
-    for message in two_ranks.run(refusal_of_flattened):
-        assert message.startswith("LatestWeightAverage of a model sharded by FSDP1")

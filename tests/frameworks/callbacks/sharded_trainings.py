@@ -292,34 +292,44 @@ def loss_of(weights: Tensors) -> float:
     return float(plain(input_ids=tokens, labels=tokens).loss)
 
 
+@contextmanager
+def ended_with_its_best(
+    folder: Path, way: str, *callbacks: TrainerCallback, **options: Any
+) -> Iterator[tuple[Trainer, EMACallback, Recorder, dict[str, Any]]]:
+    """A training that is over and has loaded its best checkpoint, and what it has then."""
+    with accelerator_of(way) as arguments:
+        best_by_loss = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+        trainer, callback, recorder = trainer_of(folder, way, arguments, **best_by_loss, **options)
+        for one in callbacks:
+            trainer.add_callback(one)
+        trainer.train()
+        best = trainer.state.best_global_step
+        facts = {
+            "best": best,
+            "average at best": differing(
+                whole_averages(callback, way), recorder.averages[best - 1]
+            ),
+            "model at best": differing(
+                whole_weights(trainer.model, way), recorder.weights[best - 1]
+            ),
+            "unequal": list(recorder.unequal),
+        }
+        yield trainer, callback, recorder, facts
+
+
 def course(folder: Path, way: str) -> dict[str, Any]:
     """A training that ends with its best checkpoint, the first: the one of the largest loss."""
-    with accelerator_of(way) as arguments:
-        trainer, callback, recorder = trainer_of(
-            folder,
-            way,
-            arguments,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_loss",
-            greater_is_better=True,
-        )
-        trainer.train()
+    with ended_with_its_best(folder, way, greater_is_better=True) as (*parts, facts):
+        trainer, callback, recorder = parts
         average: Any = callback.average
-        best = trainer.state.best_global_step
         expected = recorder.averages
-        facts: dict[str, Any] = {
+        facts |= {
             "kind": type(average).__name__,
             "wrapped": type(trainer.model_wrapped).__name__,
             "shapes": [tuple(one.shape) for one in map(local, average.module.parameters())],
             "devices": {one.device.type for one in map(local, average.module.parameters())},
             "steps": len(recorder.weights),
-            "best": best,
             "steps at best": int(average.steps),
-            "average at best": differing(whole_averages(callback, way), expected[best - 1]),
-            "model at best": differing(
-                whole_weights(trainer.model, way), recorder.weights[best - 1]
-            ),
-            "unequal": list(recorder.unequal),
             "collectives": recorder.collectives,
             "losses": {step: told["eval_loss"] for step, told in recorder.metrics.items()},
             "expected": {step: loss_of(expected[step - 1]) for step in recorder.metrics},
