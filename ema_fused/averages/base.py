@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Unpack, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from ema_fused.averages.kept_kind import keep_kind, warn_of_another_kind
 from ema_fused.averages.loading import fit_state
 from ema_fused.averages.options import Options, check_options, refuse_one_by_one
 from ema_fused.averages.updating import UpdatedModule, averages_one_by_one
-from ema_fused.engine.keywords import arguments_of, unexpected_keyword
+from ema_fused.engine.keywords import NoOthers, arguments_of, unexpected_keyword
 from ema_fused.modules.choosing import Buffers, checked_buffers
 from ema_fused.modules.copying import FrozenShares, averaged_copy
 from ema_fused.modules.leaving_out import Parameters, Selection, copied_without
@@ -154,7 +154,7 @@ class BaseAveragedModel(UpdatedModule):
         skip_nonfinite: bool = False,
         include: Parameters | None = None,
         exclude: Parameters | None = None,
-        **unknown: Any,
+        **unknown: Unpack[NoOthers],
     ) -> None:
         given = locals()  # the arguments by name
         options = cast(Options, {name: given[name] for name in Options.__annotations__})

@@ -6,6 +6,15 @@ import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from typing import TypedDict
+
+
+class NoOthers(TypedDict):
+    """For ``**unknown: Unpack[NoOthers]``: a type checker accepts no further keyword.
+
+    They are taken only to be refused by :func:`unexpected_keyword`.
+    """
+
 
 # What others call the weight of the average, which is 1 - momentum.
 _DECAYS = {

@@ -9,14 +9,14 @@ import weakref
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from ema_fused.engine.checks import check_integer, plain
 from ema_fused.engine.graphs import outside_graphs
-from ema_fused.engine.keywords import arguments_of, unexpected_keyword
+from ema_fused.engine.keywords import NoOthers, arguments_of, unexpected_keyword
 from ema_fused.engine.pairs import MAX_AVERAGES
 from ema_fused.engine.plan import Plan
 from ema_fused.modules import exchanging, swapping
@@ -89,7 +89,7 @@ class PowerFunctionEMA(nn.Module):
         update_buffers: Buffers = False,
         include: Parameters | None = None,
         exclude: Parameters | None = None,
-        **unknown: Any,
+        **unknown: Unpack[NoOthers],
     ) -> None:
         super().__init__()
         if unknown:

@@ -67,8 +67,10 @@ def accepted(model: nn.Module) -> None:
 
 def refused(model: nn.Module) -> None:
     ExponentialMovingAverage(model, source=masters)  # type: ignore[call-arg]
+    StochasticWeightAverage(model, intervall=2)  # type: ignore[call-arg]
     ExponentialMovingAverage(model, decay=0.999)  # type: ignore[call-arg]
     AveragedWeights(model, source=3)  # type: ignore[arg-type]
     BiasCorrectedEMA(model, source="weights")  # type: ignore[arg-type]
     BiasCorrectedEMA(model, include=3)  # type: ignore[arg-type]
+    PowerFunctionEMA(model, sigmas=0.1)  # type: ignore[call-arg]
     PowerFunctionEMA(model, sigma_rel="wide")  # type: ignore[arg-type]
