@@ -19,10 +19,15 @@ _MODEL = "config.json"
 # Of an adapter: how it was made, is used or begins, and nothing that its trained tensors need.
 _HARMLESS = {
     *("auto_mapping", "inference_mode", "peft_version", "runtime_config", "megatron_core"),
-    *("eva_config", "init_weights", "prompt_tuning_init", "prompt_tuning_init_text"),
+    *("eva_config", "prompt_tuning_init", "prompt_tuning_init_text"),
 }
-# These begin the adapter and leave the base's weights; PiSSA, OLoRA and others change them too.
-_PLAIN_BEGINNINGS = (True, False, "gaussian", "eva", "orthogonal")
+# Values of these keys that are only what an adapter begins with. Others do more: "pissa" changes
+# the base model, "bat" is another method.
+_BEGINNINGS = {"init_lora_weights", "init_weights"}
+_PLAIN_BEGINNINGS = (
+    *(True, False, "gaussian", "eva", "orthogonal", "lycoris"),
+    *("zero", "uniform", "kaiming_uniform", "xavier_uniform"),
+)
 # Lists without an order.
 _SETS = {
     *("target_modules", "modules_to_save", "exclude_modules", "target_parameters"),
@@ -126,7 +131,7 @@ def _of_adapter(configuration: dict[str, Any]) -> dict[str, Any]:
     for key, value in configuration.items():
         if key in _HARMLESS or "dropout" in key:
             continue
-        if key == "init_lora_weights" and value in _PLAIN_BEGINNINGS:
+        if key in _BEGINNINGS and value in _PLAIN_BEGINNINGS:
             continue
         if key == "qalora_group_size" and not configuration.get("use_qalora"):
             continue

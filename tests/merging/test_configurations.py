@@ -85,13 +85,14 @@ def test_every_difference_is_listed_and_the_last_is_taken_when_asked(tmp_path: P
     for path in paths[:2]:
         edit(path, base_model_name_or_path="one/model")
     edit(paths[1], bias="all", layers_to_transform=1)
-    edit(paths[2], lora_alpha=8, target_modules=["q", "head"], peft_type="LOHA")
-    with pytest.raises(ValueError, match=r"differ in 6 keys.*nothing was written") as found:
+    edit(paths[2], lora_alpha=8, target_modules=["q", "head"], peft_type="LOHA", init_weights="bat")
+    with pytest.raises(ValueError, match=r"differ in 7 keys.*nothing was written") as found:
         merge(paths, output=tmp_path / "out")
     a, b, c = paths
     assert sorted(str(found.value).splitlines()[1:]) == [
         f"  'base_model_name_or_path': \"one/model\" in {a}, {b}; not set in {c}",
         f"  'bias': not set in {a}, {c}; \"all\" in {b}",
+        f"  'init_weights': not set in {a}, {b}; \"bat\" in {c}",
         f"  'layers_to_transform': not set in {a}, {c}; [1] in {b}",
         f"  'lora_alpha': 4 in {a}, {b}; 8 in {c}",
         f'  \'peft_type\': "LORA" in {a}, {b}; "LOHA" in {c}',
@@ -124,6 +125,7 @@ def test_what_does_not_change_the_meaning_is_the_last_s(tmp_path: Path) -> None:
         inference_mode=False,
         peft_version="0.1",
         init_lora_weights="gaussian",
+        init_weights="uniform",
         target_modules=["q", "k"],
         revision="main",
         lora_alpha=4.0,
