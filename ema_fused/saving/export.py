@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import zlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, cast
 
@@ -139,12 +139,13 @@ def export_safetensors(
     _agree_on(tensors, dtype, max_shard_bytes)
     if check_replicas:
         refuse_differing(tensors)
-    with by_the_first() as is_first:
-        if is_first:
-            _refuse_to_replace(goal)
-            whole_files.begin_beside(goal)
     beside = whole_files.beside(goal)
-    try:
+    with ExitStack() as stack:
+        with by_the_first() as is_first:
+            if is_first:
+                _refuse_to_replace(goal)
+                stack.enter_context(whole_files.nothing_left(goal))
+                whole_files.begin_beside(goal)
         files = _files(tensors, dtype, max_shard_bytes)
         for file, names in files.items():
             _write(beside / file, tensors, names, dtype)
@@ -153,10 +154,6 @@ def export_safetensors(
                 if len(files) > 1:
                     _write_index(beside / _INDEX, files, tensors, dtype)
                 whole_files.put_in_place(goal)
-    except BaseException:
-        if _is_first():
-            shutil.rmtree(beside, ignore_errors=True)
-        raise
     return [goal / file for file in files]
 
 

@@ -200,9 +200,10 @@ def test_a_write_that_fails_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (file,) = export_safetensors({"kept": torch.ones(3)}, tmp_path / "out")
-    _fail_at_the_second_file(monkeypatch)
-    with pytest.raises(OSError, match="the disk is full"):
-        export_safetensors(averaged_perceptron().weights, tmp_path / "out", max_shard_bytes=200)
+    for out in (tmp_path / "out", tmp_path / "new" / "run" / "out"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="the disk is full"):
+            _fail_at_the_second_file(patch)
+            export_safetensors(averaged_perceptron().weights, out, max_shard_bytes=200)
     assert_same_tensors(contents([file]), {"kept": torch.ones(3)})
     assert below(tmp_path) == ["out", "out/model.safetensors"]
 
