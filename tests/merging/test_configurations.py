@@ -201,6 +201,7 @@ def test_models_that_differ_are_warned_of_once(tmp_path: Path) -> None:
 def test_dtypes_and_versions_of_models_may_differ(tmp_path: Path) -> None:
     told = {"dtype": "float32", "transformers_version": "4.1", "_name_or_path": "a"}
     other = {"torch_dtype": "bfloat16", "transformers_version": "5.0", "_name_or_path": "b"}
+    told |= {"pad_token_id": None, "optimization_step": 10}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merge(models(tmp_path, told, other), output=tmp_path / "out")
