@@ -54,6 +54,7 @@ _TRAINERS_ON_GPUS = (
 _START_RANKS = (
     *_TRAINERS_ON_GPUS,
     "tests/converting/test_sharded_averages.py",
+    "tests/merging/test_rank_checkpoints.py",
     "tests/modules/test_sharded.py",
     "tests/modules/test_sharded_left_out.py",
     "tests/modules/test_sharded_refusals.py",

@@ -23,7 +23,7 @@ class Looked:
     Attributes:
         squares: the sum of the squares of its finite elements.
         apart: the sum of the squares of the differences, where both are finite; None: of one.
-        is_equal: the two are equal to the bit; None: there is one.
+        is_equal: the two are equal to the bit, of two dtypes in value; None: there is one.
     """
 
     name: str
@@ -72,7 +72,7 @@ def _look(
 ) -> Looked:
     seen = Looked(name, tensor.dtype, math.prod(tensor.shape))
     if other is not None:
-        seen.apart, seen.is_equal = 0.0, other.dtype == tensor.dtype
+        seen.apart, seen.is_equal = 0.0, True
     for piece, beside in _pieces(tensor, other, files):
         _add(seen, piece, beside)
         if progress is not None:
@@ -146,4 +146,7 @@ def _squares(values: Tensor) -> float:
 
 
 def _same_bits(first: Tensor, second: Tensor) -> bool:
+    if first.dtype != second.dtype:  # a float32 average of bfloat16 weights, say
+        wide = torch.promote_types(first.dtype, second.dtype)
+        return torch.equal(first.to(wide), second.to(wide))
     return torch.equal(first.view(torch.uint8), second.view(torch.uint8))

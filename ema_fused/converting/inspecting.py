@@ -113,7 +113,7 @@ class Inspection:
 
     @property
     def never_updated(self) -> list[str]:
-        """Averages that are the weights to the bit, while others differ.
+        """Averages that are the weights, to the bit or in a wider dtype, while others differ.
 
         So are those of frozen parameters, and of buffers that are copied. If all are equal, the
         average has just been made, and none is named.

@@ -20,6 +20,7 @@ from ema_fused.converting.recognising_averages import find
 from ema_fused.converting.shadow_lists import names_for, with_names
 from ema_fused.merging.recognising import PathLike, read_contents
 from ema_fused.merging.stored_tensors import Contents, StoredTensor
+from ema_fused.merging.torch_layout import OF_SHARDS
 
 
 def read_average(
@@ -114,7 +115,9 @@ def stand_ins(path: Path) -> Iterator[None]:
     if path.is_file() and zipfile.is_zipfile(path):
         with contextlib.suppress(Exception):  # a damaged file is refused by its reader
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    allowed: list[Any] = [(type("StandIn", (_StandIn,), {}), name) for name in unknown]
+    # Not of tensors: without their values nobody would know that some are missing.
+    names = [name for name in unknown if not name.startswith(OF_SHARDS)]
+    allowed: list[Any] = [(type("StandIn", (_StandIn,), {}), name) for name in names]
     with torch.serialization.safe_globals(allowed):
         yield
 

@@ -92,7 +92,7 @@ def _findings(found: Inspection) -> str:
         ("infinity in", found.with_infinity),
         ("all 0", found.zero),
         (
-            "equal to the bit, while others differ (frozen, copied, or never updated)",
+            "equal, while others differ (frozen, copied, or never updated)",
             found.never_updated,
         ),
         ("only here, or of another shape there", list(found.only_here)),

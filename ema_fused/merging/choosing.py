@@ -10,6 +10,8 @@ from ema_fused.merging.recognising import Checkpoint, is_checkpoint, weights_in_
 from ema_fused.merging.stored_tensors import StoredTensor
 
 _NUMBER = re.compile(r"\d+")
+# Of several ranks or files (Megatron-LM's, DeepSpeed's, Llama's), with stars for numbers.
+_PARTS = re.compile(r"(?<![a-z])(ranks?|shards?)(?![a-z])|\*-of-\*|^consolidated\.\*", re.I)
 # Files that are called the same at every step: their folders are not.
 _PLAIN_NAMES = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model", "checkpoint")
 _STEPS = ("step", "steps", "global_step", "iteration")
@@ -64,6 +66,13 @@ def _of_a_run(path: Path) -> list[Path]:
         raise ValueError(
             f"{path} holds several kinds of checkpoints ({', '.join(sorted(kinds))}); pass those "
             f"that are meant, one by one"
+        )
+    (kind,) = kinds
+    if _PARTS.search(kind):
+        raise ValueError(
+            f"{path} holds {kind}, which by their names are parts of one checkpoint, of its ranks "
+            f"or shards, and can't be averaged with each other; pass checkpoints that are whole, "
+            f"or one by one what is meant"
         )
     return [child for _, child in sorted(*kinds.values())]
 

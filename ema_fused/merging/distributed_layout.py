@@ -13,8 +13,9 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
-from ema_fused.merging.stored_tensors import Box, Contents, StoredTensor
-from ema_fused.merging.torch_layout import load_layout
+from ema_fused.merging.rank_pieces import put_together
+from ema_fused.merging.stored_tensors import Box, Contents, StoredTensor, Unread
+from ema_fused.merging.torch_layout import NeedsCodeError, load_layout
 
 METADATA = ".metadata"
 
@@ -144,7 +145,11 @@ def _loaded(path: Path, place: Any) -> Any:
 def _object(path: Path, place: Any) -> Any:
     if place is None:
         raise ValueError(f"{path} has no place for an object that its metadata names")
-    return _loaded(path, place)
+    try:
+        return _loaded(path, place)
+    except NeedsCodeError as error:
+        # As states of random numbers are. It stands by itself, so what is beside it can be read.
+        return Unread(str(error))
 
 
 def _tensor(path: Path, name: str, entry: Any, parts: dict[Any, Any]) -> StoredTensor:
@@ -158,10 +163,4 @@ def _tensor(path: Path, name: str, entry: Any, parts: dict[Any, Any]) -> StoredT
             )
         box = part.boxes[0]
         boxes.append(Box(box.path, box.start, tuple(chunk.offsets), part.shape, box.strides))
-    stored = StoredTensor(entry.properties.dtype, tuple(entry.size), tuple(boxes))
-    if sum(StoredTensor(stored.dtype, box.sizes, ()).count for box in boxes) != stored.count:
-        raise ValueError(
-            f"{name!r} in {path} is not whole: parts of it are missing, or there twice; copy the "
-            f"files of all ranks"
-        )
-    return stored
+    return put_together(path, name, entry.properties.dtype, tuple(entry.size), boxes)

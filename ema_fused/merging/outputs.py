@@ -162,7 +162,8 @@ def target_of(
             f"else; leave it out, or name a folder"
         )
     first_files = {}
-    if first.contents.format == "safetensors" and first.path.is_dir():
+    is_of_ranks = any(len(tensor.boxes) > 1 for tensor in first.tensors.values())
+    if first.contents.format == "safetensors" and first.path.is_dir() and not is_of_ranks:
         first_files = {name: tensor.boxes[0].path.name for name, tensor in first.tensors.items()}
     beside = {}
     if is_folder and chosen != "distributed" and last.path.is_dir():

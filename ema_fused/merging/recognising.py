@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ema_fused.merging import safetensors_layout, torch_layout
+from ema_fused.merging.rank_pieces import is_of_a_rank
 from ema_fused.merging.safetensors_layout import is_safetensors
-from ema_fused.merging.stored_tensors import Contents, StoredTensor
+from ema_fused.merging.stored_tensors import Contents, StoredTensor, Unread
 
 PathLike = str | os.PathLike[str]
 
@@ -162,9 +163,13 @@ def _weights_of_folder(path: Path) -> Iterator[list[Path]]:
     if indices:
         yield from map(_files_in, indices)
         return
-    for file in sorted(path.iterdir()):
+    files = [file for file in sorted(path.iterdir()) if file.is_file()]
+    pieces = [file for file in files if is_of_a_rank(file)]
+    if pieces:
+        yield pieces
+    for file in files:
         # Not by its name: others, as those of an optimizer, are opened and looked into later.
-        if file.is_file() and _format_of(file) is not None:
+        if file not in pieces and _format_of(file) is not None:
             yield [file]
 
 
@@ -205,6 +210,8 @@ def choose(contents: Contents, key: str | None = None) -> Checkpoint:
     others: dict[str, Any] = {}
     names: dict[StoredTensor, str] = {}
     for name, value in inside.items():
+        if isinstance(value, Unread):
+            raise ValueError(value.problem)
         if not isinstance(value, StoredTensor):
             others[str(name)] = value
         elif value.count and value in names:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ema_fused.merging.rank_pieces import (
+    put_together,
+    refuse_gaps,
+    shape_around,
+    take_offsets,
+)
 from ema_fused.merging.stored_tensors import Box, Contents, StoredTensor, row_major
 from ema_fused.saving.safetensors_files import read_header, safetensors
 
@@ -52,21 +59,34 @@ def read_files(path: Path, files: Sequence[Path]) -> Contents:
     """The contents of one file, or of the shards of one model.
 
     Raises:
-        ValueError: a file is damaged, or two hold the same name.
+        ValueError: a file is damaged, or two hold the same name, or a rank's part is missing.
         ImportError: safetensors is not installed.
     """
     tree: dict[str, StoredTensor] = {}
     metadata: dict[str, str] = {}
+    parts: dict[str, list[Box]] = {}  # of tensors of which each rank has saved one
+    dtypes: dict[str, torch.dtype] = {}
+    refuse_gaps(path, files)
     for file in files:
         header = _checked_header(file)
-        metadata |= header.pop("__metadata__", {})
+        told = header.pop("__metadata__", {})
+        offsets = take_offsets(told)
+        metadata |= told
         start = 8 + int.from_bytes(_head(file), "little")
         for name, entry in header.items():
+            tensor = _tensor(file, start, name, entry)
+            if name in offsets:
+                (box,) = tensor.boxes
+                parts.setdefault(name, []).append(replace(box, offsets=offsets[name]))
+                dtypes[name] = tensor.dtype
+                continue
             if name in tree:
                 raise ValueError(
                     f"{path} has {name!r} in two of its files, {file.name} and another"
                 )
-            tree[name] = _tensor(file, start, name, entry)
+            tree[name] = tensor
+    for name, boxes in parts.items():
+        tree[name] = put_together(path, name, dtypes[name], shape_around(boxes), boxes)
     return Contents(path, "safetensors", tree, tuple(files), metadata, _ties(metadata, tree))
 
 

@@ -213,6 +213,17 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """In place of an object in a checkpoint that can't be read without running code.
+
+    Attributes:
+        problem: what it is, and what to do.
+    """
+
+    problem: str
+
+
+@dataclass(frozen=True)
 class Contents:
     """What a checkpoint holds, without the values of its tensors.
 
@@ -221,7 +232,7 @@ class Contents:
         format: ``safetensors``, ``torch`` (of ``torch.save``) or ``distributed`` (of
             ``torch.distributed.checkpoint``).
         tree: dictionaries in dictionaries; their leaves are :class:`StoredTensor`, or whatever else
-            was saved.
+            was saved; :class:`Unread` in place of what can't be read.
         files: those with the weights, in order.
         metadata: of safetensors files.
         tied: for each further name of a tied tensor, the name that it is saved under.

@@ -7,6 +7,7 @@ tensors on the meta device, which know their place in the file instead of their 
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,19 @@ from ema_fused.merging.stored_tensors import Box, Contents, StoredTensor, span
 
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"
+
+
+_GLOBAL = re.compile(r"GLOBAL (\S+)")  # what torch names that it refuses to load
+# Modules with classes of tensors of which each rank has a part.
+OF_SHARDS = (
+    "torch.distributed.tensor",
+    "torch.distributed._shard",
+    "ema_fused.engine.flat_shards",
+)
+
+
+class NeedsCodeError(ValueError):
+    """A pickle holds an object that only code in it could make."""
 
 
 def is_torch_file(head: bytes) -> bool:
@@ -73,7 +87,8 @@ def load_layout(source: Path | IO[bytes], path: Path, begin: int) -> Any:
         begin: of the part, in bytes from the beginning of the file.
 
     Raises:
-        ValueError: it is damaged, or needs code to be loaded.
+        NeedsCodeError: it needs code to be loaded.
+        ValueError: it is damaged, or holds a shard of a tensor.
     """
     try:
         loaded = torch.load(source, map_location="meta", weights_only=True)
@@ -86,8 +101,12 @@ def load_layout(source: Path | IO[bytes], path: Path, begin: int) -> Any:
             with FakeTensorMode():
                 loaded = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
+        needed = _GLOBAL.search(str(error))
+        for module in OF_SHARDS:
+            if module in str(error):
+                raise _is_shard(path, module) from error
+        reason = str(error).partition("\n")[0] if needed is None else needed[1]
+        raise NeedsCodeError(
             f"{path} can't be loaded without running code from it, and is refused ({reason}). Save "
             f"the state_dict alone; or, for classes that you trust, call merge() after "
             f"torch.serialization.add_safe_globals()"
@@ -103,7 +122,8 @@ def load_layout(source: Path | IO[bytes], path: Path, begin: int) -> Any:
 def _knows_places(value: Any) -> bool:
     """Whether all tensors know their place in the file."""
     if isinstance(value, Tensor):
-        return getattr(value.untyped_storage(), "_checkpoint_offset", None) is not None
+        place = None if _is_wrapper(value) else value.untyped_storage()
+        return place is None or getattr(place, "_checkpoint_offset", None) is not None
     if isinstance(value, Mapping):
         return all(map(_knows_places, value.values()))
     return type(value) not in (list, tuple) or all(map(_knows_places, value))
@@ -130,7 +150,22 @@ class StateDict(dict[Any, Any]):
         self.versions = versions
 
 
+def _is_wrapper(tensor: Tensor) -> bool:
+    """Whether its values are in other tensors: a DTensor's are in this rank's shard."""
+    return torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor)
+
+
+def _is_shard(path: Path, kind: str) -> ValueError:
+    return ValueError(
+        f"{path} holds tensors of {kind}, of which a file of torch.save has one rank's shard "
+        f"alone; save them by torch.distributed.checkpoint (ema_fused.checkpoints.save), or whole: "
+        f"get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))"
+    )
+
+
 def _stored_tensor(tensor: Tensor, path: Path, begin: int) -> StoredTensor:
+    if _is_wrapper(tensor):
+        raise _is_shard(path, type(tensor).__module__)
     if tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
         raise ValueError(
             f"{path} holds a tensor of layout {tensor.layout}, or one that is conjugated or "

@@ -166,7 +166,7 @@ EXEMPT = {
         "lost or made up: ...",
         "distance over norm",
         "... and ... layers more: --all-layers shows them",
-        "equal to the bit, while others differ (frozen, copied, or never updated)",
+        "equal, while others differ (frozen, copied, or never updated)",
         "only here, or of another shape there",
         "nothing: the weights of the model aren't here",
         "the rest of a checkpoint of a training (loops, optimizers): fit(ckpt_path=...) "
