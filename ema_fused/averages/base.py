@@ -203,7 +203,8 @@ class BaseAveragedModel(UpdatedModule):
 
         Whose state it is, is found by its content: torch's ``AveragedModel``, mmengine, mmcv 1.x,
         timm, diffusers, ema-pytorch, torch-ema, Lightning, torchtitan, ours
-        (:mod:`ema_fused.converting`). The momentum stays that of this average.
+        (:mod:`ema_fused.converting`). The momentum stays that of this average. A state of the same
+        class is taken over whole, with a window of checkpoints, initial weights, or a seed.
 
         Args:
             state: what was loaded of a checkpoint, or its path. Nothing of it is changed.

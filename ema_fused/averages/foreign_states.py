@@ -22,6 +22,7 @@ from ema_fused.converting.average_state import (
     listed,
     told,
 )
+from ema_fused.converting.own_parts import INITIAL, PARTS, SEED, WINDOW, notes_of
 from ema_fused.converting.reading import Mapped, read_average
 from ema_fused.converting.recognising_averages import find
 from ema_fused.converting.shadow_lists import with_names
@@ -45,6 +46,8 @@ class LoadedState:
             momentum stays as it is.
         kept: tensors of the average that the state lacks, and that were left as they were.
         lost: what isn't taken over.
+        parts: what else was taken over from a state of the same class: ``window.``, ``initial.``,
+            ``rounding_seed``.
     """
 
     format: str
@@ -52,6 +55,7 @@ class LoadedState:
     decay: float | None
     kept: tuple[str, ...]
     lost: tuple[str, ...]
+    parts: tuple[str, ...] = ()
 
 
 def load_foreign(
@@ -98,13 +102,14 @@ def load_foreign(
             f"state, and keep the model's: {listed(differing)}"
         )
     kept = tuple(name for name in tensors if name not in matched)
+    parts = _take_parts(values, found, matched, lost)
     state_dict = OrderedDict(values, steps=torch.tensor(count))
     if found.kind is not None:
         # As ``state_dict()`` keeps it: another kind of average warns.
         vars(state_dict)["_metadata"] = {"": {"average": found.kind}}
     averaged.load_state_dict(state_dict)
     _question_momentum(averaged, found, lost)
-    return LoadedState(found.format, count, found.decay, kept, tuple(dict.fromkeys(lost)))
+    return LoadedState(found.format, count, found.decay, kept, tuple(dict.fromkeys(lost)), parts)
 
 
 def _parameters(averaged: PairedModule, found: AverageState) -> list[str]:
@@ -155,6 +160,71 @@ def _matched(
             f"state lacks, and the state {listed(sorted(found.averaged.keys() - needed.keys()))} "
             f"that the average lacks. Make the average of the same model"
         ) from None
+
+
+def _take_parts(
+    values: dict[str, Tensor], found: AverageState, matched: dict[str, str], lost: list[str]
+) -> tuple[str, ...]:
+    """Puts what the state has of the class's own parts into ``values``, each whole or not at all.
+
+    Args:
+        values: the average's state.
+        matched: the name in the state of each averaged tensor.
+
+    Returns:
+        The parts that were taken.
+    """
+    taken = []
+    for part in PARTS:
+        own = {key: one for key, one in values.items() if key.startswith(part)}
+        theirs = {key: one for key, one in found.more.items() if key.startswith(part)}
+        if own and theirs:
+            fitted = _fitted(part, own, theirs, matched, lost)
+            if fitted is not None:
+                for key in own:
+                    del values[key]
+                values |= fitted
+                taken.append(part)
+                continue
+        lost += notes_of(theirs)
+        if own and part == INITIAL:
+            lost.append(
+                "the weights that BiasCorrectedEMA corrects by aren't in the state: they stay "
+                "those that this average has begun with"
+            )
+    return tuple(taken)
+
+
+def _fitted(
+    part: str,
+    own: dict[str, Tensor],
+    theirs: Mapping[str, Any],
+    matched: dict[str, str],
+    lost: list[str],
+) -> dict[str, Tensor] | None:
+    """A part of a state under the average's names; None: it is of other tensors.
+
+    A window may have another number of checkpoints than the average's.
+    """
+    fitted = {key: theirs[key] for key in own if key in theirs and not _name_in(key)[1]}
+    samples = {name: one for key, one in own.items() if (name := _name_in(key)[1])}
+    if not samples and part != SEED:
+        return None  # the model's first pass tells its shapes, and hasn't been made
+    for place in dict.fromkeys(_name_in(key)[0] for key in theirs if _name_in(key)[1]):
+        for name, sample in samples.items():
+            value = theirs.get(place + matched.get(name, name))
+            if value is None or tuple(value.shape) != tuple(sample.shape):
+                return None
+            fitted[place + name] = _fitting(name, sample, value, lost)
+    return fitted
+
+
+def _name_in(key: str) -> tuple[str, str]:
+    """What stands before the name of a tensor in a part's key, and the name; none of a count."""
+    if key.startswith(WINDOW):
+        number, _, name = key.removeprefix(WINDOW).partition(".")
+        return f"{WINDOW}{number}.", name
+    return (INITIAL, key.removeprefix(INITIAL)) if key.startswith(INITIAL) else (key, "")
 
 
 def _fitting(name: str, own: Tensor, value: Any, lost: list[str]) -> Tensor:

@@ -189,8 +189,10 @@ class LatestWeightAverage(AveragedWeights):
         return adopted
 
     def load_state_from(self, *arguments: Any, **options: Any) -> Any:
-        """As :meth:`BaseAveragedModel.load_state_from`; what is loaded counts as one checkpoint."""
+        """As :meth:`BaseAveragedModel.load_state_from`; without a window it is one checkpoint."""
         loaded = super().load_state_from(*arguments, **options)
+        if "window." in loaded.parts:
+            return loaded
         self._restart()
         note = "the checkpoints of a window: the average counts as one"
         return dataclasses.replace(loaded, lost=tuple(dict.fromkeys((*loaded.lost, note))))

@@ -51,6 +51,8 @@ class AverageState:
         parameters: which names are of parameters; None: not known.
         unnamed: the averages of a list, in the order of the parameters of the model.
         kind: of ours, whether it is a mean or goes by a momentum (``averages.kept_kind``).
+        more: of ours, what else is in the state: ``window.*``, ``initial.*``, ``rounding_seed``.
+        variant: which it is of several averages in one state, as a reader may know it.
         beside: what stands beside it in the same file, and belongs to no average.
         notes: what a reader should know.
     """
@@ -65,6 +67,8 @@ class AverageState:
     parameters: frozenset[str] | None = None
     unnamed: Sequence[Any] | None = None
     kind: str | None = None
+    more: Tensors = field(default_factory=dict)
+    variant: str = ""
     beside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     key: str = field(default="", compare=False)
@@ -115,7 +119,7 @@ class Format:
         title: whose it is.
         marks: what it is recognised by.
         read: the state in a dictionary; None: this isn't the format.
-        build: the other way; None: the format can only be read.
+        build: the other way; None: the format can only be read, and ``--to`` doesn't take it.
         output: ``"file"``, ``"folder"`` or ``"either"``.
     """
 

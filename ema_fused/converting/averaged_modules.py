@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +20,8 @@ from ema_fused.converting.average_state import (
     number,
     tensors_in,
 )
+from ema_fused.converting.own_parts import is_of_a_part
 
-_WINDOW = "window."  # of LatestWeightAverage
 _ONLINE, _AVERAGED = "online_model.", "ema_model."
 
 
@@ -35,25 +36,24 @@ def _inside(state: Mapping[Any, Any], count: str, *more: str) -> dict[str, Any] 
 
 
 def _read_ours(state: Mapping[Any, Any], _: Wanted) -> AverageState | None:
-    window = [key for key in state if str(key).startswith(_WINDOW)]
-    inside = _inside(state, "steps", "rounding_seed", *window)
+    more = {str(key): one for key, one in state.items() if is_of_a_part(key) and is_tensor(one)}
+    inside = _inside(state, "steps", *more)
     if inside is None:
         return None
-    notes = ["the seed of stochastic rounding isn't carried"] if "rounding_seed" in state else []
-    if window:
-        notes.append("the checkpoints of a window: the average counts as one")
     versions = getattr(state, "_metadata", None) or getattr(state, "versions", None) or {}
     kind = versions.get("", {}).get("average")
-    return AverageState(
-        "ema_fused", inside, steps=number(state["steps"]), kind=kind, notes=tuple(notes)
-    )
+    return AverageState("ema_fused", inside, steps=number(state["steps"]), kind=kind, more=more)
 
 
 def _build_ours(state: AverageState, _: Wanted) -> Built:
     lost = note_of_decay(state)
     steps = torch.tensor(count_or_one(state, lost))
     tensors = {MODULE + name: tensor for name, tensor in state.averaged.items()}
-    return Built({"steps": steps, **tensors}, lost=(*lost, *_without_raw(state)))
+    tree = OrderedDict({"steps": steps, **tensors, **state.more})
+    if state.kind is not None:
+        # As ``state_dict()`` keeps it; torch.save does too.
+        vars(tree)["_metadata"] = OrderedDict({"": {"average": state.kind}})
+    return Built(tree, lost=(*lost, *_without_raw(state)))
 
 
 def _read_torch(state: Mapping[Any, Any], _: Wanted) -> AverageState | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ema_fused.converting.conversion import convert
 from ema_fused.converting.inspecting import inspect
-from ema_fused.converting.recognising_averages import FORMATS, WEIGHTS
+from ema_fused.converting.recognising_averages import FORMATS, TARGETS, WEIGHTS
 from ema_fused.converting.telling import draw, of_conversion, of_inspection
 
 
@@ -21,9 +21,7 @@ def add_commands(commands: Any) -> None:
         "own; prints what that format has no place for.",
     )
     converting.add_argument("input", type=Path, metavar="IN", help="a file or folder")
-    converting.add_argument(
-        "--to", required=True, choices=list(FORMATS), help="the format to write"
-    )
+    converting.add_argument("--to", required=True, choices=TARGETS, help="the format to write")
     converting.add_argument(
         "-o", "--output", type=Path, required=True, help="the file or folder to write"
     )

@@ -13,8 +13,9 @@ from ema_fused.converting.average_state import (
     listed,
     tensors_in,
 )
+from ema_fused.converting.own_parts import MEAN, notes_of
 from ema_fused.converting.reading import Mapped, names_of, read_average, read_tree
-from ema_fused.converting.recognising_averages import FORMATS, NoAverageError
+from ema_fused.converting.recognising_averages import FORMATS, TARGETS, NoAverageError
 from ema_fused.converting.shadow_lists import with_names
 from ema_fused.converting.writing import check_output, write
 from ema_fused.engine.checks import check_fraction, check_integer
@@ -84,8 +85,8 @@ def convert(
         ValueError: the average isn't found, or lacks what the new format can't do without.
         FileExistsError: ``output`` is a folder with files in it.
     """
-    if target not in FORMATS:
-        raise ValueError(f"the format {target!r} is none of {', '.join(FORMATS)}")
+    if target not in TARGETS:
+        raise ValueError(f"the format {target!r} is none of {', '.join(TARGETS)}")
     format = FORMATS[target]
     goal = Path(output)
     check_output(goal, format)
@@ -104,8 +105,22 @@ def convert(
     write(goal, built)
     beside = tuple(f"not carried: {name!r}" for name in state.beside)
     tensors = len(state.averaged) if state.unnamed is None else len(state.unnamed)
-    lost = (*state.notes, *built.lost, *beside)
+    lost = (*state.notes, *_ours_alone(state, target), *built.lost, *beside)
     return Conversion(state.format, target, goal, tensors, state.steps, state.decay, lost)
+
+
+def _ours_alone(state: AverageState, target: str) -> tuple[str, ...]:
+    """What no other package keeps of an average of ours."""
+    if target == "ema_fused":
+        return ()
+    notes = notes_of(state.more)
+    if state.kind == MEAN:
+        notes += (
+            "that the average is the mean of all values so far: it goes on as the other package is "
+            "set up. Its count is of calls; with interval or every above 1 pass the number of "
+            "averages by --steps (steps=)",
+        )
+    return notes
 
 
 def _told(state: AverageState, steps: int | None, decay: float | None) -> AverageState:

@@ -21,6 +21,7 @@ from ema_fused.converting.average_state import (
     number,
     tensors_in,
 )
+from ema_fused.converting.power_functions import with_written_one
 from ema_fused.converting.shadow_lists import COUNT, SETTINGS, read_settings, settings_of
 from ema_fused.merging.recognising import read_contents
 from ema_fused.merging.stored_tensors import Contents
@@ -56,7 +57,11 @@ def tree_of_folder(path: Path) -> tuple[Mapping[Any, Any], Contents] | None:
             # Those have PEFT's names; what is averaged is in the other file once more.
             return {_REST: rest, _RAW: raw}, rest
         names = {name: contents.tree[kept] for name, kept in contents.tied.items()}
-        return {**contents.tree, **names, _REST: rest, _RAW: raw}, contents
+        written = {**contents.tree, **names}
+        several = with_written_one(rest, written)
+        if several is not None:
+            return {**several, _RAW: raw}, contents
+        return {**written, _REST: rest, _RAW: raw}, contents
     config = _config_of(path)
     if COUNT in config:
         contents = read_contents(path)
@@ -124,9 +129,8 @@ def _read_huggingface(state: Mapping[Any, Any], _: Wanted) -> AverageState | Non
     others = dict(rest.tree)
     if number(others.get("steps")) is None:
         raise ValueError(
-            f"{rest.path} is of several averages (PowerFunctionEMA), or lacks their number of "
-            f"updates; one average with steps is expected. python -m ema_fused reconstruct makes "
-            f"one of snapshots"
+            f"{rest.path} lacks the number of updates; the steps that our callback for the Trainer "
+            f"has written there are expected, so copy the folder again"
         )
     averaged = {**tensors_in(state), **tensors_in(others, MODULE)}
     return AverageState("huggingface", averaged, state.get(_RAW), steps=number(others["steps"]))

@@ -150,7 +150,11 @@ class Mapped:
         unnamed = None if state.unnamed is None else [self.tensor(one) for one in state.unnamed]
         raw = None if state.raw is None else self._tensors(state.raw)
         return dataclasses.replace(
-            state, averaged=self._tensors(state.averaged), raw=raw, unnamed=unnamed
+            state,
+            averaged=self._tensors(state.averaged),
+            raw=raw,
+            unnamed=unnamed,
+            more=self._tensors(state.more),
         )
 
     def _tensors(self, tensors: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ from ema_fused.converting.average_state import (
 )
 from ema_fused.converting.averaged_modules import EMA_PYTORCH, OURS, TORCH
 from ema_fused.converting.folders import DIFFUSERS, HUGGINGFACE, TORCHTITAN
+from ema_fused.converting.power_functions import POWER_FUNCTION, averages_in
 from ema_fused.converting.shadow_lists import DIFFUSERS_LIST, TORCH_EMA
 from ema_fused.converting.training_checkpoints import LIGHTNING, MMCV, MMENGINE, TIMM
 
@@ -35,8 +36,11 @@ FORMATS = {
         EMA_PYTORCH,
         TORCH_EMA,
         TORCHTITAN,
+        POWER_FUNCTION,
     )
 }
+TARGETS = tuple(name for name, format in FORMATS.items() if format.build is not None)
+"""The formats that are written too."""
 WEIGHTS = "weights"
 """A checkpoint of plain weights that are averages, which only its owner can know."""
 
@@ -79,7 +83,7 @@ def find(
     if not found:
         raise NoAverageError(_explain_none(tree, key, asked, where))
     if len(found) > 1:
-        told = ", ".join(f"{one.format} at key {one.key!r}" for one in found)
+        told = ", ".join(map(_told, found))
         raise ValueError(
             f"{where} holds several averages: {told}; choose one by --key (key=) or --from "
             f"(source=)"
@@ -90,6 +94,11 @@ def find(
     return state
 
 
+def _told(state: AverageState) -> str:
+    which = f" ({state.variant})" if state.variant else ""
+    return f"{state.format} at key {state.key!r}{which}"
+
+
 def _walk(
     key: str, inside: Mapping[Any, Any], formats: list[Format], wanted: Wanted
 ) -> Iterator[AverageState]:
@@ -97,7 +106,7 @@ def _walk(
     states = [state for format in formats if (state := format.read(inside, wanted)) is not None]
     yield from (dataclasses.replace(state, key=key) for state in states)
     if not states:
-        for path, part in _parts(key, inside):
+        for path, part in (*_parts(key, inside), *_parts(key, dict(averages_in(inside)))):
             yield from _walk(path, part, formats, wanted)
 
 
@@ -149,16 +158,10 @@ def _explain_none(tree: Mapping[Any, Any], key: str | None, asked: list[Format],
     for path, inside in _dictionaries("", tree):
         if key in (None, path) and len(seen) < 4:
             seen.append(f"at {path!r} {listed([str(name) for name in inside])}")
-    if any(str(name).startswith("averages.") for _, one in _dictionaries("", tree) for name in one):
-        hint = (
-            "It looks like the state of a PowerFunctionEMA, which is of several averages: python "
-            "-m ema_fused reconstruct makes one of its snapshots"
-        )
-    else:
-        hint = (
-            "If these are averaged weights alone, say so by --from weights (source='weights'), and "
-            "give the number of updates"
-        )
+    hint = (
+        "If these are averaged weights alone, say so by --from weights (source='weights'), and "
+        "give the number of updates"
+    )
     return (
         f"{where} holds no average of a known format. Looked for: {wanted}. Found: "
         f"{'; '.join(seen) or 'nothing'}. {hint}"

@@ -70,7 +70,10 @@ def write(path: Path, built: Built) -> None:
 
 
 def _plain(tree: Any) -> Any:
-    return {key: _plain(one) for key, one in tree.items()} if isinstance(tree, Mapping) else tree
+    """Plain dictionaries, but for those that tell something of themselves, as a state_dict."""
+    if not isinstance(tree, Mapping) or hasattr(tree, "_metadata"):
+        return tree
+    return {key: _plain(one) for key, one in tree.items()}
 
 
 def _write_folder(path: Path, files: Mapping[str, Any]) -> None:

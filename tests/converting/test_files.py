@@ -17,7 +17,7 @@ from torch import nn
 from ema_fused import AveragedWeights, ExponentialMovingAverage, cli
 from ema_fused.converting import convert, read_average, writing
 from ema_fused.converting.average_state import whole
-from ema_fused.converting.recognising_averages import FORMATS
+from ema_fused.converting.recognising_averages import FORMATS, TARGETS
 from tests.converting.originals_of_averages import copied, model, train
 
 STEPS = 3
@@ -100,7 +100,7 @@ def test_classes_of_frameworks_are_read_as_nothing(checkpoint: Path, tmp_path: P
         torch.load(tmp_path / "log.pt", weights_only=True)  # nothing stays allowed
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", TARGETS)
 def test_an_output_is_whole_or_absent(
     format: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,6 +147,15 @@ EXEMPT = {
         "step (10): pass EMA(update_after_step=..., update_every=...) as it was done so far",
         "the seed of stochastic rounding isn't carried",
         "the checkpoints of a window: the average counts as one",
+        "the checkpoints of LatestWeightAverage, of which the average is the mean",
+        "the weights that BiasCorrectedEMA has begun with, by which it corrects the average",
+        "the weights that BiasCorrectedEMA corrects by aren't in the state: they stay those "
+        "that this average has begun with",
+        "that the average is the mean of all values so far: it goes on as the other package "
+        "is set up. Its count is of calls; with interval or every above 1 pass the number of "
+        "averages by --steps (steps=)",
+        "the profile of its width (...), by which only PowerFunctionEMA goes on",
+        "of unknown width",
         "the weights of the model, which stay in the source",
         "the weights of the model aren't in the source: load it into "
         "EMA(include_online_model=False), or pass them by --raw (raw=)",
