@@ -43,8 +43,6 @@ def tree_of_folder(path: Path) -> tuple[Mapping[Any, Any], Contents] | None:
 
     None: it is no such folder.
     """
-    if not path.is_dir():
-        return None
     raw = None
     if not (path / _STATE).is_file() and (path / _AVERAGED / _STATE).is_file():
         # A checkpoint of the Trainer: the model's weights, and the average in a folder in it.

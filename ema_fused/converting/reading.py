@@ -18,6 +18,7 @@ from ema_fused.converting.average_state import AverageState, Wanted, tensors_in
 from ema_fused.converting.folders import tree_of_folder
 from ema_fused.converting.recognising_averages import find
 from ema_fused.converting.shadow_lists import names_for, with_names
+from ema_fused.converting.shard_folders import tree_of_shards
 from ema_fused.merging.recognising import PathLike, read_contents
 from ema_fused.merging.stored_tensors import Contents, StoredTensor
 from ema_fused.merging.torch_layout import OF_SHARDS
@@ -58,15 +59,21 @@ def read_average(
 def read_tree(path: PathLike) -> tuple[Mapping[Any, Any], Contents]:
     """All that is at a path, in nested dictionaries, tied tensors under each of their names."""
     path = Path(path)
-    found = tree_of_folder(path)
+    found = None
+    if path.is_dir():
+        found = tree_of_folder(path) or tree_of_shards(path, _read)
     if found is not None:
         return found
-    with stand_ins(path):
-        contents = read_contents(path)
+    contents = _read(path)
     if contents.tied:
         names = {name: contents.tree[kept] for name, kept in contents.tied.items()}
         return {**contents.tree, **names}, contents
     return contents.tree, contents
+
+
+def _read(path: Path) -> Contents:
+    with stand_ins(path):
+        return read_contents(path)
 
 
 def names_of(names: PathLike | Sequence[str], state: AverageState) -> list[str]:

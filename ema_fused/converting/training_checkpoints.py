@@ -41,7 +41,7 @@ def _read_lightning(state: Mapping[Any, Any], _: Wanted) -> AverageState | None:
     return AverageState(
         "lightning",
         tensors_in(averaged),
-        tensors_in(own),
+        tensors_in(own) or None,
         steps=number(counts.get("n_averaged")),
         counts_averages=True,
         beside=names_beside(state, _STATE, _OWN, _COUNTS),

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ema_fused.converting import read_average
+from ema_fused.converting.average_state import whole
 from tests.frameworks.callbacks import accelerate_sharded_run as loops
 from tests.frameworks.callbacks.sharded_trainings import differing
 from tests.ranks import Ranks
@@ -29,6 +31,12 @@ def test_a_registered_average_is_saved_and_loaded_to_the_bit(
         # Under ZeRO-3 accelerate writes what is swapped in; under FSDP2 averages by themselves.
         assert ("save averaged.module" in facts["said"]) == (way == "fsdp2")
     averages = processes[0]["averages"]
+    for path in (tmp_path / "checkpoint", tmp_path / "checkpoint" / "averaged"):
+        state = read_average(path)
+        assert (state.format, state.steps) == ("ema_fused", 2)
+        read = {name: whole(one) for name, one in state.averaged.items()}
+        assert differing(read, averages[1]) == []
+        assert (state.raw is not None) == (way == "fsdp2" and path.name == "checkpoint")
     for folder in ("exported", "saved"):
         written = load_file(tmp_path / folder / "model.safetensors")
         assert differing(written, averages[3]) == []

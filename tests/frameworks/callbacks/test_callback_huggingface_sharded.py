@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from ema_fused import ExponentialMovingAverage
+from ema_fused.converting import inspect, read_average
+from ema_fused.converting.average_state import whole
 from tests import ranks
 from tests.frameworks.callbacks import ended_trainings
 from tests.frameworks.callbacks import sharded_trainings as trainings
@@ -94,6 +96,24 @@ def test_the_folder_says_what_it_holds_and_one_process_loads_it(trained: Trained
         assert differing(loaded(at), facts["averages"][3]) == []
     assert differing(loaded(folder / "exported"), facts["averages"][1]) == []
     assert not [path for path in folder.rglob("*") if ".partial" in path.name]
+
+
+def test_a_checkpoint_is_read_without_the_trainer(trained: Trained) -> None:
+    way, folder, (facts, _) = trained
+    checkpoint = folder / "checkpoint-4"
+    for path in (checkpoint, checkpoint / "averaged"):
+        state = read_average(path)
+        # Of shards it is the average's own state; of whole ones a model and the rest.
+        assert (state.format == "ema_fused") == (way in SPREAD)
+        assert state.steps == 4
+        averages = {name: whole(one) for name, one in state.averaged.items()}
+        assert differing(averages, facts["averages"][3]) == []
+        if way.startswith("fsdp"):
+            assert state.raw is not None and state.raw.keys() == state.averaged.keys()
+    if way.startswith("fsdp"):
+        found = inspect(checkpoint)
+        assert found.compared_with == "the weights of the model"
+        assert found.total.distance and not found.only_here and not found.never_updated
 
 
 def test_a_training_is_resumed_to_the_bit(trained: Trained, two_trainers: Ranks) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.optim.swa_utils import get_ema_avg_fn
 
+from ema_fused.converting import read_average
+from ema_fused.converting.average_state import whole
 from tests import ranks
 from tests.frameworks.callbacks import lightning_sharded_run as run
 from tests.frameworks.callbacks.lightning_cases import QUIET
@@ -107,6 +109,28 @@ def test_a_resumed_training_goes_on_to_the_bit(
     assert_begins_with(resumed, whole["own"])
     assert sorted(resumed["own"]) == list(range(RESUMED + 1, LAST + 1))
     assert differences(resumed["end"], whole["end"]) == []
+
+
+@WAYS
+def test_a_checkpoint_is_read_without_lightning(
+    trained: Callable[[str, bool], Path], way: str, folders: bool
+) -> None:
+    seen = found(trained(way, folders))
+    state = read_average(trained(way, folders) / f"step={RESUMED}.ckpt")
+    is_deepspeed = way.startswith("zero")
+    assert state.format == ("ema_fused" if is_deepspeed else "lightning")
+    assert state.steps == RESUMED
+    expected = averages(until(seen["own"], RESUMED))
+    assert differences(plain(state.averaged), expected) == []
+    if is_deepspeed:
+        assert state.raw is None  # in files of its own
+    else:
+        assert state.raw is not None
+        assert differences(plain(state.raw), seen["own"][RESUMED]) == []
+
+
+def plain(tensors: Mapping[str, Any]) -> State:
+    return {name.removeprefix("network."): whole(one) for name, one in tensors.items()}
 
 
 @pytest.mark.parametrize(("way", "folders"), TRAINED[:6])
