@@ -16,7 +16,7 @@ from ema_fused.merging.stored_tensors import Contents
 Reader = Callable[[Path], Contents]
 Tree = tuple[Mapping[Any, Any], Contents]
 
-_AROUND = "the weights around the average"
+_AROUND = "weights around"
 _AVERAGED = "averaged"  # the folder of our callbacks for transformers and accelerate
 _SHARDS = "shards"
 _TOLD = "averaged.json"  # of the Trainer's, beside its shards

@@ -12,8 +12,11 @@ from ema_fused.merging.stored_tensors import StoredTensor
 _NUMBER = re.compile(r"\d+")
 # Of several ranks or files (Megatron-LM's, DeepSpeed's, Llama's), with stars for numbers.
 _PARTS = re.compile(r"(?<![a-z])(ranks?|shards?)(?![a-z])|\*-of-\*|^consolidated\.\*", re.I)
-# Files that are called the same at every step: their folders are not.
-_PLAIN_NAMES = ("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model", "checkpoint")
+# Files and folders that are called the same at every step: the folders around them are not.
+_PLAIN_NAMES = (
+    *("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model", "checkpoint"),
+    *("pytorch_model_fsdp_0", "averaged", "shards"),
+)
 _STEPS = ("step", "steps", "global_step", "iteration")
 
 
@@ -90,5 +93,7 @@ def step_of(checkpoint: Checkpoint) -> int | None:
             if isinstance(value, int) and not isinstance(value, bool):
                 return value
     path = checkpoint.path
-    numbers = _NUMBER.findall(path.parent.name if path.stem in _PLAIN_NAMES else path.stem)
+    while path.stem in _PLAIN_NAMES:
+        path = path.parent
+    numbers = _NUMBER.findall(path.stem)
     return int(numbers[-1]) if numbers else None

@@ -5,8 +5,10 @@ A tensor there is in as many parts as ranks have saved; each part is a ``torch.s
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,17 +100,63 @@ def read_folder(path: Path) -> Contents:
         raise ValueError(
             f"{path} lacks {', '.join(absent)}, which its metadata names; copy it whole"
         )
-    tree: dict[Any, Any] = {}
-    for name, entry in metadata.state_dict_metadata.items():
-        inside = tree
-        keys = (metadata.planner_data or {}).get(name, (name,))
-        for key in keys[:-1]:
-            inside = inside.setdefault(key, {})
+    planned = metadata.planner_data or {}
+    entries = {
+        tuple(planned.get(name, (name,))): (name, entry)
+        for name, entry in metadata.state_dict_metadata.items()
+    }
+
+    def read(name: str, entry: Any) -> Any:
         if isinstance(entry, BytesStorageMetadata):
-            inside[keys[-1]] = _object(path, parts.get((name, None)))
+            return _object(path, parts.get((name, None)))
+        return _tensor(path, name, entry, parts)
+
+    return Contents(path, "distributed", _nested(entries, read), tuple(files), {}, {})
+
+
+class _Later(Mapping[Any, Any]):
+    """A dictionary that is read when something asks for what is in it."""
+
+    def __init__(self, read: Callable[[], Mapping[Any, Any]]) -> None:
+        self._read = read
+
+    @functools.cached_property
+    def _tree(self) -> Mapping[Any, Any]:
+        return self._read()
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._tree[key]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._tree)
+
+    def __len__(self) -> int:
+        return len(self._tree)
+
+
+def _nested(entries: Mapping[tuple[Any, ...], Any], read: Callable[..., Any]) -> dict[Any, Any]:
+    """Dictionaries in dictionaries, by the keys that lead to each entry.
+
+    States of optimizers are most parts of a checkpoint, each takes most of a millisecond, and
+    hardly anybody asks for them.
+    """
+    tree: dict[Any, Any] = {}
+    later: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = {}
+    for keys, entry in entries.items():
+        depth = next((at for at, key in enumerate(keys[:-1]) if "optim" in str(key).lower()), None)
+        if depth is not None:
+            later.setdefault(keys[: depth + 1], {})[keys[depth + 1 :]] = entry
         else:
-            inside[keys[-1]] = _tensor(path, name, entry, parts)
-    return Contents(path, "distributed", tree, tuple(files), {}, {})
+            _put(tree, keys, read(*entry))
+    for keys, inside in later.items():
+        _put(tree, keys, _Later(functools.partial(_nested, inside, read)))
+    return tree
+
+
+def _put(tree: dict[Any, Any], keys: tuple[Any, ...], value: Any) -> None:
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[keys[-1]] = value
 
 
 def _read_metadata(file: Path) -> Metadata:

@@ -129,6 +129,13 @@ def _read_folder(path: Path) -> Contents:
 
         return distributed_layout.read_folder(path)
     groups = weights_in_folder(path)
+    inside = [one.name for one in sorted(path.iterdir()) if (one / ".metadata").is_file()]
+    if len(groups) != 1 and inside:
+        # As accelerate has the weights and the optimizer's state, under FSDP.
+        raise ValueError(
+            f"{path} is no checkpoint itself, and holds some of torch.distributed.checkpoint in "
+            f"folders ({', '.join(inside)}); pass one of them"
+        )
     if not groups:
         raise ValueError(
             f"{path} holds no checkpoint: neither files of weights (safetensors, torch.save) nor "

@@ -144,8 +144,6 @@ def of_a_training(folder: Path) -> None:
     """What a training keeps beside its weights, two threads a rank, and a file a tensor."""
     model = WAYS["fsdp2"](net(1, torch.float32))
     optimizer = torch.optim.AdamW(model.parameters())
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
     own, others = get_state_dict(model, optimizer)
     state = {
         "app": {"model": own, "optim": others},

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from torch import Tensor
 from ema_fused import cli
 from ema_fused.converting import convert, inspect, read_average
 from ema_fused.converting.average_state import whole
-from ema_fused.merging import merge, open_checkpoint
+from ema_fused.merging import distributed_layout, merge, open_checkpoint
+from ema_fused.merging.choosing import step_of
 from tests.merging import rank_writing
 from tests.merging.rank_writing import SEEDS, WAYS, net
 from tests.ranks import Ranks
@@ -199,6 +201,25 @@ def test_weights_are_read_beside_objects_that_only_code_could_make(
         open_checkpoint(training, "")  # in which such an object stands beside tensors
 
 
+def test_states_of_optimizers_are_read_if_they_are_asked_for(
+    written: Written, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    own = distributed_layout.load_layout
+
+    def counted(*given: Any) -> Any:
+        read.append(given)
+        return own(*given)
+
+    monkeypatch.setattr(distributed_layout, "load_layout", counted)
+    weights = open_checkpoint(written.four / "training")
+    # ... and the objects beside them: of random numbers, data, and a path.
+    assert len(read) == sum(len(one.boxes) for one in weights.tensors.values()) + 4
+    found = open_checkpoint(written.four / "training", "app.optim.state")
+    assert found.others.keys() == {name for name, _ in net(1, torch.float32).named_parameters()}
+    assert found.others["kernel"]["exp_avg"].tensor().shape == (5, 4, 3)
+
+
 def test_flat_pieces_are_put_together(written: Written) -> None:
     parameters = {name: one.detach() for name, one in net(1, torch.float32).named_parameters()}
     assert len(open_checkpoint(written.four / "flat").tensors["kernel"].boxes) > 4
@@ -253,6 +274,22 @@ def test_parts_of_a_checkpoint_are_never_averaged_with_each_other(
         with pytest.raises(ValueError, match="are parts of one checkpoint"):
             merge(folder, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_steps_and_folders_of_a_trainer_are_found(written: Written, tmp_path: Path) -> None:
+    weights = []
+    for seed in SEEDS:
+        checkpoint = tmp_path / f"checkpoint-{seed}0"
+        weights.append(checkpoint / "pytorch_model_fsdp_0")
+        shutil.copytree(written.four / "ranks" / f"step-{seed}", weights[-1])
+        shutil.copytree(written.four / "training", checkpoint / "optimizer_0")
+        for name in ("scheduler.pt", "rng_state_0.pth"):
+            torch.save({}, checkpoint / name)
+    steps = [step_of(open_checkpoint(path)) for path in weights]
+    assert steps == [10, 20, 30]
+    shutil.rmtree(weights[0])
+    with pytest.raises(ValueError, match=r"in folders \(optimizer_0\); pass one of them"):
+        open_checkpoint(tmp_path / "checkpoint-10")
 
 
 @pytest.mark.parametrize("kind", ["saved", "pieces"])
