@@ -210,9 +210,13 @@ def _fitted(
     samples = {name: one for key, one in own.items() if (name := _name_in(key)[1])}
     if not samples and part != SEED:
         return None  # the model's first pass tells its shapes, and hasn't been made
+    first_names = {name for name, _ in each_once(samples)}
     for place in dict.fromkeys(_name_in(key)[0] for key in theirs if _name_in(key)[1]):
         for name, sample in samples.items():
             value = theirs.get(place + matched.get(name, name))
+            if value is None and name not in first_names:
+                fitted[place + name] = sample  # tied, and saved by its first name alone
+                continue
             if value is None or tuple(value.shape) != tuple(sample.shape):
                 return None
             fitted[place + name] = _fitting(name, sample, value, lost)

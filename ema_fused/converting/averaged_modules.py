@@ -20,7 +20,7 @@ from ema_fused.converting.average_state import (
     number,
     tensors_in,
 )
-from ema_fused.converting.own_parts import is_of_a_part
+from ema_fused.converting.own_parts import MEAN, parts_in
 
 _ONLINE, _AVERAGED = "online_model.", "ema_model."
 
@@ -36,7 +36,7 @@ def _inside(state: Mapping[Any, Any], count: str, *more: str) -> dict[str, Any] 
 
 
 def _read_ours(state: Mapping[Any, Any], _: Wanted) -> AverageState | None:
-    more = {str(key): one for key, one in state.items() if is_of_a_part(key) and is_tensor(one)}
+    more = parts_in(state)
     inside = _inside(state, "steps", *more)
     if inside is None:
         return None
@@ -66,6 +66,11 @@ def _read_torch(state: Mapping[Any, Any], _: Wanted) -> AverageState | None:
 
 def _build_torch(state: AverageState, _: Wanted) -> Built:
     lost = note_of_decay(state)
+    if state.kind != MEAN and state.format not in ("torch", "lightning"):
+        lost.append(
+            "that it is no mean of all values: AveragedModel goes on as one, unless it gets "
+            "multi_avg_fn=get_ema_multi_avg_fn(decay)"
+        )
     count = torch.tensor(count_or_one(state, lost))
     tensors = {MODULE + name: tensor for name, tensor in state.averaged.items()}
     return Built({"n_averaged": count, **tensors}, lost=(*lost, *_without_raw(state)))

@@ -22,6 +22,7 @@ from ema_fused.engine.checks import check_fraction, check_integer
 from ema_fused.merging.recognising import PathLike
 
 _NAMELESS = ("torch-ema", "diffusers-list")
+_OURS = ("ema_fused", "huggingface")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +112,7 @@ def convert(
 
 def _ours_alone(state: AverageState, target: str) -> tuple[str, ...]:
     """What no other package keeps of an average of ours."""
-    if target == "ema_fused":
+    if target in _OURS:
         return ()
     notes = notes_of(state.more)
     if state.kind == MEAN:

@@ -21,6 +21,7 @@ from ema_fused.converting.average_state import (
     number,
     tensors_in,
 )
+from ema_fused.converting.own_parts import parts_in
 from ema_fused.converting.power_functions import with_written_one
 from ema_fused.converting.shadow_lists import COUNT, SETTINGS, read_settings, settings_of
 from ema_fused.merging.recognising import read_contents
@@ -131,13 +132,17 @@ def _read_huggingface(state: Mapping[Any, Any], _: Wanted) -> AverageState | Non
             f"has written there are expected, so copy the folder again"
         )
     averaged = {**tensors_in(state), **tensors_in(others, MODULE)}
-    return AverageState("huggingface", averaged, state.get(_RAW), steps=number(others["steps"]))
+    raw, steps = state.get(_RAW), number(others["steps"])
+    return AverageState("huggingface", averaged, raw, steps=steps, more=parts_in(others))
 
 
 def _build_huggingface(state: AverageState, wanted: Wanted) -> Built:
     lost = note_of_decay(state)
     steps = torch.tensor(count_or_one(state, lost))
-    files: dict[str, Any] = {_WEIGHTS: dict(state.averaged), _STATE: {"steps": steps}}
+    files: dict[str, Any] = {
+        _WEIGHTS: dict(state.averaged),
+        _STATE: {"steps": steps, **state.more},
+    }
     if wanted.folder is not None:
         files[_CONFIG] = json.dumps(_model_config(wanted, "the folder"), indent=2) + "\n"
     else:

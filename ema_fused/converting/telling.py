@@ -7,6 +7,7 @@ from pathlib import Path
 from ema_fused.converting.average_state import AverageState, listed, told
 from ema_fused.converting.conversion import Conversion
 from ema_fused.converting.inspecting import Inspection, Layer
+from ema_fused.converting.own_parts import MEAN, names_of
 from ema_fused.converting.recognising_averages import FORMATS
 from ema_fused.saving.whole_files import written_whole
 
@@ -60,6 +61,10 @@ def _numbers(state: AverageState) -> list[tuple[str, str]]:
     ]
     if state.warm_up is not None:
         lines.append(("warm-up", told(state.warm_up)))
+    if state.kind == MEAN:
+        lines.append(("kind", "mean of all values"))
+    if state.more:
+        lines.append(("beside it", ", ".join(names_of(state.more))))
     return lines
 
 

@@ -106,8 +106,9 @@ def test_every_kind_becomes_every_format(
     ]
     assert cli.main([*given, "--decay", "0.9"]) == 0
     printed = capsys.readouterr().out
-    is_lost = kind in LOST and (target != "ema_fused" or kind == "power")
+    is_lost = kind in LOST and (target not in ("ema_fused", "huggingface") or kind == "power")
     assert (LOST.get(kind, "no such text") in printed) == is_lost
+    assert ("AveragedModel goes on as one" in printed) == (target == "torch" and kind != "mean")
     found = read_average(output, names=names)
     assert found.format == target
     expected = averages_of(made)
@@ -120,7 +121,7 @@ def test_every_kind_becomes_every_format(
     )
 
 
-@pytest.mark.parametrize("form", ["out.pt", "out.safetensors", "out"])
+@pytest.mark.parametrize("form", ["out.pt", "out.safetensors", "out", "trainer"])
 @pytest.mark.parametrize(
     ("checkpoint", "kind"), [(kind, kind) for kind in OWN], indirect=["checkpoint"]
 )
@@ -129,7 +130,12 @@ def test_a_state_of_ours_comes_back_whole_and_goes_on(
 ) -> None:
     made, net = averaged(kind)
     path = tmp_path / form
-    done = convert(checkpoint, "ema_fused", path)
+    if form == "trainer":  # the folder that our callback for transformers has
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "config.json").write_text('{"a": 1}')
+        done = convert(checkpoint, "huggingface", path, folder=tmp_path / "model")
+    else:
+        done = convert(checkpoint, "ema_fused", path)
     assert done.lost == ("the weights of the model, which stay in the source",)
     if form == "out.pt":
         assert_same(torch.load(path, weights_only=True), whole_state(made))
@@ -137,7 +143,8 @@ def test_a_state_of_ours_comes_back_whole_and_goes_on(
         assert_same(load_file(path), whole_state(made))
     fresh = KINDS[kind](model(seed=1))
     loaded = fresh.load_state_from(path)
-    assert (loaded.format, loaded.steps, loaded.kept, loaded.lost) == ("ema_fused", 5, (), ())
+    assert loaded.format == ("huggingface" if form == "trainer" else "ema_fused")
+    assert (loaded.steps, loaded.kept, loaded.lost) == (5, (), ())
     assert_same(whole_state(fresh), whole_state(made))
     other = copy.deepcopy(net)
     for step in MORE:
@@ -147,6 +154,54 @@ def test_a_state_of_ours_comes_back_whole_and_goes_on(
     assert_same(whole_state(fresh), whole_state(made))
     if kind == "bema":
         assert_same(fresh.corrected(other), made.corrected(net))
+
+
+@pytest.mark.parametrize("kind", ["lawa", "bema", "mean"])
+def test_the_callback_s_folder_is_taken_whole(kind: str, tmp_path: Path) -> None:
+    files = pytest.importorskip("ema_fused.callbacks.huggingface_files")
+    made, net = averaged(kind)
+    files.write(made, net, tmp_path / "averaged", sigma_rel=None)
+    fresh = KINDS[kind](model(seed=1))
+    assert fresh.load_state_from(tmp_path / "averaged").lost == ()
+    assert_same(whole_state(fresh), whole_state(made))
+    convert(tmp_path / "averaged", "huggingface", tmp_path / "again")
+    other = KINDS[kind](model(seed=1))
+    files.read(other, net, tmp_path / "again", sigma_rel=None)
+    assert_same(whole_state(other), whole_state(made))
+
+
+@pytest.mark.parametrize("kind", ["lawa", "bema"])
+def test_parts_of_tied_tensors_are_taken_too(kind: str, tmp_path: Path) -> None:
+    files = pytest.importorskip("ema_fused.callbacks.huggingface_files")
+
+    def tied(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        net[1].weight = net[0].weight
+        return net
+
+    made, net = averaged(kind, net=tied(0))
+    files.write(made, net, tmp_path / "averaged", sigma_rel=None)
+    fresh = KINDS[kind](tied(1))
+    loaded = fresh.load_state_from(tmp_path / "averaged")
+    assert len(loaded.parts) == 1 and loaded.lost == ()
+    assert_same(whole_state(fresh), whole_state(made))
+
+
+def test_inspect_tells_of_what_kind_an_average_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = {
+        "lawa": "beside it      window.* (LatestWeightAverage)",
+        "bema": "beside it      initial.* (BiasCorrectedEMA)",
+        "mean": "kind           mean of all values",
+        "seeded": "beside it      rounding_seed",
+        "power": "(sigma_rel 0.1)",
+    }
+    for kind, text in texts.items():
+        torch.save(averaged(kind)[0].state_dict(), tmp_path / f"{kind}.pt")
+        assert cli.main(["inspect", str(tmp_path / f"{kind}.pt")]) == 0
+        assert text in capsys.readouterr().out
 
 
 def test_a_state_in_memory_stays_as_it_is() -> None:

@@ -156,6 +156,9 @@ EXEMPT = {
         "averages by --steps (steps=)",
         "the profile of its width (...), by which only PowerFunctionEMA goes on",
         "of unknown width",
+        "that it is no mean of all values: AveragedModel goes on as one, unless it gets "
+        "multi_avg_fn=get_ema_multi_avg_fn(decay)",
+        "mean of all values",
         "the weights of the model, which stay in the source",
         "the weights of the model aren't in the source: load it into "
         "EMA(include_online_model=False), or pass them by --raw (raw=)",
