@@ -10,8 +10,10 @@ from ema_fused.merging.recognising import Checkpoint, is_checkpoint, weights_in_
 from ema_fused.merging.stored_tensors import StoredTensor
 
 _NUMBER = re.compile(r"\d+")
-# Of several ranks or files (Megatron-LM's, DeepSpeed's, Llama's), with stars for numbers.
-_PARTS = re.compile(r"(?<![a-z])(ranks?|shards?)(?![a-z])|\*-of-\*|^consolidated\.\*", re.I)
+# Of several ranks or files: Megatron-LM's and DeepSpeed's, Hugging Face's, Llama's.
+_PARTS = re.compile(
+    r"(?<![a-z])(ranks?|shards?)(?![a-z])|\d{5}-of-\d{5}|^consolidated\.\d\d\b", re.IGNORECASE
+)
 # Files and folders that are called the same at every step: the folders around them are not.
 _PLAIN_NAMES = (
     *("model", "pytorch_model", "adapter_model", "diffusion_pytorch_model", "checkpoint"),
@@ -70,14 +72,14 @@ def _of_a_run(path: Path) -> list[Path]:
             f"{path} holds several kinds of checkpoints ({', '.join(sorted(kinds))}); pass those "
             f"that are meant, one by one"
         )
-    (kind,) = kinds
-    if _PARTS.search(kind):
+    ((kind, children),) = kinds.items()
+    if all(_PARTS.search(child.name) for _, child in children):
         raise ValueError(
             f"{path} holds {kind}, which by their names are parts of one checkpoint, of its ranks "
             f"or shards, and can't be averaged with each other; pass checkpoints that are whole, "
             f"or one by one what is meant"
         )
-    return [child for _, child in sorted(*kinds.values())]
+    return [child for _, child in sorted(children)]
 
 
 def step_of(checkpoint: Checkpoint) -> int | None:

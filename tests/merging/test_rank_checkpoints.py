@@ -274,6 +274,13 @@ def test_parts_of_a_checkpoint_are_never_averaged_with_each_other(
         with pytest.raises(ValueError, match="are parts of one checkpoint"):
             merge(folder, output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    for number in (1, 2):  # those of a run may be counted too
+        torch.save({"w": torch.full((2,), float(number))}, tmp_path / f"epoch-{number}-of-2.pt")
+    for folder in tmp_path.iterdir():
+        if folder.is_dir():
+            shutil.rmtree(folder)
+    merge(tmp_path, output=tmp_path / "mean.safetensors")
+    assert load_file(tmp_path / "mean.safetensors")["w"].tolist() == [1.5, 1.5]
 
 
 def test_steps_and_folders_of_a_trainer_are_found(written: Written, tmp_path: Path) -> None:
