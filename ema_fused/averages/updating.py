@@ -174,6 +174,8 @@ class UpdatedModule(PairedModule):
                 return
             if self._step_count.read(buffer) != steps:
                 weight = None
+        if self._sources is not None and self._passes_over(found_inf):
+            return
         pairing = self._paired_with(model)
         if self._skips_nonfinite:
             found_inf = nonfinite_flag(pairing.parameters(), found_inf)
@@ -186,6 +188,21 @@ class UpdatedModule(PairedModule):
             if not asynchronous:
                 pairing.flush()
             self._advice.of_waiting(pairing, overlap=self.overlap, asynchronous=asynchronous)
+
+    def _passes_over(self, found_inf: Tensor | None) -> bool:
+        """Counts this call and does no more, if ``every`` leaves it out; then True.
+
+        Where a function gives the sources it isn't asked then: it may gather them.
+        """
+        buffer = self._buffers["steps"]
+        assert buffer is not None
+        if self.every == 1 or self._skips_nonfinite:
+            return False
+        steps = self._step_count.read(buffer)
+        if steps <= 0 or steps % self.every == 0:
+            return False
+        self._step_count.count(buffer, unless=found_inf)
+        return True
 
     def _paired_with(self, model: nn.Module) -> Pairing:
         try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ema_fused.engine.memory import elements_of
+from ema_fused.engine.notices import warn
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.undisturbed import certainly, undisturbed
 from ema_fused.engine.versions import VersionCounters
@@ -16,10 +17,11 @@ from ema_fused.modules.changes import take_over_changes
 from ema_fused.modules.choosing import Buffers
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.first_values import FirstValues
-from ema_fused.modules.kept_elsewhere import have_moved
+from ema_fused.modules.float32_fragments import has_fragments, write_fragments
+from ema_fused.modules.kept_elsewhere import Kept, have_moved
 from ema_fused.modules.module_pairs import Pair, Pairs, pair_up, plan_of, refuse_untied
 from ema_fused.modules.sharding import Gathered
-from ema_fused.modules.sources import Sources
+from ema_fused.modules.sources import Sources, SourcesOf
 from ema_fused.modules.waiting import wait_until_all_have_read
 from ema_fused.modules.watch import ModuleWatch
 
@@ -67,15 +69,18 @@ def copy_to(
 ) -> None:
     """Copies every averaged tensor into ``model``, converting dtypes.
 
-    Where the optimizer steps on other tensors than the passes read, it is copied into both.
+    Where the optimizer steps on other tensors than the passes read, it is copied into both. Of
+    ``sources`` that a function computes anew at each call this can't be, and is warned of.
     """
     wait_until_all_have_read()
     Gathered(model).drop()
     found = _pairs(averaged, model, shares)
     pairs = found.updated
     if found.elsewhere or sources is not None:
-        masters = _pairs(averaged, model, shares, for_passes=False, sources=sources).updated
-        pairs = _each_source_once([*pairs, *masters])
+        masters = _pairs(averaged, model, shares, for_passes=False, sources=sources)
+        pairs = _each_source_once([*pairs, *masters.updated])
+        if sources is not None and not has_fragments(model.parameters()):
+            _warn_unless_kept(masters.elsewhere)
     Plan(
         [pair.source for pair in pairs],
         [pair.averaged for pair in pairs],
@@ -84,6 +89,19 @@ def copy_to(
         names=[pair.name for pair in pairs],
     ).copy_()
     tell_of_writes(VersionCounters(pair.held[1] for pair in pairs))
+    for pair in found.updated:
+        write_fragments(pair.held[1], pair.averaged)
+
+
+def _warn_unless_kept(elsewhere: list[Kept]) -> None:
+    """Warns if the sources that are to be written are gone as soon as they are."""
+    if any(one.has_moved() for one in elsewhere if isinstance(one, SourcesOf)):
+        warn(
+            "source= gives tensors in other memory at each call, so copy_to() writes the averages "
+            "into the weights alone, and not into what the optimizer keeps, from which its next "
+            "step may make the weights anew. Let source= give the tensors that the optimizer "
+            "keeps, or write the averages into them yourself"
+        )
 
 
 def tell_of_writes(written: VersionCounters) -> None:

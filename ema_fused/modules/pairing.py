@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ema_fused.engine.memory import starts_in_one_place
+from ema_fused.engine.dtensors import local
+from ema_fused.engine.memory import memory_of, starts_in_one_place
 from ema_fused.engine.plan import Plan
 from ema_fused.engine.versions import VersionCounters
 from ema_fused.modules.choosing import Buffers
@@ -242,6 +243,13 @@ class Pairing:
             if before is None or pair.averaged is not before.averaged:
                 return f"{pair.name!r} of the average is replaced"
             if pair.source is not before.source:
+                if self._sources is not None and isinstance(pair.source, nn.Parameter):
+                    if memory_of(local(pair.source)) == memory_of(local(before.source)):
+                        continue  # only the object around it is new
+                    return (
+                        f"source= gives {pair.name!r} in other memory each time; let it give the "
+                        f"tensors that the optimizer keeps"
+                    )
                 return f"{pair.name!r} of the model is replaced by a new tensor"
         return "modules or frozen parameters are replaced"
 

@@ -124,7 +124,8 @@ class SourcesOf:
     def has_moved(self) -> bool:
         """Whether the mapping, or the one that the function returns, has other tensors by now.
 
-        Or they have other memory (``master.data = ...``).
+        Or they have other memory (``master.data = ...``). Other views of the same memory are the
+        same tensors.
         """
         model = self._model()
         if model is None:
@@ -132,10 +133,25 @@ class SourcesOf:
         values = self._now(model)
         if len(values) != len(self._taken):
             return True
-        return any(
-            values.get(name) is not tensor or memory(tensor) != place
-            for name, tensor, memory, place in self._places
-        )
+        for name, tensor, memory, place in self._places:
+            value = values.get(name)
+            if value is None or not (value is tensor or _is_like(value, tensor)):
+                return True
+            if memory(value) != place:
+                return True
+        return False
+
+
+def _is_like(value: Any, tensor: Tensor) -> bool:
+    """Whether the two are the same tensor if they are in one place."""
+    return (
+        type(value) is type(tensor)
+        and value.layout == tensor.layout
+        and value.dtype == tensor.dtype
+        and value.device == tensor.device
+        and value.shape == tensor.shape
+        and (value.layout != torch.strided or value.stride() == tensor.stride())
+    )
 
 
 def _asked_for_its_memory(tensor: Tensor) -> Callable[[Tensor], object]:

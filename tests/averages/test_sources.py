@@ -12,7 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ema_fused import AveragedWeights, BiasCorrectedEMA, ExponentialMovingAverage, attach
+from ema_fused import (
+    AveragedWeights,
+    BiasCorrectedEMA,
+    ExponentialMovingAverage,
+    SlowPathWarning,
+    attach,
+)
 from ema_fused.engine import backends
 
 
@@ -313,3 +319,69 @@ def test_what_is_averaged_may_not_be_missing_where_others_are_left_out() -> None
     source = {"first.bias": optimizer.masters["first.bias"]}
     with pytest.raises(ValueError, match=r"'tied.weight' is missing; 'tied.bias' is missing\. "):
         AveragedWeights(model, 0.1, source=source, exclude="^norm")
+
+
+def test_a_function_is_asked_for_calls_that_average_alone() -> None:
+    model, optimizer = made()
+    asked: list[nn.Module] = []
+    seen: list[dict[str, Tensor]] = []
+
+    def source(of: nn.Module) -> dict[str, Tensor]:
+        asked.append(of)
+        return dict(optimizer.masters)
+
+    averaged = AveragedWeights(model, 0.1, source=source, every=3)
+    for number in range(7):
+        train(model, optimizer, number)
+        asked.clear()
+        averaged.update_parameters(model)
+        assert bool(asked) == (number % 3 == 0)
+        if asked:
+            seen.append(copied(optimizer.masters))
+    assert int(averaged.steps) == 7
+    expected = average_of(seen, 1 - 0.9**3)
+    assert_equal({name: averaged.weights[name] for name in expected}, expected)
+
+
+def test_other_views_of_the_same_memory_are_the_same_sources() -> None:
+    model, optimizer = made()
+    averaged = AveragedWeights(
+        model, 0.1, source=lambda _: {n: one.detach() for n, one in optimizer.masters.items()}
+    )
+    averaged.update_parameters(model)
+    averaged.update_parameters(model)
+    pairing, seen = averaged._pairing, []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in range(10):
+            train(model, optimizer, number)
+            averaged.update_parameters(model)
+            seen.append(copied(optimizer.masters))
+        assert averaged._pairing is pairing
+        averaged.copy_to(model)
+    assert_equal(optimizer.masters, {name: averaged.weights[name] for name in optimizer.masters})
+    optimizer.move()  # other memory
+    averaged.update_parameters(model)
+    assert averaged._pairing is not pairing
+
+
+def test_sources_that_are_computed_each_time_are_warned_of_by_their_name() -> None:
+    model, optimizer = made()
+    averaged = AveragedWeights(
+        model, 0.1, source=lambda _: {n: one * 1.0 for n, one in optimizer.masters.items()}
+    )
+    seen = []
+    with pytest.warns(SlowPathWarning, match=r"source= gives 'first.weight' in other memory each"):
+        for number in range(8):
+            train(model, optimizer, number)
+            averaged.update_parameters(model)
+            seen.append(copied(optimizer.masters))
+    expected = average_of(seen, 0.1)
+    assert_equal({name: averaged.weights[name] for name in expected}, expected)
+    before = copied(optimizer.masters)
+    with pytest.warns(UserWarning, match=r"copy_to\(\) writes the averages into the weights alone"):
+        averaged.copy_to(model)
+    assert_equal(optimizer.masters, before)
+    weights = dict(model.named_parameters())
+    for name, one in expected.items():
+        assert torch.equal(weights[name], one.bfloat16())

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor.debug import CommDebugMode
 
-from ema_fused import AveragedWeights, ExponentialMovingAverage, attach
+from ema_fused import AveragedWeights, ExponentialMovingAverage, SlowPathWarning, attach
 from ema_fused.engine.dtensors import local
 from tests.frameworks.zero3_models import (
     Network,
@@ -180,6 +182,83 @@ def test_zero_1_and_2_have_whole_weights(deepspeed_ranks: Ranks, stage: int) -> 
     assert not differing(first, second)
     for message in messages:
         assert re.search(r"engine\.step\(\).*was_step_applied\(\).*engine\.module", message)
+
+
+def whole_masters(model: nn.Module) -> dict[str, Tensor]:
+    """The float32 copies that ZeRO-1 and ZeRO-2 spread over the processes, gathered."""
+    get = deepspeed().utils.safe_get_full_fp32_param
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    return {name: get(parameter) for name, parameter in trained.items()}
+
+
+def of_gathered_masters(stage: int) -> list[str]:
+    """The averages are made of what the optimizer steps on; the engine has 16-bit weights."""
+    engine = partitioned(network(), stage=stage)
+    averaged = AveragedWeights(engine.module, 0.1, source=whole_masters, every=2)
+    asked = []
+    averaged_every_step = AveragedWeights(engine.module, 0.1, source=whole_masters)
+    expected: dict[str, Tensor] = {}
+    for number in range(6):
+        train(engine, number)
+        with CommDebugMode() as communication:
+            averaged.update_parameters(engine.module)
+        asked.append(communication.get_total_counts() > 0)
+        averaged_every_step.update_parameters(engine.module)
+        for name, master in whole_masters(engine.module).items():
+            expected.setdefault(name, master).lerp_(master, 0.1)
+    weights, own = averaged_every_step.weights, dict(engine.module.named_parameters())
+    assert {weights[name].dtype for name in expected} == {torch.float32}
+    assert not differing({name: weights[name] for name in expected}, expected)
+    assert differing(expected, {name: own[name].float() for name in expected})
+    before = {name: one.detach().clone() for name, one in own.items()}
+    with averaged_every_step.swapped(engine.module):
+        assert not differing(
+            {name: own[name].detach() for name in expected},
+            {name: one.bfloat16() for name, one in expected.items()},
+        )
+    assert not differing({name: one.detach() for name, one in own.items()}, before)
+    return asked
+
+
+@pytest.mark.filterwarnings("ignore::ema_fused.SlowPathWarning")
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_function_that_gathers_masters_is_a_source(deepspeed_ranks: Ranks, stage: int) -> None:
+    for asked in deepspeed_ranks.run(of_gathered_masters, stage):
+        assert asked == [True, False] * 3
+
+
+def gone_on_from_averages(stage: int, bf16: bool, has_source: bool) -> str:
+    engine = partitioned(network(), stage=stage, bf16=bf16)
+    options: dict[str, Any] = {"source": whole_masters} if has_source else {}
+    averaged = AveragedWeights(engine.module, 0.1, averaged_dtype=torch.float32, **options)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for number in range(8):
+            train(engine, number)
+            averaged.update_parameters(engine.module)
+        averaged.copy_to(engine.module)
+    masters_now = whole_masters(engine.module)
+    averages = {name: averaged.weights[name].clone() for name in masters_now}
+    assert not differing(masters_now, averages)
+    weights = {name: p.detach() for name, p in engine.module.named_parameters()}
+    rounded = {name: one.to(weights[name].dtype) for name, one in averages.items()}
+    assert not differing({name: weights[name].clone() for name in averages}, rounded)
+    train(engine, 8)
+    for name, master in whole_masters(engine.module).items():
+        assert (master - averages[name]).abs().max() <= 0.02, name  # a step of AdamW's is 0.01
+    said = [str(one.message) for one in warned if issubclass(one.category, SlowPathWarning)]
+    assert not any("copy_to()" in str(one.message) for one in warned)
+    return " ".join(said)
+
+
+@pytest.mark.parametrize("has_source", [False, True])
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_training_goes_on_from_averages_copied_into_zero_1_and_2(
+    deepspeed_ranks: Ranks, stage: int, bf16: bool, has_source: bool
+) -> None:
+    for said in deepspeed_ranks.run(gone_on_from_averages, stage, bf16, has_source):
+        assert ("source= gives 'scale' in other memory each time" in said) is has_source
 
 
 def attached() -> str:
