@@ -14,9 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ema_fused import ExponentialMovingAverage
+from ema_fused import AveragedWeights, ExponentialMovingAverage
 from ema_fused.converting import inspect, read_average
 from ema_fused.converting.average_state import whole
+from ema_fused.saving import checkpoints
 from tests import ranks
 from tests.frameworks.callbacks import ended_trainings
 from tests.frameworks.callbacks import sharded_trainings as trainings
@@ -80,6 +81,17 @@ def test_the_best_model_and_its_average_are_loaded_at_the_end(trained: Trained) 
         assert facts["average at best"] == facts["model at best"] == []
 
 
+def loaded_shards(folder: Path) -> dict[str, torch.Tensor]:
+    """The average of all processes' shards, of a plain model in this one."""
+    plain = trainings.model()
+    average = AveragedWeights(plain, trainings.MOMENTUM)
+    state = average.state_dict()
+    checkpoints.load({"averaged": state}, folder)
+    average.load_state_dict(state)
+    return {name: average.weights[name] for name, _ in plain.named_parameters()}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_the_folder_says_what_it_holds_and_one_process_loads_it(trained: Trained) -> None:
     way, folder, (facts, _) = trained
     at = folder / "checkpoint-4" / "averaged"
@@ -88,6 +100,8 @@ def test_the_folder_says_what_it_holds_and_one_process_loads_it(trained: Trained
     assert (told["steps"], told["global_step"], told["processes"]) == (4, 4, 2)
     assert told["momentum"] == trainings.MOMENTUM
     assert (at / told["for resuming"]).exists()
+    if way in SPREAD:
+        assert differing(loaded_shards(at / told["for resuming"]), facts["averages"][3]) == []
     # As the Trainer's own checkpoint of the model.
     is_gathered = way not in ("fsdp2", "fsdp1")
     assert bool(list(at.glob("model*.safetensors"))) == is_gathered
@@ -125,7 +139,7 @@ def test_a_training_is_resumed_to_the_bit(trained: Trained, two_trainers: Ranks)
         # Of FSDP1 accelerate resumes the optimizer otherwise, with the callback or without.
         if way != "fsdp1":
             assert differing(process["average"], facts["averages"][5]) == []
-    if way not in ("fsdp2", "ddp"):
+    if way not in ("ddp", "fsdp1", "fsdp2", "zero3bf16"):
         return
     # The same without an average, and with one that a killed program has left.
     at = folder / "checkpoint-6" / "averaged"
@@ -167,7 +181,7 @@ def killed(folder: Path, way: str, moment: str) -> None:
     indirect=["trained"],
 )
 def test_killed_within_a_step_it_goes_on_from_the_last_checkpoint_to_the_bit(
-    trained: Trained, two_trainers: Ranks, tmp_path: Path, moment: str
+    trained: Trained, two_trainers: Ranks, four_trainers: Ranks, tmp_path: Path, moment: str
 ) -> None:
     way, _, (facts, _) = trained
     killed(tmp_path, way, moment)
@@ -175,6 +189,11 @@ def test_killed_within_a_step_it_goes_on_from_the_last_checkpoint_to_the_bit(
         "checkpoint-2",
         "checkpoint-4",
     ]
+    if moment == "update":  # elsewhere two resume as four do
+        for process in four_trainers.run(trainings.resumed, tmp_path, way, None):
+            assert differing(process["at start"], facts["averages"][3]) == []
+            assert process["steps"] == 6
+            assert process["by hand"] == []
     for process in two_trainers.run(trainings.resumed, tmp_path, way, None):
         made = [process["at start"], *process["averages"]]
         for average, expected in zip(made, facts["averages"][3:], strict=True):

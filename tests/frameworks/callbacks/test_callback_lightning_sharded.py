@@ -290,7 +290,15 @@ def test_a_bfloat16_model_s_average_is_kept_and_saved_in_float32(
     assert differences(resumed["end"], whole["end"]) == []
 
 
-@pytest.mark.parametrize(("way", "folders"), [("fsdp1", False), ("fsdp2", True), ("plain", False)])
+@pytest.mark.parametrize(
+    ("way", "folders"),
+    [
+        ("fsdp1", False),
+        ("fsdp2", True),
+        pytest.param("zero3", True, marks=_NEEDS),
+        ("plain", False),
+    ],
+)
 def test_a_checkpoint_without_an_average_begins_one_and_says_so_once(
     two: Ranks, tmp_path: Path, way: str, folders: bool
 ) -> None:
@@ -370,8 +378,13 @@ def test_the_best_checkpoint_and_early_stopping_go_by_the_averages(
     assert max(losses) < LAST
 
 
-def test_a_model_made_on_meta_has_its_values_before_its_average(two: Ranks, tmp_path: Path) -> None:
-    two.run(partial(run.fit, meta=True, max_epochs=1), tmp_path, "fsdp2")
+@pytest.mark.parametrize(
+    "way", ["fsdp1", "fsdp2", "tensor_parallel", pytest.param("zero3", marks=_NEEDS)]
+)
+def test_a_model_made_on_meta_has_its_values_before_its_average(
+    two: Ranks, tmp_path: Path, way: str
+) -> None:
+    two.run(partial(run.fit, meta=True, max_epochs=1), tmp_path, way)
     seen = found(tmp_path)
     assert differences(seen["at_start"]["averages"], seen["at_start"]["own"]) == []
     assert differences(seen["end"], averages(seen["own"])) == []
