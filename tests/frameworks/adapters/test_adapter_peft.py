@@ -147,6 +147,36 @@ def test_the_average_is_an_adapter_of_the_model_and_of_files(tmp_path: Path, kin
     assert differences({name: averages[name] for name in by_hand}, by_hand) == []
 
 
+@pytest.mark.parametrize("kind", [AveragedWeights, ExponentialMovingAverage])
+def test_the_adapter_alone_may_be_chosen_by_name(tmp_path: Path, kind: Any) -> None:
+    model = adapted()
+    chosen, shared = (
+        kind(model, momentum=MOMENTUM, **options)
+        for options in ({"include": "lora_"}, {"share_frozen": True})
+    )
+    training = Training(model)
+    for _ in range(3):
+        training.step()
+        for average in (chosen, shared):
+            average.update_parameters(model)
+    if kind is AveragedWeights:  # a copy's state has all
+        names = [name for name in chosen.state_dict() if name != "steps"]
+        assert len(names) == 4 and all("lora_" in name for name in names)
+    written = [
+        load_file(save_adapter(average, model, tmp_path / of) / "adapter_model.safetensors")
+        for of, average in (("chosen", chosen), ("shared", shared))
+    ]
+    assert len(written[0]) == 4 and differences(*written) == []
+    add_averaged_adapter(chosen, model)
+    loaded = peft.PeftModel.from_pretrained(base(), tmp_path / "chosen").eval()
+    with using_adapter(model, "teacher"):
+        assert torch.equal(logits(model), logits(loaded))
+    training.step()
+    chosen.update_parameters(model)
+    with using_adapter(model, "teacher"):
+        assert not torch.equal(logits(model), logits(loaded))
+
+
 def bytes_of(*modules: nn.Module) -> int:
     held = {
         slot.tensor.untyped_storage().data_ptr(): slot.tensor.untyped_storage().nbytes()
