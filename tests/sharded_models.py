@@ -6,7 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import (
+    FullyShardedDataParallel,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -17,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ema_fused.engine.dtensors import local, placed_as
 
+MIXED = ("fsdp2_mixed", "fsdp1_mixed")
 WAYS = ("fsdp2", "fsdp2_kept", "tensor_parallel", "fsdp1", "ddp")
 
 
@@ -40,7 +46,9 @@ def perceptron(seed: int = 0) -> Perceptron:
 
 
 def spread(model: Perceptron, way: str) -> nn.Module:
-    """``model`` over all processes."""
+    """``model`` over all processes; of ``MIXED`` ways linear layers compute in bfloat16."""
+    dtype = torch.bfloat16 if way in MIXED else None
+    way = way.removesuffix("_mixed")
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     if way == "ddp":
         # Otherwise a forward pass takes the buffers of process 0, averaged or not.
@@ -53,14 +61,17 @@ def spread(model: Perceptron, way: str) -> nn.Module:
         return parallelize_module(model, mesh, layers)
     if way == "fsdp2" or way == "fsdp2_kept":
         kept = way == "fsdp2_kept"
+        policy = MixedPrecisionPolicy(param_dtype=dtype)
         for layer in (model.first, model.last):
-            fully_shard(layer, mesh=mesh, reshard_after_forward=not kept)
+            fully_shard(layer, mesh=mesh, reshard_after_forward=not kept, mp_policy=policy)
+        # Batch norm is the root's, and computes in float32.
         return fully_shard(model, mesh=mesh, reshard_after_forward=not kept)
     if way == "fsdp1":
         return FullyShardedDataParallel(
             model,
             use_orig_params=True,
             device_id=torch.device("cpu"),
+            mixed_precision=MixedPrecision(param_dtype=dtype),
             auto_wrap_policy=lambda module, recurse, nonwrapped_numel: (
                 recurse or isinstance(module, nn.Linear)
             ),

@@ -26,9 +26,18 @@ from ema_fused.averages import schedules
 from ema_fused.engine.dtensors import is_sharded, local
 from ema_fused.modules.copying import FrozenShares
 from ema_fused.modules.exchanging import exchange_of_everything
-from tests.modules.sharded_beside import Beside, differing
+from tests.modules.sharded_beside import Beside, differing, state_of
 from tests.ranks import Ranks
-from tests.sharded_models import WAYS, perceptron, spread, train, trainer, whole, whole_weights
+from tests.sharded_models import (
+    MIXED,
+    WAYS,
+    perceptron,
+    spread,
+    train,
+    trainer,
+    whole,
+    whole_weights,
+)
 
 STEPS = 5
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -88,6 +97,39 @@ def averages_of_16_bits() -> list[str]:
 
 def test_a_float32_average_of_bfloat16_shards(two_ranks: Ranks) -> None:
     assert two_ranks.run(averages_of_16_bits) == [[], []]
+
+
+def averages_of_mixed_precision(way: str) -> list[str]:
+    """The passes compute in bfloat16; shards, and what is swapped in, have float32's bits."""
+    beside = Beside(way)
+    averaged, model, inputs = beside.averaged, beside.model, torch.ones(2, 7)
+    problems, computed = [], set()
+    model.get_submodule("last").register_forward_hook(lambda *seen: computed.add(seen[-1].dtype))
+    for number in range(STEPS):
+        beside.step(number)
+        model.eval()
+        with torch.no_grad():
+            own = model(inputs).clone()  # gathers in bfloat16, and the update drops that
+        before = whole_weights(model)
+        with averaged.swapped(model), torch.no_grad():
+            evaluated = model(inputs).clone()
+        exchange = averaged.exchange_with(model)
+        exchange.put_in()
+        problems += differing(whole_weights(model), dict(beside.reference.module.state_dict()))
+        exchange.take_out()
+        problems += differing(whole_weights(model), before) + beside.differing()
+        with torch.no_grad():
+            problems += [] if torch.equal(model(inputs), own) else ["another output"]
+        problems += [] if number == 0 or not torch.equal(evaluated, own) else ["nothing swapped"]
+    rounded = {name: one.bfloat16().float() for name, one in state_of(averaged, model).items()}
+    assert "module.first.weight" in differing(rounded, state_of(averaged, model))
+    assert computed == {torch.bfloat16}
+    return problems
+
+
+@pytest.mark.parametrize("way", MIXED)
+def test_of_mixed_precision_the_float32_shards_are_averaged(two_ranks: Ranks, way: str) -> None:
+    assert two_ranks.run(averages_of_mixed_precision, way) == [[], []]
 
 
 def two_kinds_of_parallelism() -> list[str]:
