@@ -71,7 +71,7 @@ def spread(model: Perceptron, way: str) -> nn.Module:
             model,
             use_orig_params=True,
             device_id=torch.device("cpu"),
-            mixed_precision=MixedPrecision(param_dtype=dtype),
+            mixed_precision=MixedPrecision(param_dtype=dtype) if dtype else None,
             auto_wrap_policy=lambda module, recurse, nonwrapped_numel: (
                 recurse or isinstance(module, nn.Linear)
             ),

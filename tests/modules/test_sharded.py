@@ -392,25 +392,3 @@ def wrappers_of_tensor_parallel() -> list[str]:
 def test_accelerated_wrappers_take_dtensors(two_ranks: Ranks) -> None:
     pytest.importorskip("diffusers", reason="diffusers isn't installed")
     assert two_ranks.run(wrappers_of_tensor_parallel) == [[], []]
-
-
-def of_master_weights() -> tuple[list[str], list[str]]:
-    model = spread(perceptron().bfloat16(), "fsdp2")
-    masters = {name: weight.detach().float() for name, weight in model.named_parameters()}
-    averaged = AveragedWeights(model, 0.5, source=masters)
-    averaged.update_parameters(model)
-    before = {name: whole(master) for name, master in masters.items()}
-    for master in masters.values():
-        local(master).add_(1)
-    averaged.update_parameters(model)
-    expected = {name: before[name].lerp(whole(masters[name]), 0.5) for name in masters}
-    found = {name: whole(averaged.weights[name]) for name in masters}
-    averaged.copy_to(model)
-    written = {name: whole(weight).float() for name, weight in model.named_parameters()}
-    return differing(found, expected), differing(
-        written, {name: tensor.bfloat16().float() for name, tensor in expected.items()}
-    )
-
-
-def test_sources_are_sharded_as_the_weights_are(two_ranks: Ranks) -> None:
-    assert two_ranks.run(of_master_weights) == [([], [])] * 2
