@@ -91,8 +91,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
         average: the kind of average: a class of ema_fused, :class:`~ema_fused.PowerFunctionEMA`
             among them, or a function that takes the model and returns an average; None:
             :class:`~ema_fused.ExponentialMovingAverage`, or :class:`~ema_fused.AveragedWeights`
-            under FSDP and DeepSpeed. Sharded models are averaged by the latter alone, which copies
-            no module.
+            under FSDP and DeepSpeed and with ``source=``. Sharded models are averaged by the latter
+            alone, which copies no module.
         evaluated_sigma_rel: which of the averages of a ``PowerFunctionEMA`` is evaluated, and
             written for ``from_pretrained``; may be omitted if it keeps only one. The state beside
             it holds all. Snapshots to make others from are yours to write:
@@ -123,6 +123,8 @@ class EMACallback(TrainerCallback):  # type: ignore[misc]
                 f"EMACallback(momentum=0.001))"
             )
         self.evaluated_sigma_rel = evaluated_sigma_rel
+        if average is None and "source" in arguments:
+            average = AveragedWeights  # a copy of the module takes no source
         # Raises for wrong arguments now instead of when training starts.
         kind = ExponentialMovingAverage if average is None else average
         if isinstance(kind, type) and issubclass(kind, BaseAveragedModel):

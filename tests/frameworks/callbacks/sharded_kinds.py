@@ -1,4 +1,4 @@
-"""Trainings by transformers' Trainer, sharded, with averages of some tensors alone, or of BEMA.
+"""Trainings by transformers' Trainer, sharded: averages of some tensors, of masters, and BEMA.
 
 Run in each of the processes of ``tests.ranks``.
 """
@@ -21,6 +21,7 @@ from tests.frameworks.callbacks.sharded_trainings import (
     accelerator_of,
     differing,
     loss_of,
+    masters,
     shards_of,
     texts,
     trainer_of,
@@ -35,9 +36,10 @@ CHOICES: dict[str, dict[str, Any]] = {
     "exclude": {"exclude": r"mlp|embed_tokens"},
     "bema": {"average": BiasCorrectedEMA, **POWERS},
     "bema of some": {"average": BiasCorrectedEMA, **POWERS, "exclude": r"self_attn"},
+    "source": {"source": masters},
 }
 LEFT_OUT = {"include": ("self_attn", "norm", "embed"), "exclude": ("mlp", "embed_tokens")}
-LEFT_OUT |= {"bema": (), "bema of some": ("self_attn",)}
+LEFT_OUT |= {"bema": (), "bema of some": ("self_attn",), "source": ()}
 
 
 def is_left_out(choice: str, name: str) -> bool:

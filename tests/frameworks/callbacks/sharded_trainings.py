@@ -206,10 +206,8 @@ def shards_of(trained: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def whole_weights(trained: Any, way: str) -> Tensors:
-    if way.startswith("zero3"):
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return {n: safe_get_full_fp32_param(p).clone() for n, p in trained.named_parameters()}
+    if way.startswith("zero3") or "masters" in way:
+        return {name: master.clone() for name, master in masters(trained).items()}
     if way.startswith("fsdp1"):
         from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -217,6 +215,13 @@ def whole_weights(trained: Any, way: str) -> Tensors:
             found = {name: one.clone() for name, one in trained.named_parameters()}
         return {name.replace("_fsdp_wrapped_module.", ""): one for name, one in found.items()}
     return {name: whole(one).clone() for name, one in trained.named_parameters()}
+
+
+def masters(trained: Any) -> Tensors:
+    """What DeepSpeed's optimizer steps on, gathered."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    return {n: safe_get_full_fp32_param(p) for n, p in trained.named_parameters()}
 
 
 def whole(tensor: Any) -> Tensor:

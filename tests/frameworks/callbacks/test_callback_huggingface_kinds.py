@@ -419,7 +419,7 @@ def test_sources_are_asked_of_the_trainer_s_model_alone(tmp_path: Path, is_funct
         return masters
 
     source = given if is_function else masters
-    callback = EMACallback(AveragedWeights, momentum=MOMENTUM, source=source).attach(trainer)
+    callback = EMACallback(momentum=MOMENTUM, source=source).attach(trainer)
     trainer.train()
     assert isinstance(callback.average, AveragedWeights)
     for name, master in masters.items():
