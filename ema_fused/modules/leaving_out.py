@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ema_fused.modules import naming
-from ema_fused.modules.choosing import Pattern, compiled
-from ema_fused.modules.module_pairs import Kind, slots_of
+from ema_fused.modules.choosing import Buffers, Pattern, compiled
+from ema_fused.modules.module_pairs import Kind, has_average, is_averaged, slots_of
 from ema_fused.modules.naming import without_wrappers
 
 # Parameters in whose plain names a pattern is found, or for which a function of plain name and
@@ -188,7 +188,26 @@ def copied_without(model: nn.Module, *, copied: Copy, selection: Selection) -> C
     return Copied(module, shared, names)
 
 
-def told(names: Sequence[str]) -> str:
-    """What ``repr`` tells of the parameters that are left out."""
-    plain = [without_wrappers(name) for name in names]
-    return f"left_out={len(plain)}: {naming._list(plain)}" if plain else ""
+def told(names: Sequence[str], averaged: nn.Module, update_buffers: Buffers) -> str:
+    """What ``repr`` tells: parameters that are left out; and buffers, where some are chosen.
+
+    Args:
+        names: of these parameters.
+        averaged: the module of the averages.
+        update_buffers: which of its buffers are averaged.
+    """
+    copied: list[str] = []
+    if not isinstance(update_buffers, bool):
+        copied = [
+            name
+            for name, slot in slots_of(averaged, (Kind.PARAMETER, Kind.CACHE)).items()
+            if not is_lazy(slot.tensor)
+            and has_average(slot.tensor)
+            and not is_averaged(name, slot, update_buffers)
+        ]
+    parts = [("left_out", names), ("copied_buffers", copied)]
+    return "; ".join(
+        f"{what}={len(found)}: {naming._list([without_wrappers(name) for name in found])}"
+        for what, found in parts
+        if found
+    )

@@ -106,7 +106,9 @@ class PairedModule(WaitingModule):
 
     def extra_repr(self) -> str:
         """Names what is left out."""
-        return told(self._shares.left_out)
+        averaged = self._modules["module"]
+        assert averaged is not None
+        return told(self._shares.left_out, averaged, self.update_buffers)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the averaged copy."""

@@ -142,7 +142,7 @@ class PowerFunctionEMA(nn.Module):
 
     def extra_repr(self) -> str:
         """Names what is left out."""
-        return told(self._shares.left_out)
+        return told(self._shares.left_out, self.averages[0], self.update_buffers)
 
     @outside_graphs
     def update_parameters(self, model: nn.Module, *, samples: int = 1) -> None:

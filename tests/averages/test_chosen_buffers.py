@@ -15,6 +15,7 @@ from ema_fused.averages.averaged_weights import AveragedWeights
 from ema_fused.averages.base import BaseAveragedModel
 from ema_fused.averages.kinds import ExponentialMovingAverage, StochasticWeightAverage
 from ema_fused.modules.pairing import Pairing
+from ema_fused.posthoc.power_function import PowerFunctionEMA
 from tests.networks import conv_net, differences, run, snapshot
 
 STATISTICS = ("norm.running_mean", "norm.running_var")
@@ -104,6 +105,18 @@ def test_names_are_those_of_the_plain_model() -> None:
         kept = dict(averaged.module.named_buffers())
         mean = next(kept[name] for name in kept if name.endswith("running_mean"))
         assert not torch.equal(mean, wrapped.module.norm.running_mean)
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=_named)
+def test_the_buffers_that_are_copied_are_named(choice: Any) -> None:
+    model = nn.DataParallel(conv_net())
+    for kind in (ExponentialMovingAverage, AveragedWeights, PowerFunctionEMA):
+        told = repr(kind(model, update_buffers=choice))
+        assert told.count("  copied_buffers=1: scale\n") == 1
+        told = repr(kind(model, update_buffers=choice, exclude=["head", r"conv\.bias"]))
+        assert "left_out=3: conv.bias, head.weight, head.bias; copied_buffers=1: scale\n" in told
+        for everything in (True, False):
+            assert "copied_buffers" not in repr(kind(model, update_buffers=everything))
 
 
 def test_a_function_is_asked_when_pairs_are_made_alone() -> None:
