@@ -1,4 +1,4 @@
-"""On a GPU: averages of the pieces of a model that DeepSpeed's ZeRO-3 partitions."""
+"""On a GPU: averages of the pieces of a model that DeepSpeed's ZeRO-3 partitions; ZeRO-1 and 2."""
 
 from __future__ import annotations
 
@@ -52,3 +52,11 @@ def test_averages_swapped_in_are_what_is_gathered(
 
 def test_training_goes_on_from_averages_copied_in(processes: Ranks) -> None:
     processes.run(zero3.copies, True)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_zero_1_and_2_average_gathered_masters_and_go_on_from_copies(
+    processes: Ranks, stage: int
+) -> None:
+    processes.run(engines.of_gathered_masters, stage)
+    processes.run(engines.gone_on_from_averages, stage, True, True)
