@@ -37,6 +37,7 @@ Under ZeRO-3 ``save_model`` takes DeepSpeed's engine alone: inside ``average.swa
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,11 @@ def register_average(
 ) -> None:
     """Lets ``save_state()`` and ``load_state()`` take ``average`` along, sharded or not.
 
-    Of a sharded average each process writes its part into a folder of the checkpoint, by
-    :mod:`ema_fused.saving.checkpoints`; any number of processes loads it. (What
+    The average is written into a folder of the checkpoint by :mod:`ema_fused.saving.checkpoints`,
+    a sharded one by each process its part; any number of processes loads it. (What
     ``register_for_checkpointing`` registers is pickled by the first process: the others' parts
-    would be lost. For an average of which each process has all, this function calls it.) A
-    checkpoint without that folder starts the average from the weights there, with one warning.
+    would be lost.) A checkpoint without that folder starts the average from the weights there, with
+    one warning. Averages of a ``PowerFunctionEMA`` are registered for checkpointing.
 
     Args:
         accelerator: an ``accelerate.Accelerator``.
@@ -92,7 +93,7 @@ def register_average(
         ValueError: averages of FSDP1's parameters have another dtype, and couldn't be saved.
     """
     _check(accelerator, average)
-    if not is_spread(average, model):
+    if isinstance(average, PowerFunctionEMA):
         accelerator.register_for_checkpointing(average)
         return
     check_can_be_saved(average, model)
@@ -100,14 +101,30 @@ def register_average(
     def save(_: list[nn.Module], __: list[Any], folder: str) -> None:
         write_shards(average, model, Path(folder) / name)
 
-    def load(_: list[nn.Module], folder: str) -> None:
+    def load(to_be_loaded: list[nn.Module], folder: str) -> None:
+        def start(*_: object) -> None:
+            resuming.start(average, model, folder, f"no folder {name!r}")
+
         if as_the_first_sees(checkpoints.exists(Path(folder) / name)):
             read_shards(average, model, Path(folder) / name)
+        elif not to_be_loaded:  # FSDP and DeepSpeed have loaded it by now
+            start()
         else:
-            resuming.start(average, model, folder, f"no folder {name!r}")
+            _once_loaded(accelerator.unwrap_model(model), start)
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
+
+
+def _once_loaded(model: nn.Module, call: Callable[[], None]) -> None:
+    """Calls ``call`` when a state has been loaded into ``model``, the next time."""
+
+    def loaded(*_: object) -> None:
+        handle.remove()
+        call()
+
+    inside: nn.Module = getattr(model, "_orig_mod", model)  # torch.compile's wrapper has no state
+    handle = inside.register_load_state_dict_post_hook(loaded)
 
 
 def update_average(

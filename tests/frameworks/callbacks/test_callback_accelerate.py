@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ema_fused import ExponentialMovingAverage, PowerFunctionEMA
-from ema_fused.callbacks.accelerate import update_average
+from ema_fused.callbacks.accelerate import register_average, update_average
 from tests import processes
 from tests.digits import digits
 from tests.frameworks.callbacks import accelerate_run
@@ -108,6 +109,50 @@ def test_wrapped_models_are_averaged_and_swapped() -> None:
         assert update_average(training.accelerator, training.average, wrapped)
     assert training.average.steps == 2
     assert differences(own(training.average.module), own(training.plain_model)) == []
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_checkpoint_of_a_time_without_the_average_begins_one(
+    tmp_path: Path, compiled: bool
+) -> None:
+    def begun(seed: int) -> tuple[Accelerator, nn.Module, ExponentialMovingAverage]:
+        torch.manual_seed(seed)
+        accelerator = Accelerator(cpu=True)
+        plain = network()
+        average = ExponentialMovingAverage(plain, momentum=0.1)
+        model = torch.compile(plain, backend="eager") if compiled else plain
+        return accelerator, accelerator.prepare(model), average
+
+    accelerator, model, _ = begun(0)
+    accelerator.save_state(str(tmp_path / "without"))
+    before = own(model)
+    accelerator, model, average = begun(1)
+    register_average(accelerator, average, model)
+    with pytest.warns(
+        UserWarning, match=r"without has no average \(no folder 'averaged'\)"
+    ) as told:
+        accelerator.load_state(str(tmp_path / "without"))
+    assert sum("no average" in str(one.message) for one in told) == 1
+    begun_from = own(average.module)
+    assert len(begun_from) == len(before)
+    assert all(map(torch.equal, begun_from.values(), before.values()))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    for _ in range(2):
+        assert update_average(accelerator, average, model)
+    accelerator.save_state(str(tmp_path / "with"))
+    kept = own(average)
+    model.load_state_dict(model.state_dict())  # no more than once
+    assert differences(own(average), kept) == []
+    accelerator, model, average = begun(2)
+    register_average(accelerator, average, model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no average.*")
+        accelerator.load_state(str(tmp_path / "with"))
+    assert differences(own(average), kept) == []
+    assert average.steps == 2
 
 
 def test_several_widths_are_averaged_saved_and_resumed(tmp_path: Path) -> None:

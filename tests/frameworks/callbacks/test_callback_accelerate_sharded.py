@@ -54,11 +54,14 @@ def test_a_registered_average_is_saved_and_loaded_to_the_bit(
             assert not torch.equal(tensors[f"own {name}"], average)
 
 
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "zero2"])
 def test_a_checkpoint_without_it_starts_the_average_from_its_weights(
-    two_trainers: Ranks, tmp_path: Path
+    two_trainers: Ranks, tmp_path: Path, way: str
 ) -> None:
-    two_trainers.run(loops.trained, tmp_path, "fsdp2")
-    (first, warned), (second, silent) = two_trainers.run(loops.loaded, tmp_path, "fsdp2", "other")
+    if way.startswith("zero"):
+        pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    two_trainers.run(loops.trained, tmp_path, way)
+    (first, warned), (second, silent) = two_trainers.run(loops.loaded, tmp_path, way, "other")
     assert len(warned) == 1 and "no folder 'other'" in warned[0]
     assert silent == []
     for tensors in (first, second):
