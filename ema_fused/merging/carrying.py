@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
+from ema_fused.merging.recognising import is_checkpoint
 from ema_fused.merging.stored_tensors import Contents
 
 # Weights in any format, and what belongs to one moment of a training: none of it is averaged.
@@ -17,15 +19,33 @@ _INDEX = re.compile(r"\.index\.json$|^merge\.json$|^\.metadata$")
 
 
 def files_beside(contents: Contents) -> dict[str, Path]:
-    """The files to carry over, by their paths in the folder; in folders inside it too."""
+    """The files to carry over, by their paths in the folder; in folders inside it too.
+
+    Folders inside it that hold weights of their own aren't this checkpoint, which is told.
+    """
     found: dict[str, Path] = {}
-    for folder, _, names in os.walk(contents.path):
+    others: list[str] = []
+    for folder, inside, names in os.walk(contents.path):
+        inside.sort()
+        for name in [name for name in inside if _holds_weights(Path(folder, name))]:
+            inside.remove(name)
+            others.append(str(Path(folder, name).relative_to(contents.path)))
         for name in sorted(names):
             path = Path(folder, name)
             is_left_out = any(one.search(name) for one in (_WEIGHTS, _TRAINING, _INDEX))
             if path.is_file() and not is_left_out and path not in contents.files:
                 found[str(path.relative_to(contents.path))] = path
+    if others:
+        warnings.warn(
+            f"not carried over from {contents.path}, because they hold weights of their own: "
+            f"{', '.join(others)}",
+            stacklevel=4,
+        )
     return found
+
+
+def _holds_weights(folder: Path) -> bool:
+    return any(_WEIGHTS.search(file.name) for file in folder.iterdir()) and is_checkpoint(folder)
 
 
 def carry_over(files: Mapping[str, Path], folder: Path) -> None:
