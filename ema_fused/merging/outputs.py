@@ -29,6 +29,7 @@ _SUFFIXES = {
     ".pth": "torch",
     ".ckpt": "torch",
     ".bin": "torch",
+    ".tar": "torch",  # timm's .pth.tar
 }
 _TORCH_FILE = "model.pt"  # in a folder
 
@@ -40,6 +41,7 @@ class Target:
     Attributes:
         beside: files of the last input that a folder gets too, by their names in it.
         first_files: the file that each tensor is in, of the first input's folder.
+        stem: how other files in a folder are called.
         place: as :class:`~ema_fused.merging.results.Merged` has it, and so ``others``.
     """
 
@@ -48,6 +50,7 @@ class Target:
     is_folder: bool
     beside: Mapping[str, Path]
     first_files: Mapping[str, str]
+    stem: str
     max_shard_bytes: int | None
     place: tuple[str, ...]
     others: Mapping[str, Any]
@@ -57,7 +60,9 @@ class Target:
         if self.format != "safetensors":
             return {_TORCH_FILE: list(tensors)}
         if self.is_folder:
-            return writing_safetensors.shards(tensors, self.first_files, self.max_shard_bytes)
+            return writing_safetensors.shards(
+                tensors, self.first_files, self.max_shard_bytes, self.stem
+            )
         return {self.goal.name: writing_safetensors.in_order(list(tensors), tensors)}
 
     def grain(self, shape: tuple[int, ...]) -> int:
@@ -167,14 +172,22 @@ def target_of(
             f"else; leave it out, or name a folder"
         )
     first_files = {}
-    if first.contents.format == "safetensors" and first.path.is_dir():
+    is_safetensors = first.contents.format == "safetensors"
+    stem = "model"
+    if first.path.is_dir() and first.contents.format != "distributed":
+        stem = writing_safetensors.stem_of(
+            first.contents.files[0].name, is_safetensors=is_safetensors
+        )
+    if is_safetensors and first.path.is_dir():
         first_files = {name: tensor.boxes[0].path.name for name, tensor in first.tensors.items()}
     beside = {}
     if is_folder and chosen != "distributed" and last.path.is_dir():
         beside = files_beside(last.contents)
     others = _others_to_write(chosen, last)
     place = first.place if chosen != "safetensors" else ()
-    return Target(goal, chosen, is_folder, beside, first_files, max_shard_bytes, place, others)
+    return Target(
+        goal, chosen, is_folder, beside, first_files, stem, max_shard_bytes, place, others
+    )
 
 
 def _format_of_first(first: Checkpoint) -> str:

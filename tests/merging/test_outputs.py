@@ -244,6 +244,47 @@ def test_adapters_keep_their_name_and_configuration(tmp_path: Path) -> None:
     assert result(tmp_path / "out")["lora_A.weight"].unique().item() == 1.5
 
 
+@pytest.mark.parametrize("is_safetensors", [True, False])
+@pytest.mark.parametrize("stem", ["adapter_model", "diffusion_pytorch_model", "model"])
+def test_files_have_the_name_that_their_package_looks_for(
+    tmp_path: Path, stem: str, is_safetensors: bool
+) -> None:
+    paths = []
+    for seed in (1, 2):
+        path = tmp_path / str(seed)
+        path.mkdir()
+        tensors = {"a": torch.full((50,), float(seed)), "b": torch.ones(50)}
+        if is_safetensors:
+            save_file(tensors, path / f"{stem}.safetensors")
+        else:
+            torch.save(tensors, path / f"{'pytorch_' * (stem == 'model')}{stem}.bin")
+        paths.append(path)
+    names = [f"{stem}.safetensors", "merge.json"]
+    for out, most in (("plain", None), ("whole", 1000)):
+        merge(paths, output=tmp_path / out, max_shard_bytes=most)
+        assert {path.name for path in (tmp_path / out).iterdir()} == set(names)
+        assert result(tmp_path / out)["a"].unique().item() == 1.5
+    if stem == "adapter_model":
+        with pytest.raises(ValueError, match="can't be in several files, as PEFT reads one"):
+            merge(paths, output=tmp_path / "split", max_shard_bytes=300)
+        assert not (tmp_path / "split").exists()
+        return
+    merge(paths, output=tmp_path / "split", max_shard_bytes=300)
+    assert {path.name for path in (tmp_path / "split").iterdir()} == {
+        f"{stem}-00001-of-00002.safetensors",
+        f"{stem}-00002-of-00002.safetensors",
+        f"{stem}.safetensors.index.json",
+        "merge.json",
+    }
+
+
+def test_timm_s_names_are_names_of_files(tmp_path: Path) -> None:
+    paths = [save(state(seed), tmp_path / f"checkpoint-{seed}.pth.tar", "torch") for seed in (1, 2)]
+    merge(paths, output=tmp_path / "averaged.pth.tar")
+    loaded = torch.load(tmp_path / "averaged.pth.tar", weights_only=True)
+    assert loaded.keys() == state(1).keys()
+
+
 def test_what_stands_beside_the_tensors_goes_along_or_is_told(tmp_path: Path) -> None:
     module = {**nn.BatchNorm1d(2, affine=False).state_dict(), "_extra_state": {"scale": 3}}
     paths = [save(module, tmp_path / f"{number}.pt", "nested") for number in range(2)]
