@@ -53,7 +53,12 @@ def chosen(
     found = [one for path, inside in zip(paths, runs, strict=True) for one in inside or [path]]
     if len(paths) == 1 and not any(runs):
         _tell_of_run(paths[0])
-    found = found[::-1][:: every or 1][:last][::-1]
+    found = found[::-1][:: every or 1][::-1]
+    if last is not None and last > len(found):
+        warnings.warn(
+            f"last is {last}, and there are {len(found)} checkpoints to take it of", stacklevel=3
+        )
+    found = found[-(last or len(found)) :]
     if not found:
         raise ValueError("no checkpoints were given; at least one path is expected")
     return found

@@ -194,10 +194,10 @@ def choose(contents: Contents, key: str | None = None) -> Checkpoint:
     if key is None:
         key = _only_candidate(contents)
     found = _at(contents.tree, key)
-    if found is None:
+    if found is None or not _has_tensors(found[1]):
         told = ", ".join(map(repr, candidates(contents))) or "none"
         raise ValueError(
-            f"{contents.path} has no dictionary at key {key!r}; with tensors there are: {told}"
+            f"{contents.path} has no dictionary of tensors at key {key!r}; there are: {told}"
         )
     place, inside = found
     tensors: dict[str, StoredTensor] = {}

@@ -40,7 +40,8 @@ def read_file(path: Path) -> Contents:
                 f"weights_only=True) and save it again"
             )
     _refuse_big_endian(path)
-    tree = load_layout(path, path, 0)
+    with path.open("rb") as file:
+        tree = load_layout(file, path, 0)
     if not isinstance(tree, Mapping):
         raise ValueError(
             f"{path} holds a {type(tree).__name__}; a dictionary of tensors is expected, as "
@@ -64,11 +65,11 @@ def _refuse_big_endian(path: Path) -> None:
         )
 
 
-def load_layout(source: Path | IO[bytes], path: Path, begin: int) -> Any:
+def load_layout(source: IO[bytes], path: Path, begin: int) -> Any:
     """What ``torch.load`` gives of ``source``, with :class:`StoredTensor` in place of tensors.
 
     Args:
-        source: the file, or a part of it.
+        source: the file, or a part of it. Open: by a path torch goes by the name.
         path: of the file.
         begin: of the part, in bytes from the beginning of the file.
 
@@ -81,8 +82,7 @@ def load_layout(source: Path | IO[bytes], path: Path, begin: int) -> Any:
             # Older torch tells them of fake tensors alone, which take seconds to import.
             from torch._subclasses.fake_tensor import FakeTensorMode
 
-            if not isinstance(source, Path):
-                source.seek(0)
+            source.seek(0)
             with FakeTensorMode():
                 loaded = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -29,10 +29,11 @@ def assert_equal(read: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(read[name], tensor), name
 
 
+@pytest.mark.parametrize("name", ["whatever.name", "misleading.safetensors", "misleading.pt"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_format_is_read_by_content(tmp_path: Path, format: str) -> None:
+def test_every_format_is_read_by_content(tmp_path: Path, format: str, name: str) -> None:
     expected = state(1)
-    path = save(expected, tmp_path / "whatever.name", format)
+    path = save(expected, tmp_path / "plain", format).rename(tmp_path / name)
     found = open_checkpoint(path)
     assert_equal({name: one.tensor() for name, one in found.tensors.items()}, expected)
     assert found.key == ("model" if format in ("nested", "distributed") else "")
@@ -142,8 +143,13 @@ def test_several_dictionaries_of_tensors_are_listed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"choose one by key: 'model', 'ema'$"):
         open_checkpoint(path)
     assert open_checkpoint(path, "ema").tensors["w"].tensor().tolist() == [0, 0]
-    with pytest.raises(ValueError, match="no dictionary at key 'none'"):
+    with pytest.raises(ValueError, match="no dictionary of tensors at key 'none'; there are: 'mod"):
         open_checkpoint(path, "none")
+    torch.save({"state": {"model": {"w": torch.ones(2)}}}, path)
+    with pytest.raises(
+        ValueError, match="no dictionary of tensors at key 'state'; there are: 'sta"
+    ):
+        open_checkpoint(path, "state")
 
 
 def test_keys_may_have_dots_in_them_and_other_tensors_do_not_count(tmp_path: Path) -> None:

@@ -164,6 +164,8 @@ def test_a_run_s_folder_stands_for_its_checkpoints_in_order_of_numbers(tmp_path:
     assert steps(last=2) == [900, 1000]
     assert steps(every=2) == [500, 1000]
     assert steps(every=3, last=1) == [1000]
+    with pytest.warns(UserWarning, match="last is 3, and there are 2 checkpoints to take it of"):
+        assert steps(every=2, last=3) == [500, 1000]
     merge(run, output=tmp_path / "o.pt", schedule="power:0.1")
     by_name = result(tmp_path / "o.pt")["w"]
     merge(run, output=tmp_path / "o.pt", schedule="power:0.1", steps=[100, 500, 900, 1000])
