@@ -16,6 +16,7 @@ from ema_fused.merging.carrying import carry_over, files_beside
 from ema_fused.merging.recognising import Checkpoint
 from ema_fused.merging.results import RECORD_FILE, Merged, ResultTensor
 from ema_fused.merging.safetensors_layout import DTYPES
+from ema_fused.merging.stand_ins import holds_stand_in
 from ema_fused.merging.stored_tensors import StoredTensor
 from ema_fused.merging.streaming import Part
 from ema_fused.saving import whole_files
@@ -211,16 +212,23 @@ def _refuse_to_replace(goal: Path, *, is_folder: bool) -> None:
 
 def _others_to_write(format: str, last: Checkpoint) -> dict[str, Any]:
     """What stands beside the tensors and can be written too; warns of the rest."""
+    unread = [name for name, value in last.others.items() if holds_stand_in(value)]
     kept = {
         name: value
         for name, value in last.others.items()
-        if format != "safetensors" and not _has_tensors(value)
+        if format != "safetensors" and not _has_tensors(value) and name not in unread
     }
-    lost = [name for name in last.others if name not in kept]
+    lost = [name for name in last.others if name not in kept and name not in unread]
     if lost:
         warnings.warn(
             f"not written, because {format} files take only tensors here that are directly beside "
             f"the others: {', '.join(lost)} of {last.path}",
+            stacklevel=2,
+        )
+    if unread:
+        warnings.warn(
+            f"not written, because objects of classes are not loaded: {', '.join(unread)} of "
+            f"{last.path}",
             stacklevel=2,
         )
     return kept

@@ -7,6 +7,7 @@ tensors on the meta device, which know their place in the file instead of their 
 from __future__ import annotations
 
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from ema_fused.merging.stand_ins import stand_ins
 from ema_fused.merging.stored_tensors import Box, Contents, StoredTensor, span
 
 _ZIP = b"PK\x03\x04"
@@ -40,7 +42,7 @@ def read_file(path: Path) -> Contents:
                 f"weights_only=True) and save it again"
             )
     _refuse_big_endian(path)
-    with path.open("rb") as file:
+    with path.open("rb") as file, stand_ins(path, for_all=False):
         tree = load_layout(file, path, 0)
     if not isinstance(tree, Mapping):
         raise ValueError(
@@ -86,9 +88,9 @@ def load_layout(source: IO[bytes], path: Path, begin: int) -> Any:
             with FakeTensorMode():
                 loaded = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"{path} can't be loaded without running code from it, and is refused ({reason}). Save "
+            f"{path} can't be loaded without running code from it, and is refused "
+            f"({_reason(error)}). Save "
             f"the state_dict alone; or, for classes that you trust, call merge() after "
             f"torch.serialization.add_safe_globals()"
         ) from error
@@ -98,6 +100,12 @@ def load_layout(source: IO[bytes], path: Path, begin: int) -> Any:
             f"{path} is no whole file of torch.save ({reason}); copy or save it again"
         ) from error
     return _stored(loaded, path, begin)
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """What was found, without torch's advice, which is to run it."""
+    found = re.search(r"((Unsupported|Trying|Can) .+?)( by default\b|\.? ?(\n|$))", str(error))
+    return found[1] if found else str(error).partition("\n")[0]
 
 
 def _knows_places(value: Any) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 import ema_fused
-from ema_fused.merging import open_checkpoint, read_contents
+from ema_fused.merging import merge, open_checkpoint, read_contents
 from ema_fused.merging.stored_tensors import Box, OpenFiles, StoredTensor
 from ema_fused.saving import checkpoints
 from ema_fused.saving.checkpoints import averaged_state_dict
@@ -185,6 +187,45 @@ class Evil:
 
     def __reduce__(self) -> Any:
         return (Path.touch, (self.path,))
+
+
+class System(Evil):
+    def __reduce__(self) -> Any:
+        return (os.system, (f"touch {self.path}",))
+
+
+def test_what_trainers_write_beside_weights_is_no_code(tmp_path: Path) -> None:
+    history = pytest.importorskip("mmengine.logging").HistoryBuffer([0.5], [1])
+    beside = {
+        "log": {"loss": history},  # mmengine's
+        "args": argparse.Namespace(lr=0.1),  # timm's
+        "hyper_parameters": {"folder": tmp_path},  # Lightning's
+    }
+    paths = []
+    for number in (1.0, 3.0):
+        paths.append(tmp_path / f"{number}.pt")
+        torch.save({"state_dict": {"w": torch.tensor([number])}, **beside}, paths[-1])
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(paths[-1], weights_only=True)
+    merge(paths, output=tmp_path / "out.pt")
+    merged = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert merged.keys() == {"state_dict"} and merged["state_dict"]["w"].item() == 2
+    for path in paths:  # directly beside the tensors
+        torch.save({"w": torch.ones(1), "best": 3, "args": beside["args"]}, path)
+    with pytest.warns(UserWarning, match=r"objects of classes are not loaded: args of .*3\.0\.pt"):
+        merge(paths, output=tmp_path / "out.pt")
+    assert torch.load(tmp_path / "out.pt", weights_only=True).keys() == {"w", "best"}
+
+
+@pytest.mark.parametrize(
+    ("evil", "told"), [(Evil, r"GLOBAL pathlib\.\S*Path was not an allowed"), (System, "system")]
+)
+def test_the_code_that_is_refused_is_named(tmp_path: Path, evil: Any, told: str) -> None:
+    torch.save({"w": torch.ones(2), "x": evil(tmp_path / "ran")}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=rf"is refused \([^()]*{told}[^()]*\)\. Save") as caught:
+        open_checkpoint(tmp_path / "x.pt")
+    assert "`weights_only` set to `False`" not in str(caught.value)
+    assert "\x1b" not in str(caught.value) and not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("where", ["torch", "pickle", "metadata", "part"])
