@@ -53,6 +53,7 @@ class AverageState:
         kind: of ours, whether it is a mean or goes by a momentum (``averages.kept_kind``).
         beside: what stands beside it in the same file, and belongs to no average.
         notes: what a reader should know.
+        title: whose weights these are, where that is no format; empty: not known.
     """
 
     format: str
@@ -67,6 +68,7 @@ class AverageState:
     kind: str | None = None
     beside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    title: str = ""
     key: str = field(default="", compare=False)
 
     def is_parameter(self, name: str) -> bool:

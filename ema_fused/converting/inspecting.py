@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from ema_fused.converting.average_state import AverageState, Tensors, each_once,
 from ema_fused.converting.comparing_tensors import Looked, look
 from ema_fused.converting.reading import read_average, read_tree
 from ema_fused.converting.recognising_averages import WEIGHTS, NoAverageError
-from ema_fused.merging.recognising import PathLike, choose
+from ema_fused.merging.recognising import Checkpoint, PathLike, choose
+from ema_fused.merging.safetensors_layout import is_snapshot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,24 @@ def _state_at(
     tree, contents = read_tree(path)
     found = choose(dataclasses.replace(contents, tree=tree, tied={}), key)
     names = {**found.tensors, **{name: found.tensors[kept] for name, kept in found.tied.items()}}
-    return AverageState(WEIGHTS, names, key=found.key)
+    title, steps = _of_power_functions(found)
+    return AverageState(WEIGHTS, names, steps=steps, title=title, key=found.key)
+
+
+def _of_power_functions(found: Checkpoint) -> tuple[str, int | None]:
+    """What says so, and the steps, if it is of a ``PowerFunctionEMA``: those are several averages.
+
+    No title: it isn't.
+    """
+    metadata, extra = found.contents.metadata, found.others.get("_extra_state")
+    if is_snapshot(metadata):
+        width = metadata["sigma_rel"]
+        title = f"ema_fused: a snapshot of PowerFunctionEMA, sigma_rel {width}"
+        return title, int(metadata["steps"])
+    if isinstance(extra, Mapping) and {"sigma_rel", "steps"} <= extra.keys():
+        widths = ", ".join(map(str, extra["sigma_rel"]))
+        return f"ema_fused: PowerFunctionEMA, sigma_rel {widths}", int(extra["steps"])
+    return "", None
 
 
 def _differences(here: Tensors, there: Tensors | None) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -93,6 +93,16 @@ def _of_a_run(path: Path) -> list[Path]:
         )
     (children,) = kinds.values()
     numbers = numbers_of([child.name for child in children])
+    twice = [
+        child.name
+        for number, child in zip(numbers, children, strict=True)
+        if numbers.count(number) > 1
+    ]
+    if twice:
+        raise ValueError(
+            f"{path} holds several checkpoints of one step ({', '.join(twice[:2])}); pass those "
+            f"that are meant, one by one"
+        )
     return [child for _, child in sorted(zip(numbers, children, strict=True))]
 
 

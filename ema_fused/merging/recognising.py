@@ -83,6 +83,8 @@ def read_contents(path: PathLike) -> Contents:
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is nothing at {path}")
     found = _read_files(path, [path])
     if found is None:
         raise ValueError(

@@ -21,6 +21,7 @@ from ema_fused.merging.stored_tensors import Box, Contents, StoredTensor, span
 
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"
+_FOUND = re.compile(r"\b((Unsupported|Trying|Can)\b.+?)\s*(by\Wdefault|\.?\s*$)", re.MULTILINE)
 
 
 def is_torch_file(head: bytes) -> bool:
@@ -104,7 +105,7 @@ def load_layout(source: IO[bytes], path: Path, begin: int) -> Any:
 
 def _reason(error: pickle.UnpicklingError) -> str:
     """What was found, without torch's advice, which is to run it."""
-    found = re.search(r"((Unsupported|Trying|Can) .+?)( by default\b|\.? ?(\n|$))", str(error))
+    found = _FOUND.search(str(error))
     return found[1] if found else str(error).partition("\n")[0]
 
 

@@ -123,6 +123,8 @@ EXEMPT = {
         "shadow_params and optimization_step",
         "EMAModel.state_dict() of diffusers",
         "weights, no average of a known format",
+        "ema_fused: a snapshot of PowerFunctionEMA, sigma_rel ...",
+        "ema_fused: PowerFunctionEMA, sigma_rel ...",
         "Lightning's WeightAveraging and EMAWeightAveraging, and ours",
         "state_dict, current_model_state and averaging_state",
         "state_dict and ema_state_dict",

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ema_fused
 from ema_fused.merging import merge, open_checkpoint
 from ema_fused.merging.choosing import chosen
 from tests.merging.checkpoint_files import save, state
@@ -247,7 +248,8 @@ def test_the_last_model_beside_a_run_s_checkpoints_is_told_apart(tmp_path: Path)
     run = save(state(1), tmp_path / "run", "folder")  # as a Trainer writes it at the end
     for step in (500, 1000):
         save(state(step), run / f"checkpoint-{step}", "sharded")
-    record = merge(run, output=tmp_path / "out", last=8)
+    with pytest.warns(UserWarning, match="last is 8, and there are 2"):
+        record = merge(run, output=tmp_path / "out", last=8)
     assert [Path(one.path).name for one in record.inputs] == ["checkpoint-500", "checkpoint-1000"]
     with pytest.warns(UserWarning) as told:
         record = merge(run, output=tmp_path / "alone")
@@ -265,3 +267,16 @@ def test_a_pipeline_of_several_models_is_refused(tmp_path: Path) -> None:
         save(state(1), tmp_path / "pipeline" / name, "folder")
     with pytest.raises(ValueError, match="pipeline of several models; pass the folders of one"):
         merge([tmp_path / "pipeline"] * 2, output=tmp_path / "out")
+
+
+def test_snapshots_of_two_widths_are_no_list(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    ema = ema_fused.PowerFunctionEMA(model)
+    for _ in range(2):
+        ema.update_parameters(model)
+        ema.save_snapshot(tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"several checkpoints of one step \(snapshot-0+1-0.05.saf"
+    ):
+        merge(tmp_path / "run", output=tmp_path / "o.pt")
+    merge(sorted((tmp_path / "run").glob("*-0.1.*")), output=tmp_path / "o.pt")
