@@ -37,8 +37,8 @@ def stand_ins(path: Path, *, for_all: bool) -> Iterator[None]:
         for_all: of whatever the file names; else only of what trainers write.
     """
     unknown: list[str] = []
-    if path.is_file() and zipfile.is_zipfile(path):
-        with contextlib.suppress(Exception):  # a damaged file is refused by its reader
+    with contextlib.suppress(Exception):  # a damaged file is refused by its reader
+        if path.is_file() and zipfile.is_zipfile(path):
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     names = [name for name in unknown if for_all or _OF_TRAINERS.fullmatch(name)]
     allowed: list[Any] = [(type("StandIn", (StandIn,), {}), name) for name in names]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -58,7 +59,7 @@ def _refuse_big_endian(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             orders = [name for name in archive.namelist() if name.endswith("/byteorder")]
             order = archive.read(orders[0]) if orders else b"little"
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"{path} is no whole file of torch.save ({error}); copy or save it again"
         ) from error
@@ -95,8 +96,10 @@ def load_layout(source: IO[bytes], path: Path, begin: int) -> Any:
             f"the state_dict alone; or, for classes that you trust, call merge() after "
             f"torch.serialization.add_safe_globals()"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
+    except OSError:
+        raise
+    except Exception as error:  # a pickle that is damaged raises whatever its bytes happen to mean
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{path} is no whole file of torch.save ({reason}); copy or save it again"
         ) from error

@@ -9,6 +9,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
@@ -252,6 +253,29 @@ def test_truncated_files_are_refused(tmp_path: Path, format: str) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"no whole|truncated"):
         open_checkpoint(path).tensors["w"].tensor()
+
+
+@pytest.mark.parametrize("file", ["x.pt", "x/.metadata", "x/__0_0.distcp"])
+def test_damaged_pickles_are_refused_whatever_their_bytes_mean(tmp_path: Path, file: str) -> None:
+    tensors = {"w": torch.ones(9, 2), "n": torch.arange(3)}
+    format = "torch" if file == "x.pt" else "distributed"
+    path = save(tensors, tmp_path / Path(file).parts[0], format)
+    whole = (tmp_path / file).read_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        # Where the pickle is, not where the values are.
+        begin = max(0, damaged.find(b"\x80\x02"))
+        for place in random.integers(begin, min(begin + 400, len(whole)), 3):
+            damaged[place] = random.integers(256)
+        (tmp_path / file).write_bytes(damaged)
+        try:
+            open_checkpoint(path)
+        except ValueError as error:
+            assert str(tmp_path) in str(error)
+            refused += 1
+    assert refused > 100
 
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_named(tmp_path: Path) -> None:
