@@ -156,7 +156,7 @@ def merge(
     outputs.refuse_overwriting(goal, checkpoints)
     used, told = _weights(weights, schedule, checkpoints, steps, normalise=normalise)
     shared = common(checkpoints, ignore=ignore, only_common=only_common)
-    target = outputs.target_of(goal, format, checkpoints, max_shard_bytes)
+    target = outputs.target_of(goal, format, checkpoints, max_shard_bytes, dtype)
     tensors = {
         name: ResultTensor(_result_dtype(each[0].dtype, dtype), each[0].shape)
         for name, each in _in_file_order(shared).items()

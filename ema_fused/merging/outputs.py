@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ema_fused.merging import writing_safetensors
-from ema_fused.merging.carrying import carry_over, files_beside
+from ema_fused.merging.carrying import carry_over, files_beside, tell_dtype
 from ema_fused.merging.recognising import Checkpoint
 from ema_fused.merging.results import RECORD_FILE, Merged, ResultTensor
 from ema_fused.merging.safetensors_layout import DTYPES
@@ -32,7 +34,9 @@ _SUFFIXES = {
     ".bin": "torch",
     ".tar": "torch",  # timm's .pth.tar
 }
+_CONFIG = "config.json"
 _TORCH_FILE = "model.pt"  # in a folder
+_TORCH_FILE_OF_TRANSFORMERS = "pytorch_model.bin"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Target:
         beside: files of the last input that a folder gets too, by their names in it.
         first_files: the file that each tensor is in, of the first input's folder.
         stem: how other files in a folder are called.
+        dtype: that all floating-point tensors get; None: their own.
         place: as :class:`~ema_fused.merging.results.Merged` has it, and so ``others``.
     """
 
@@ -52,6 +57,7 @@ class Target:
     beside: Mapping[str, Path]
     first_files: Mapping[str, str]
     stem: str
+    dtype: torch.dtype | None
     max_shard_bytes: int | None
     place: tuple[str, ...]
     others: Mapping[str, Any]
@@ -59,12 +65,18 @@ class Target:
     def files(self, tensors: Mapping[str, ResultTensor]) -> dict[str, list[str]]:
         """The names of the tensors in each file, in the order in which their values are wanted."""
         if self.format != "safetensors":
-            return {_TORCH_FILE: list(tensors)}
+            return {self._torch_file(): list(tensors)}
         if self.is_folder:
             return writing_safetensors.shards(
                 tensors, self.first_files, self.max_shard_bytes, self.stem
             )
         return {self.goal.name: writing_safetensors.in_order(list(tensors), tensors)}
+
+    def _torch_file(self) -> str:
+        """As who reads the folder looks for it."""
+        if self.stem in writing_safetensors.KEPT:
+            return f"{self.stem}.bin"
+        return _TORCH_FILE_OF_TRANSFORMERS if _CONFIG in self.beside else _TORCH_FILE
 
     def grain(self, shape: tuple[int, ...]) -> int:
         """Parts of a tensor of this shape begin and end at multiples of it."""
@@ -126,6 +138,8 @@ class Target:
             else:
                 self._write_into(folder, merged, files)
             carry_over(self.beside, folder)
+            if self.dtype is not None:
+                tell_dtype(folder, self.dtype)
             with written_whole(folder / RECORD_FILE) as beside:
                 beside.write_text(f"{merged.record()}\n", encoding="utf-8")
             whole_files.put_in_place(self.goal)
@@ -148,6 +162,7 @@ def target_of(
     format: str | None,
     checkpoints: Sequence[Checkpoint],
     max_shard_bytes: int | None,
+    dtype: torch.dtype | None = None,
 ) -> Target:
     """Decides what to write; arguments as :func:`~ema_fused.merging.merge_files.merge`.
 
@@ -187,7 +202,7 @@ def target_of(
     others = _others_to_write(chosen, last)
     place = first.place if chosen != "safetensors" else ()
     return Target(
-        goal, chosen, is_folder, beside, first_files, stem, max_shard_bytes, place, others
+        goal, chosen, is_folder, beside, first_files, stem, dtype, max_shard_bytes, place, others
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ _USUAL = (
     "adapter_model.bin",
 )
 _INDEX = ".index.json"
+_AN_INDEX = re.compile(r"\.(safetensors|bin)\.index(\.[^.]+)?\.json$")
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,8 @@ def _weights_of_folder(path: Path) -> Iterator[list[Path]]:
         if (path / name).is_file() and _format_of(path / name) is not None:
             yield [path / name]
             return
-    indices = sorted(path.glob(f"*{_INDEX}"))
+    # Of a variant: model.safetensors.index.fp16.json
+    indices = sorted(one for one in path.glob("*.index*.json") if _AN_INDEX.search(one.name))
     if indices:
         yield from map(_files_in, indices)
         return

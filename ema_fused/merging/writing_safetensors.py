@@ -17,13 +17,13 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _SHARD = re.compile(r"-\d+-of-\d+$")
 _ADAPTER = "adapter_model"  # PEFT reads it from one file
 # Who reads such a folder looks for a file of this name; whatever else there is becomes "model".
-_KEPT = (_ADAPTER, "diffusion_pytorch_model")
+KEPT = (_ADAPTER, "diffusion_pytorch_model")
 
 
 def stem_of(file: str, *, is_safetensors: bool) -> str:
     """How the files of a folder are to be called, by the first file of the first input's."""
     stem = _SHARD.sub("", file.rpartition(".")[0])
-    return stem if is_safetensors or stem in _KEPT else "model"
+    return stem if is_safetensors or stem in KEPT else "model"
 
 
 def shards(
@@ -120,10 +120,13 @@ def write_files(folder: Path, merged: Merged, files: Mapping[str, list[str]]) ->
         write_file(folder / file, merged, names)
     if len(files) > 1:
         stem = stem_of(next(iter(files)), is_safetensors=True)
+        name, dot, variant = stem.partition(".")  # model.fp16-00001-of-00002.safetensors
+        if name not in ("model", *KEPT):
+            name, dot, variant = stem, "", ""
         index = {
             "metadata": {"total_size": merged.bytes},
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
-        with written_whole(folder / f"{stem}.safetensors.index.json") as beside:
+        with written_whole(folder / f"{name}.safetensors.index{dot}{variant}.json") as beside:
             text = json.dumps(index, indent=2, sort_keys=True)
             beside.write_text(f"{text}\n", encoding="utf-8")
