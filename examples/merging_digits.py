@@ -98,6 +98,7 @@ def compare(seed: int, epochs: int, folder: Path) -> tuple[Accuracies, dict[str,
     weights = {}
     for schedule in SCHEDULES:
         weights[schedule] = merge_into(training.model, folder, schedule)
+        torch.manual_seed(seed)  # for each the same images, and the same noise on them
         update_bn((_noisy(images) for images, _ in training.batches), training.model)
         found[schedule] = training.accuracy()
     found[DECAYED] = decayed.accuracy()

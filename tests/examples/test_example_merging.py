@@ -62,6 +62,7 @@ def test_merging_pays_as_a_decay_does(example: Any, tmp_path: Path) -> None:
         reached.append(training.accuracy())
     assert reached[-1] == found[example.LAST]
     typical = sum(reached) / len(reached)  # one by one they jump about
+    assert found["mean"] == found["linear"]  # those weights are the same
     assert found["mean"] > typical and found[example.DECAYED] > typical
 
 
