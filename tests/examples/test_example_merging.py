@@ -61,6 +61,7 @@ def test_merging_pays_as_a_decay_does(example: Any, tmp_path: Path) -> None:
         training.model.load_state_dict(torch.load(path, weights_only=True))
         reached.append(training.accuracy())
     assert reached[-1] == found[example.LAST]
+    assert reached[0] != found[example.DECAYED]  # that run went on from there
     typical = sum(reached) / len(reached)  # one by one they jump about
     assert found["mean"] == found["linear"]  # those weights are the same
     assert found["mean"] > typical and found[example.DECAYED] > typical

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import ema_fused
 from ema_fused.merging import merge, open_checkpoint
 from ema_fused.merging.choosing import chosen
+from ema_fused.merging.numbers_in_names import numbers_of
 from tests.merging.checkpoint_files import save, state
 
 
@@ -201,6 +202,8 @@ def test_the_step_in_a_name_counts_whatever_follows_it(tmp_path: Path) -> None:
     by_name = result(tmp_path / "o.pt")["w"]
     merge(run, output=tmp_path / "o.pt", schedule="power:0.1", steps=[200, 1000, 1100])
     assert torch.equal(by_name, result(tmp_path / "o.pt")["w"])
+    assert numbers_of(["step-9-acc97", "step-10-acc95"]) == [(9,), (10,)]
+    assert numbers_of(["e1-s20", "e1-s10", "e2-s10"]) == [(1, 20), (1, 10), (2, 10)]
     for number in (3, 20, 100):
         save({"w": torch.ones(1)}, tmp_path / f"s{number}-seed7", "folder")
     assert [path.name for path in chosen([tmp_path], every=1)] == [
