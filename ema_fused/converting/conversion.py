@@ -21,6 +21,8 @@ from ema_fused.engine.checks import check_fraction, check_integer
 from ema_fused.merging.recognising import PathLike
 
 _NAMELESS = ("torch-ema", "diffusers-list")
+_WITH_WEIGHTS = ("lightning", "mmengine", "mmcv", "timm", "ema-pytorch")
+_OF_PARAMETERS = (*_NAMELESS, "torchtitan")  # which hold nothing else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,14 +100,30 @@ def convert(
         state = dataclasses.replace(state, parameters=frozenset(listing))
     if raw is not None:
         state = _with_weights(state, _weights_at(raw, state))
+    elif state.format in _OF_PARAMETERS and target not in _OF_PARAMETERS:
+        note = (
+            f"buffers, if the model has any: {state.format} has averages of parameters alone; "
+            f"--raw PATH (raw=) takes them from the model"
+        )
+        state = dataclasses.replace(state, notes=(*state.notes, note))
     mapped = Mapped().all(state)
     assert format.build is not None
     built = format.build(mapped, Wanted(names=listing, folder=folder))
+    _refuse_losing_weights(goal, Path(path), state, target)
     write(goal, built)
     beside = tuple(f"not carried: {name!r}" for name in state.beside)
     tensors = len(state.averaged) if state.unnamed is None else len(state.unnamed)
     lost = (*state.notes, *built.lost, *beside)
     return Conversion(state.format, target, goal, tensors, state.steps, state.decay, lost)
+
+
+def _refuse_losing_weights(goal: Path, source: Path, state: AverageState, target: str) -> None:
+    """Raises ValueError if the only weights of the model would be overwritten."""
+    if state.raw is not None and target not in _WITH_WEIGHTS and goal.resolve() == source.resolve():
+        raise ValueError(
+            f"{goal} is the input, and has the weights of the model too, for which {target} has no "
+            f"place; write elsewhere"
+        )
 
 
 def _told(state: AverageState, steps: int | None, decay: float | None) -> AverageState:

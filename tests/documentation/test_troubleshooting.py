@@ -151,6 +151,8 @@ EXEMPT = {
         "the weights of the model aren't in the source: load it into "
         "EMA(include_online_model=False), or pass them by --raw (raw=)",
         "not in the average, and as in the weights: ...",
+        "buffers, if the model has any: ... has averages of parameters alone; --raw PATH (raw=) "
+        "takes them from the model",
         "config.json, which from_pretrained needs: --model FOLDER (folder=) copies it",
         "the number of updates (...): torchtitan derives it from the trainer's step",
         "... tensors that are no parameters, which torchtitan takes from the model",
