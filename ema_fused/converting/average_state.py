@@ -55,6 +55,7 @@ class AverageState:
         variant: which it is of several averages in one state, as a reader may know it.
         beside: what stands beside it in the same file, and belongs to no average.
         notes: what a reader should know.
+        title: whose weights these are, where that is no format; empty: not known.
     """
 
     format: str
@@ -71,6 +72,7 @@ class AverageState:
     variant: str = ""
     beside: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    title: str = ""
     key: str = field(default="", compare=False)
 
     def is_parameter(self, name: str) -> bool:

@@ -23,6 +23,8 @@ from ema_fused.merging.recognising import PathLike
 
 _NAMELESS = ("torch-ema", "diffusers-list")
 _OURS = ("ema_fused", "huggingface")
+_WITH_WEIGHTS = ("lightning", "mmengine", "mmcv", "timm", "ema-pytorch")
+_OF_PARAMETERS = (*_NAMELESS, "torchtitan")  # which hold nothing else
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,9 +102,16 @@ def convert(
         state = dataclasses.replace(state, parameters=frozenset(listing))
     if raw is not None:
         state = _with_weights(state, _weights_at(raw, state))
+    elif state.format in _OF_PARAMETERS and target not in _OF_PARAMETERS:
+        note = (
+            f"buffers, if the model has any: {state.format} has averages of parameters alone; "
+            f"--raw PATH (raw=) takes them from the model"
+        )
+        state = dataclasses.replace(state, notes=(*state.notes, note))
     mapped = Mapped().all(state)
     assert format.build is not None
     built = format.build(mapped, Wanted(names=listing, folder=folder))
+    _refuse_losing_weights(goal, Path(path), state, target)
     write(goal, built)
     beside = tuple(f"not carried: {name!r}" for name in state.beside)
     tensors = len(state.averaged) if state.unnamed is None else len(state.unnamed)
@@ -122,6 +131,15 @@ def _ours_alone(state: AverageState, target: str) -> tuple[str, ...]:
             "averages by --steps (steps=)",
         )
     return notes
+
+
+def _refuse_losing_weights(goal: Path, source: Path, state: AverageState, target: str) -> None:
+    """Raises ValueError if the only weights of the model would be overwritten."""
+    if state.raw is not None and target not in _WITH_WEIGHTS and goal.resolve() == source.resolve():
+        raise ValueError(
+            f"{goal} is the input, and has the weights of the model too, for which {target} has no "
+            f"place; write elsewhere"
+        )
 
 
 def _told(state: AverageState, steps: int | None, decay: float | None) -> AverageState:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from ema_fused.converting.comparing_tensors import Looked, look
 from ema_fused.converting.reading import read_average, read_tree
 from ema_fused.converting.recognising_averages import WEIGHTS, NoAverageError
 from ema_fused.merging.recognising import PathLike, choose
+from ema_fused.merging.safetensors_layout import is_snapshot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +203,16 @@ def _state_at(
     tree, contents = read_tree(path)
     found = choose(dataclasses.replace(contents, tree=tree, tied={}), key)
     names = {**found.tensors, **{name: found.tensors[kept] for name, kept in found.tied.items()}}
-    return AverageState(WEIGHTS, names, key=found.key)
+    title, steps = _of_snapshot(found.contents.metadata)
+    return AverageState(WEIGHTS, names, steps=steps, title=title, key=found.key)
+
+
+def _of_snapshot(metadata: Mapping[str, str]) -> tuple[str, int | None]:
+    """What says so, and the steps, of a snapshot of ``PowerFunctionEMA``; no title: it is none."""
+    if not is_snapshot(metadata):
+        return "", None
+    title = f"ema_fused: a snapshot of PowerFunctionEMA, sigma_rel {metadata['sigma_rel']}"
+    return title, int(metadata["steps"])
 
 
 def _differences(here: Tensors, there: Tensors | None) -> tuple[tuple[str, ...], tuple[str, ...]]:

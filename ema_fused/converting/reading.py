@@ -20,8 +20,8 @@ from ema_fused.converting.recognising_averages import find
 from ema_fused.converting.shadow_lists import names_for, with_names
 from ema_fused.converting.shard_folders import tree_of_shards
 from ema_fused.merging.recognising import PathLike, read_contents
+from ema_fused.merging.stand_ins import stand_ins
 from ema_fused.merging.stored_tensors import Contents, StoredTensor
-from ema_fused.merging.torch_layout import OF_SHARDS
 
 
 def read_average(
@@ -72,7 +72,7 @@ def read_tree(path: PathLike) -> tuple[Mapping[Any, Any], Contents]:
 
 
 def _read(path: Path) -> Contents:
-    with stand_ins(path):
+    with stand_ins(path, for_all=True):
         return read_contents(path)
 
 
@@ -106,40 +106,6 @@ def _dictionaries(tree: Mapping[Any, Any]) -> Iterator[dict[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, Mapping) and "optim" not in str(name).lower():
             yield from _dictionaries(value)
-
-
-# ---- Files with classes of other packages --------------------------------------------------------
-
-
-@contextlib.contextmanager
-def stand_ins(path: Path) -> Iterator[None]:
-    """Within the block ``torch.load(weights_only=True)`` reads unknown classes as empty objects.
-
-    What is called in place of a class or function of the file is a class made here, so nothing of
-    the file, and nothing that it names, is run or imported.
-    """
-    unknown: list[str] = []
-    if path.is_file() and zipfile.is_zipfile(path):
-        with contextlib.suppress(Exception):  # a damaged file is refused by its reader
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    # Not of tensors: without their values nobody would know that some are missing.
-    names = [name for name in unknown if not name.startswith(OF_SHARDS)]
-    allowed: list[Any] = [(type("StandIn", (_StandIn,), {}), name) for name in names]
-    with torch.serialization.safe_globals(allowed):
-        yield
-
-
-class _StandIn:
-    """In place of an object of an unknown class."""
-
-    def __new__(cls, *_: object, **__: object) -> _StandIn:
-        return object.__new__(cls)
-
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
 
 
 # ---- Tensors of files, in memory when they are used ----------------------------------------------

@@ -79,7 +79,11 @@ def find(
     if source == WEIGHTS:
         return _weights(tree, key, where)
     asked = list(FORMATS.values()) if source is None else [FORMATS[source]]
-    found = [state for state in _walk("", tree, asked, wanted) if key in (None, state.key)]
+    every = list(_walk("", tree, asked, wanted))
+    found = [state for state in every if key in (None, state.key)]
+    if every and not found:
+        there = ", ".join(f"{one.format} at key {one.key!r}" for one in every)
+        raise NoAverageError(f"{where} has no average at key {key!r}; there are: {there}")
     if not found:
         raise NoAverageError(_explain_none(tree, key, asked, where))
     if len(found) > 1:

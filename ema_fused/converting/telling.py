@@ -43,6 +43,8 @@ def _facts(found: Inspection) -> str:
 
 
 def _format(found: Inspection) -> str:
+    if found.state.title:
+        return found.state.title
     if found.format not in FORMATS:
         return "weights, no average of a known format"
     where = f" at key {found.state.key!r}" if found.state.key else ""
@@ -51,7 +53,7 @@ def _format(found: Inspection) -> str:
 
 def _numbers(state: AverageState) -> list[tuple[str, str]]:
     if state.format not in FORMATS:
-        return []
+        return [] if state.steps is None else [("steps", f"{state.steps:,}")]
     decay = "not kept"
     if state.decay is not None:
         decay = f"{state.decay:g} (momentum {1 - state.decay:.6g})"
@@ -113,7 +115,12 @@ def draw(found: Inspection, path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
         ValueError: there is nothing to take a distance to.
+        FileExistsError: there is something else than a PNG at ``path``.
     """
+    if path.exists() and not _is_png(path):
+        raise FileExistsError(
+            f"{path} exists and is no PNG, and the picture isn't drawn over it; name another file"
+        )
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -136,5 +143,13 @@ def draw(found: Inspection, path: Path) -> None:
         axes.set_xscale("log")
     axes.set_xlabel("distance over norm")
     axes.set_title(f"{found.path.name}: distance to {found.compared_with}", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as beside:
         figure.savefig(beside, format="png", dpi=120)
+
+
+def _is_png(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"

@@ -90,6 +90,13 @@ def read_folder(path: Path) -> Contents:
         ValueError: it is damaged, or its metadata holds something other than metadata.
     """
     metadata = _read_metadata(path / METADATA)
+    try:
+        return _contents(path, metadata)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise _not_whole(path / METADATA, error) from error
+
+
+def _contents(path: Path, metadata: Metadata) -> Contents:
     parts = {
         (index.fqn, None if index.offset is None else tuple(index.offset)): place
         for index, place in metadata.storage_data.items()
@@ -159,6 +166,12 @@ def _put(tree: dict[Any, Any], keys: tuple[Any, ...], value: Any) -> None:
     tree[keys[-1]] = value
 
 
+def _not_whole(file: Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"{file} is no whole metadata of a checkpoint ({error!r}); copy or save it again"
+    )
+
+
 def _read_metadata(file: Path) -> Metadata:
     with file.open("rb") as opened:
         try:
@@ -168,10 +181,10 @@ def _read_metadata(file: Path) -> Metadata:
                 f"{file} holds more than the metadata of a checkpoint ({error}), which could be "
                 f"code, and is refused"
             ) from error
-        except (EOFError, AttributeError, IndexError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{file} is no whole metadata of a checkpoint ({error}); copy or save it again"
-            ) from error
+        except OSError:
+            raise
+        except Exception as error:  # whatever damaged bytes happen to mean
+            raise _not_whole(file, error) from error
     if not isinstance(metadata, Metadata) or metadata.storage_data is None:
         raise ValueError(f"{file} holds no metadata of torch.distributed.checkpoint")
     return metadata

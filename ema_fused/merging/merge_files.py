@@ -101,7 +101,9 @@ def merge(
     Args:
         paths: of the checkpoints, from the oldest to the latest, as
             :func:`~ema_fused.merging.recognising.open_checkpoint` takes them; or folders that hold
-            checkpoints with numbers in their names.
+            checkpoints with numbers in their names. Without ``weights`` and ``steps``, what is in
+            the order in which a shell lists names (``step-1000`` before ``step-200``) is taken by
+            the numbers, with a warning.
         weights: one per checkpoint. None: by ``schedule``.
         output: the file or folder to write. Complete or absent, even if the program is killed. A
             file is replaced; a folder only if it is an earlier result.
@@ -150,7 +152,8 @@ def merge(
     """
     _check(rounding, integers, adapter_config, hash, dtype, max_shard_bytes)
     given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
-    places = chosen([Path(path) for path in given], last, every)
+    as_given = weights is not None or steps is not None
+    places = chosen([Path(path) for path in given], last, every, as_given=as_given)
     goal = Path(output)
     outputs.refuse_overlap(goal, places)
     checkpoints = [open_checkpoint(path, key) for path in places]
@@ -158,7 +161,7 @@ def merge(
     check_configurations(checkpoints, adapter_config)
     used, told = _weights(weights, schedule, checkpoints, steps, normalise=normalise)
     shared = common(checkpoints, ignore=ignore, only_common=only_common)
-    target = outputs.target_of(goal, format, checkpoints, max_shard_bytes)
+    target = outputs.target_of(goal, format, checkpoints, max_shard_bytes, dtype)
     tensors = {
         name: ResultTensor(_result_dtype(each[0].dtype, dtype), each[0].shape)
         for name, each in _in_file_order(shared).items()

@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ema_fused.merging import writing_safetensors
-from ema_fused.merging.carrying import carry_over, files_beside
+from ema_fused.merging.carrying import carry_over, files_beside, tell_dtype
 from ema_fused.merging.recognising import Checkpoint
 from ema_fused.merging.results import RECORD_FILE, Merged, ResultTensor
 from ema_fused.merging.safetensors_layout import DTYPES
+from ema_fused.merging.stand_ins import holds_stand_in
 from ema_fused.merging.stored_tensors import StoredTensor
 from ema_fused.merging.streaming import Part
 from ema_fused.saving import whole_files
@@ -29,8 +32,11 @@ _SUFFIXES = {
     ".pth": "torch",
     ".ckpt": "torch",
     ".bin": "torch",
+    ".tar": "torch",  # timm's .pth.tar
 }
+_CONFIG = "config.json"
 _TORCH_FILE = "model.pt"  # in a folder
+_TORCH_FILE_OF_TRANSFORMERS = "pytorch_model.bin"
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,8 @@ class Target:
     Attributes:
         beside: files of the last input that a folder gets too, by their names in it.
         first_files: the file that each tensor is in, of the first input's folder.
+        stem: how other files in a folder are called.
+        dtype: that all floating-point tensors get; None: their own.
         place: as :class:`~ema_fused.merging.results.Merged` has it, and so ``others``.
     """
 
@@ -48,6 +56,8 @@ class Target:
     is_folder: bool
     beside: Mapping[str, Path]
     first_files: Mapping[str, str]
+    stem: str
+    dtype: torch.dtype | None
     max_shard_bytes: int | None
     place: tuple[str, ...]
     others: Mapping[str, Any]
@@ -55,10 +65,18 @@ class Target:
     def files(self, tensors: Mapping[str, ResultTensor]) -> dict[str, list[str]]:
         """The names of the tensors in each file, in the order in which their values are wanted."""
         if self.format != "safetensors":
-            return {_TORCH_FILE: list(tensors)}
+            return {self._torch_file(): list(tensors)}
         if self.is_folder:
-            return writing_safetensors.shards(tensors, self.first_files, self.max_shard_bytes)
+            return writing_safetensors.shards(
+                tensors, self.first_files, self.max_shard_bytes, self.stem
+            )
         return {self.goal.name: writing_safetensors.in_order(list(tensors), tensors)}
+
+    def _torch_file(self) -> str:
+        """As who reads the folder looks for it."""
+        if self.stem in writing_safetensors.KEPT:
+            return f"{self.stem}.bin"
+        return _TORCH_FILE_OF_TRANSFORMERS if _CONFIG in self.beside else _TORCH_FILE
 
     def grain(self, shape: tuple[int, ...]) -> int:
         """Parts of a tensor of this shape begin and end at multiples of it."""
@@ -118,6 +136,8 @@ class Target:
         else:
             self._write_into(folder, merged, files)
         carry_over(self.beside, folder)
+        if self.dtype is not None:
+            tell_dtype(folder, self.dtype)
         with written_whole(folder / RECORD_FILE) as beside:
             beside.write_text(f"{merged.record()}\n", encoding="utf-8")
         whole_files.put_in_place(self.goal)
@@ -137,6 +157,7 @@ def target_of(
     format: str | None,
     checkpoints: Sequence[Checkpoint],
     max_shard_bytes: int | None,
+    dtype: torch.dtype | None = None,
 ) -> Target:
     """Decides what to write; arguments as :func:`~ema_fused.merging.merge_files.merge`.
 
@@ -162,15 +183,23 @@ def target_of(
             f"else; leave it out, or name a folder"
         )
     first_files = {}
+    is_safetensors = first.contents.format == "safetensors"
     is_of_ranks = any(len(tensor.boxes) > 1 for tensor in first.tensors.values())
-    if first.contents.format == "safetensors" and first.path.is_dir() and not is_of_ranks:
+    stem = "model"
+    if first.path.is_dir() and first.contents.format != "distributed" and not is_of_ranks:
+        stem = writing_safetensors.stem_of(
+            first.contents.files[0].name, is_safetensors=is_safetensors
+        )
+    if is_safetensors and first.path.is_dir() and not is_of_ranks:
         first_files = {name: tensor.boxes[0].path.name for name, tensor in first.tensors.items()}
     beside = {}
     if is_folder and chosen != "distributed" and last.path.is_dir():
         beside = files_beside(last.contents)
     others = _others_to_write(chosen, last)
     place = first.place if chosen != "safetensors" else ()
-    return Target(goal, chosen, is_folder, beside, first_files, max_shard_bytes, place, others)
+    return Target(
+        goal, chosen, is_folder, beside, first_files, stem, dtype, max_shard_bytes, place, others
+    )
 
 
 def _format_of_first(first: Checkpoint) -> str:
@@ -194,16 +223,23 @@ def _refuse_to_replace(goal: Path, *, is_folder: bool) -> None:
 
 def _others_to_write(format: str, last: Checkpoint) -> dict[str, Any]:
     """What stands beside the tensors and can be written too; warns of the rest."""
+    unread = [name for name, value in last.others.items() if holds_stand_in(value)]
     kept = {
         name: value
         for name, value in last.others.items()
-        if format != "safetensors" and not _has_tensors(value)
+        if format != "safetensors" and not _has_tensors(value) and name not in unread
     }
-    lost = [name for name in last.others if name not in kept]
+    lost = [name for name in last.others if name not in kept and name not in unread]
     if lost:
         warnings.warn(
             f"not written, because {format} files take only tensors here that are directly beside "
             f"the others: {', '.join(lost)} of {last.path}",
+            stacklevel=2,
+        )
+    if unread:
+        warnings.warn(
+            f"not written, because objects of classes are not loaded: {', '.join(unread)} of "
+            f"{last.path}",
             stacklevel=2,
         )
     return kept

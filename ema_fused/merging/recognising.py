@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ _USUAL = (
     "adapter_model.bin",
 )
 _INDEX = ".index.json"
+_AN_INDEX = re.compile(r"\.(safetensors|bin)\.index(\.[^.]+)?\.json$")
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,8 @@ def read_contents(path: PathLike) -> Contents:
     path = Path(path)
     if path.is_dir():
         return _read_folder(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is nothing at {path}")
     found = _read_files(path, [path])
     if found is None:
         raise ValueError(
@@ -166,7 +170,8 @@ def _weights_of_folder(path: Path) -> Iterator[list[Path]]:
         if (path / name).is_file() and _format_of(path / name) is not None:
             yield [path / name]
             return
-    indices = sorted(path.glob(f"*{_INDEX}"))
+    # Of a variant: model.safetensors.index.fp16.json
+    indices = sorted(one for one in path.glob("*.index*.json") if _AN_INDEX.search(one.name))
     if indices:
         yield from map(_files_in, indices)
         return
@@ -205,20 +210,20 @@ def choose(contents: Contents, key: str | None = None) -> Checkpoint:
     """The weights in a checkpoint; arguments and errors as :func:`open_checkpoint`."""
     if key is None:
         key = _only_candidate(contents)
-    found = _at(contents.tree, key)
-    if found is None:
+    place, inside = _at(contents.tree, key) or ((), {})
+    for value in inside.values():
+        if isinstance(value, Unread):
+            raise ValueError(value.problem)
+    if not _has_tensors(inside):
         told = ", ".join(map(repr, candidates(contents))) or "none"
         raise ValueError(
-            f"{contents.path} has no dictionary at key {key!r}; with tensors there are: {told}"
+            f"{contents.path} has no dictionary of tensors at key {key!r}; there are: {told}"
         )
-    place, inside = found
     tensors: dict[str, StoredTensor] = {}
     tied = dict(contents.tied)
     others: dict[str, Any] = {}
     names: dict[StoredTensor, str] = {}
     for name, value in inside.items():
-        if isinstance(value, Unread):
-            raise ValueError(value.problem)
         if not isinstance(value, StoredTensor):
             others[str(name)] = value
         elif value.count and value in names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -122,13 +122,18 @@ def _tensor(file: Path, start: int, name: str, entry: dict[str, Any]) -> StoredT
 def _ties(metadata: dict[str, str], tree: dict[str, StoredTensor]) -> dict[str, str]:
     """Further names, as ``safetensors.torch.save_model`` and our snapshots write them."""
     told = metadata
-    if metadata.get("format") == _SNAPSHOT:
+    if is_snapshot(metadata):
         told = json.loads(metadata["tied"])
     return {name: kept for name, kept in told.items() if name not in tree and kept in tree}
 
 
+def is_snapshot(metadata: Mapping[str, str]) -> bool:
+    """Whether ``PowerFunctionEMA.save_snapshot`` has written the file with this metadata."""
+    return metadata.get("format") == _SNAPSHOT
+
+
 def copied_names(metadata: dict[str, str]) -> frozenset[str]:
     """The tensors of a snapshot that its average only copies."""
-    if metadata.get("format") != _SNAPSHOT:
+    if not is_snapshot(metadata):
         return frozenset()
     return frozenset(json.loads(metadata["followers"]))

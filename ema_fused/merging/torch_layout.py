@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -16,19 +17,12 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from ema_fused.merging.stand_ins import OF_SHARDS, stand_ins
 from ema_fused.merging.stored_tensors import Box, Contents, StoredTensor, span
 
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"
-
-
-_GLOBAL = re.compile(r"GLOBAL (\S+)")  # what torch names that it refuses to load
-# Modules with classes of tensors of which each rank has a part.
-OF_SHARDS = (
-    "torch.distributed.tensor",
-    "torch.distributed._shard",
-    "ema_fused.engine.flat_shards",
-)
+_FOUND = re.compile(r"\b((Unsupported|Trying|Can)\b.+?)\s*(by\Wdefault|\.?\s*$)", re.MULTILINE)
 
 
 class NeedsCodeError(ValueError):
@@ -54,7 +48,8 @@ def read_file(path: Path) -> Contents:
                 f"weights_only=True) and save it again"
             )
     _refuse_big_endian(path)
-    tree = load_layout(path, path, 0)
+    with path.open("rb") as file, stand_ins(path, for_all=False):
+        tree = load_layout(file, path, 0)
     if not isinstance(tree, Mapping):
         raise ValueError(
             f"{path} holds a {type(tree).__name__}; a dictionary of tensors is expected, as "
@@ -68,7 +63,7 @@ def _refuse_big_endian(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             orders = [name for name in archive.namelist() if name.endswith("/byteorder")]
             order = archive.read(orders[0]) if orders else b"little"
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError) as error:
         raise ValueError(
             f"{path} is no whole file of torch.save ({error}); copy or save it again"
         ) from error
@@ -78,11 +73,11 @@ def _refuse_big_endian(path: Path) -> None:
         )
 
 
-def load_layout(source: Path | IO[bytes], path: Path, begin: int) -> Any:
+def load_layout(source: IO[bytes], path: Path, begin: int) -> Any:
     """What ``torch.load`` gives of ``source``, with :class:`StoredTensor` in place of tensors.
 
     Args:
-        source: the file, or a part of it.
+        source: the file, or a part of it. Open: by a path torch goes by the name.
         path: of the file.
         begin: of the part, in bytes from the beginning of the file.
 
@@ -96,27 +91,33 @@ def load_layout(source: Path | IO[bytes], path: Path, begin: int) -> Any:
             # Older torch tells them of fake tensors alone, which take seconds to import.
             from torch._subclasses.fake_tensor import FakeTensorMode
 
-            if not isinstance(source, Path):
-                source.seek(0)
+            source.seek(0)
             with FakeTensorMode():
                 loaded = torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        needed = _GLOBAL.search(str(error))
         for module in OF_SHARDS:
             if module in str(error):
                 raise _is_shard(path, module) from error
-        reason = str(error).partition("\n")[0] if needed is None else needed[1]
         raise NeedsCodeError(
-            f"{path} can't be loaded without running code from it, and is refused ({reason}). Save "
+            f"{path} can't be loaded without running code from it, and is refused "
+            f"({_reason(error)}). Save "
             f"the state_dict alone; or, for classes that you trust, call merge() after "
             f"torch.serialization.add_safe_globals()"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        reason = str(error).partition("\n")[0]
+    except OSError:
+        raise
+    except Exception as error:  # a pickle that is damaged raises whatever its bytes happen to mean
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(
             f"{path} is no whole file of torch.save ({reason}); copy or save it again"
         ) from error
     return _stored(loaded, path, begin)
+
+
+def _reason(error: pickle.UnpicklingError) -> str:
+    """What was found, without torch's advice, which is to run it."""
+    found = _FOUND.search(str(error))
+    return found[1] if found else str(error).partition("\n")[0]
 
 
 def _knows_places(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,24 @@ from ema_fused.merging.safetensors_layout import DTYPES
 from ema_fused.saving.full_disk import reserve
 from ema_fused.saving.whole_files import written_whole
 
-_SINGLE = "model.safetensors"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_SHARD = re.compile(r"-\d+-of-\d+$")
+_ADAPTER = "adapter_model"  # PEFT reads it from one file
+# Who reads such a folder looks for a file of this name; whatever else there is becomes "model".
+KEPT = (_ADAPTER, "diffusion_pytorch_model")
+
+
+def stem_of(file: str, *, is_safetensors: bool) -> str:
+    """How the files of a folder are to be called, by the first file of the first input's."""
+    stem = _SHARD.sub("", file.rpartition(".")[0])
+    return stem if is_safetensors or stem in KEPT else "model"
 
 
 def shards(
-    tensors: Mapping[str, ResultTensor], files: Mapping[str, str], max_shard_bytes: int | None
+    tensors: Mapping[str, ResultTensor],
+    files: Mapping[str, str],
+    max_shard_bytes: int | None,
+    stem: str,
 ) -> dict[str, list[str]]:
     """The names in each file, in the order in which they are written.
 
@@ -26,11 +39,16 @@ def shards(
         files: where each was in the first input; empty, if that had no files like these.
         max_shard_bytes: split anew, so that a file has at most these bytes (or one tensor); None:
             as ``files``.
+        stem: of the names of files that were not in ``files``.
+
+    Raises:
+        ValueError: there would be several files of an adapter.
     """
+    single = f"{stem}.safetensors"
     if max_shard_bytes is None:
         found: dict[str, list[str]] = {}
         for name in tensors:
-            found.setdefault(files.get(name, _SINGLE), []).append(name)
+            found.setdefault(files.get(name, single), []).append(name)
         return {file: in_order(names, tensors) for file, names in sorted(found.items())}
     split: list[list[str]] = [[]]
     filled = 0
@@ -41,9 +59,14 @@ def shards(
         split[-1].append(name)
         filled += tensor.bytes
     if len(split) == 1:
-        return {_SINGLE: in_order(split[0], tensors)}
+        return {single: in_order(split[0], tensors)}
+    if stem == _ADAPTER:
+        raise ValueError(
+            f"an adapter of more than {max_shard_bytes:,} bytes can't be in several files, as PEFT "
+            f"reads one; leave max_shard_bytes (--max-shard-size) out"
+        )
     return {
-        f"model-{number:05d}-of-{len(split):05d}.safetensors": in_order(names, tensors)
+        f"{stem}-{number:05d}-of-{len(split):05d}.safetensors": in_order(names, tensors)
         for number, names in enumerate(split, start=1)
     }
 
@@ -96,12 +119,14 @@ def write_files(folder: Path, merged: Merged, files: Mapping[str, list[str]]) ->
     for file, names in files.items():
         write_file(folder / file, merged, names)
     if len(files) > 1:
-        first = next(iter(files))
-        stem = first.rsplit("-", 3)[0] if "-of-" in first else first.rsplit(".", 1)[0]
+        stem = stem_of(next(iter(files)), is_safetensors=True)
+        name, dot, variant = stem.partition(".")  # model.fp16-00001-of-00002.safetensors
+        if name not in ("model", *KEPT):
+            name, dot, variant = stem, "", ""
         index = {
             "metadata": {"total_size": merged.bytes},
             "weight_map": {name: file for file, names in files.items() for name in names},
         }
-        with written_whole(folder / f"{stem}.safetensors.index.json") as beside:
+        with written_whole(folder / f"{name}.safetensors.index{dot}{variant}.json") as beside:
             text = json.dumps(index, indent=2, sort_keys=True)
             beside.write_text(f"{text}\n", encoding="utf-8")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from ema_fused import AveragedWeights, ExponentialMovingAverage, cli
 from ema_fused.converting import convert, read_average, writing
@@ -170,10 +171,12 @@ def test_tied_tensors_stay_tied_and_unusual_ones_stay_themselves(tmp_path: Path)
 
 def test_the_input_may_be_the_output(checkpoint: Path) -> None:
     before = torch.load(checkpoint)["ema"]
-    convert(checkpoint, "torch", checkpoint)
+    convert(checkpoint, "ema-pytorch", checkpoint)
     after = torch.load(checkpoint)
-    assert int(after["n_averaged"]) == STEPS
-    assert all(torch.equal(after[name], before[name]) for name in before if name != "steps")
+    assert int(after["step"]) == STEPS
+    for name in before:
+        if name != "steps":
+            assert torch.equal(after[name.replace("module.", "ema_model.", 1)], before[name])
 
 
 def test_a_truncated_file_is_refused(checkpoint: Path, tmp_path: Path) -> None:
@@ -303,3 +306,32 @@ def test_the_files_are_what_torch_writes(checkpoint: Path, tmp_path: Path) -> No
     with zipfile.ZipFile(tmp_path / "out.pt") as archive:
         assert archive.testzip() is None
     assert isinstance(torch.load(tmp_path / "out.pt", weights_only=True, mmap=True), dict)
+
+
+def test_a_list_has_no_buffers_and_that_is_told(checkpoint: Path, tmp_path: Path) -> None:
+    net = model()
+    names = [name for name, _ in net.named_parameters()]
+    source = tmp_path / "list.pt"
+    convert(checkpoint, "torch-ema", source, names=names, decay=0.9)
+    done = convert(source, "torch", tmp_path / "a.pt", names=names)
+    assert any(
+        text.startswith("buffers, if the model has any: torch-ema has") for text in done.lost
+    )
+    torch.save(net.state_dict(), tmp_path / "raw.pt")
+    done = convert(source, "torch", tmp_path / "b.pt", names=names, raw=tmp_path / "raw.pt")
+    assert not any(text.startswith("buffers, if") for text in done.lost)
+    AveragedModel(net).load_state_dict(torch.load(tmp_path / "b.pt", weights_only=True))
+
+
+def test_the_only_weights_of_the_model_are_not_overwritten(tmp_path: Path) -> None:
+    net = model()
+    path = tmp_path / "run.pt"
+    torch.save({"model": net.state_dict(), "ema": AveragedModel(net).state_dict()}, path)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="has the weights of the model too, for which ema_fused"):
+        convert(path, "ema_fused", path)
+    assert path.read_bytes() == before
+    convert(path, "timm", path)  # has both
+    assert read_average(path).raw is not None
+    with pytest.raises(ValueError, match="no average at key 'nope'; there are: timm at key ''"):
+        read_average(path, key="nope")

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_saver
 
+import ema_fused
 from ema_fused import ExponentialMovingAverage
 from ema_fused.converting import comparing_tensors, inspect
 from ema_fused.converting.telling import draw, of_inspection
@@ -153,7 +154,33 @@ def test_the_picture_is_drawn_whole_or_not_at_all(tmp_path: Path) -> None:
     torch.save({"model": net.state_dict(), "averaged": averaged.state_dict()}, tmp_path / "in.pt")
     draw(inspect(tmp_path / "in.pt"), tmp_path / "out.png")
     assert (tmp_path / "out.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    draw(inspect(tmp_path / "in.pt"), tmp_path / "new" / "out.png")  # the folder is made
+    before = (tmp_path / "in.pt").read_bytes()
+    with pytest.raises(FileExistsError, match="exists and is no PNG"):
+        draw(inspect(tmp_path / "in.pt"), tmp_path / "in.pt")
+    assert (tmp_path / "in.pt").read_bytes() == before
+    draw(inspect(tmp_path / "in.pt"), tmp_path / "out.png")  # an earlier picture is replaced
     torch.save(net.state_dict(), tmp_path / "raw.pt")
     with pytest.raises(ValueError, match="no distance to draw"):
         draw(inspect(tmp_path / "raw.pt"), tmp_path / "no.png")
     assert not (tmp_path / "no.png").exists()
+
+
+def test_what_power_function_averages_have_saved_is_told(tmp_path: Path) -> None:
+    net = model()
+    ema = ema_fused.PowerFunctionEMA(net, sigma_rel=(0.05, 0.1))
+    for _ in range(3):
+        ema.update_parameters(net)
+    torch.save({"step": 3, "ema": ema.state_dict()}, tmp_path / "state.pt")
+    snapshot = ema.save_snapshot(tmp_path)[1]
+    with pytest.raises(
+        ValueError, match=r"'ema\.averages\.1' \(PowerFunctionEMA, sigma_rel 0\.1\)"
+    ):
+        inspect(tmp_path / "state.pt")
+    for found, title in (
+        (inspect(snapshot), "ema_fused: a snapshot of PowerFunctionEMA, sigma_rel 0.1"),
+        (inspect(tmp_path / "state.pt", key="ema.averages.1"), "power-function"),
+    ):
+        told = of_inspection(found).splitlines()
+        assert told[0].removeprefix("format").strip().startswith(title)
+        assert "steps          3" in told

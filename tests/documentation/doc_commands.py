@@ -195,6 +195,7 @@ _COVERED = (
     Covered(r"torchrun\b.* examples/fsdp2", "tests/examples/test_example_fsdp2.py", _runs_script),
     Covered(r"python examples/fsdp2", "tests/examples/test_example_fsdp2.py", _runs_script),
     Covered(r"python examples/mmengine", "tests/examples/test_example_mmengine.py", _runs_script),
+    Covered(r"python examples/merging", "tests/examples/test_example_merging.py", _runs_script),
     Covered(r"python examples/digits", "tests/examples/test_examples.py", _runs_script),
     Covered(
         r"python -m benchmarks\.large_models",

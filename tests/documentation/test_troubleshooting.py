@@ -125,6 +125,8 @@ EXEMPT = {
         "shadow_params and optimization_step",
         "EMAModel.state_dict() of diffusers",
         "weights, no average of a known format",
+        "ema_fused: a snapshot of PowerFunctionEMA, sigma_rel ...",
+        "ema_fused: PowerFunctionEMA, sigma_rel ...",
         "Lightning's WeightAveraging and EMAWeightAveraging, and ours",
         "state_dict, current_model_state and averaging_state",
         "state_dict and ema_state_dict",
@@ -163,6 +165,8 @@ EXEMPT = {
         "the weights of the model aren't in the source: load it into "
         "EMA(include_online_model=False), or pass them by --raw (raw=)",
         "not in the average, and as in the weights: ...",
+        "buffers, if the model has any: ... has averages of parameters alone; --raw PATH (raw=) "
+        "takes them from the model",
         "config.json, which from_pretrained needs: --model FOLDER (folder=) copies it",
         "the number of updates (...): torchtitan derives it from the trainer's step",
         "... tensors that are no parameters, which torchtitan takes from the model",

@@ -92,24 +92,6 @@ def test_parts_smaller_than_a_tensor_make_the_same(
     assert len(boxes) == -(-900 * 7 * 4 // (4000 // 28 * 28))
 
 
-def test_shards_are_those_of_the_first_or_as_large_as_asked_for(tmp_path: Path) -> None:
-    paths = [save(state(seed), tmp_path / f"{seed}", "sharded") for seed in (1, 2)]
-    merge(paths, output=tmp_path / "same")
-    files = sorted(path.name for path in paths[0].iterdir())
-    assert sorted(path.name for path in (tmp_path / "same").iterdir()) == ["merge.json", *files]
-    index = "model.safetensors.index.json"
-    places = [json.loads((path / index).read_text())["weight_map"] for path in paths]
-    assert json.loads((tmp_path / "same" / index).read_text())["weight_map"] == places[0]
-    merge(paths, output=tmp_path / "small", max_shard_bytes=500)
-    shards = sorted((tmp_path / "small").glob("*.safetensors"))
-    assert len(shards) > 2
-    for shard in shards:
-        tensors = load_file(shard)
-        assert len(tensors) == 1 or sum(one.nbytes for one in tensors.values()) <= 500
-    index_text = json.loads((tmp_path / "small" / index).read_text())
-    assert index_text["metadata"]["total_size"] == sum(one.nbytes for one in state(1).values())
-
-
 def test_the_record_is_in_the_metadata_of_every_format(tmp_path: Path, inputs: list[Path]) -> None:
     records = []
     for name, format in OUTPUTS.items():
@@ -185,48 +167,6 @@ def test_tied_tensors_stay_tied(tmp_path: Path) -> None:
     torch.testing.assert_close(
         found["outer.weight"] - found["inner.weight"], torch.full((3, 3), 0.5)
     )
-
-
-def test_a_hugging_face_folder_s_other_files_are_carried_over(tmp_path: Path) -> None:
-    paths = []
-    for seed in (1, 2):
-        path = save(state(seed), tmp_path / f"checkpoint-{seed}", "folder")
-        (path / "config.json").write_text(f'{{"_name_or_path": "{seed}"}}')
-        (path / "1_Pooling").mkdir()
-        (path / "1_Pooling" / "config.json").write_text("{}")
-        torch.save({"state": {}}, path / "optimizer.pt")
-        (path / "trainer_state.json").write_text("{}")
-        (tmp_path / "vocabulary").write_text("a b c")
-        (path / "vocab.txt").symlink_to(tmp_path / "vocabulary")
-        paths.append(path)
-    record = merge(paths, output=tmp_path / "out")
-    left = sorted(
-        str(path.relative_to(tmp_path / "out"))
-        for path in (tmp_path / "out").rglob("*")
-        if path.is_file()
-    )
-    assert left == [
-        "1_Pooling/config.json", "config.json", "merge.json", "model.safetensors", "vocab.txt",
-    ]  # fmt: skip
-    assert set(record.carried_over) == {"config.json", "vocab.txt", "1_Pooling/config.json"}
-    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"_name_or_path": "2"}
-    assert not (tmp_path / "out" / "vocab.txt").is_symlink()
-
-
-def test_adapters_keep_their_name_and_configuration(tmp_path: Path) -> None:
-    paths = []
-    for seed in (1, 2):
-        path = tmp_path / f"adapter-{seed}"
-        path.mkdir()
-        save_file(
-            {"lora_A.weight": torch.full((2, 2), float(seed))}, path / "adapter_model.safetensors"
-        )
-        (path / "adapter_config.json").write_text("{}")
-        paths.append(path)
-    merge(paths, output=tmp_path / "out")
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["adapter_config.json", "adapter_model.safetensors", "merge.json"]
-    assert result(tmp_path / "out")["lora_A.weight"].unique().item() == 1.5
 
 
 def test_what_stands_beside_the_tensors_goes_along_or_is_told(tmp_path: Path) -> None:

@@ -215,9 +215,8 @@ def test_states_of_optimizers_are_read_if_they_are_asked_for(
     weights = open_checkpoint(written.four / "training")
     # ... and the objects beside them: of random numbers, data, and a path.
     assert len(read) == sum(len(one.boxes) for one in weights.tensors.values()) + 4
-    found = open_checkpoint(written.four / "training", "app.optim.state")
-    assert found.others.keys() == {name for name, _ in net(1, torch.float32).named_parameters()}
-    assert found.others["kernel"]["exp_avg"].tensor().shape == (5, 4, 3)
+    found = open_checkpoint(written.four / "training", "app.optim.state.kernel")
+    assert found.tensors["exp_avg"].tensor().shape == (5, 4, 3)
 
 
 def test_flat_pieces_are_put_together(written: Written) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file, save_model
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 import ema_fused
-from ema_fused.merging import open_checkpoint, read_contents
+from ema_fused.merging import merge, open_checkpoint, read_contents
 from ema_fused.merging.stored_tensors import Box, OpenFiles, StoredTensor
 from ema_fused.saving import checkpoints
 from ema_fused.saving.checkpoints import averaged_state_dict
@@ -29,10 +32,11 @@ def assert_equal(read: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert torch.equal(read[name], tensor), name
 
 
+@pytest.mark.parametrize("name", ["whatever.name", "misleading.safetensors", "misleading.pt"])
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_format_is_read_by_content(tmp_path: Path, format: str) -> None:
+def test_every_format_is_read_by_content(tmp_path: Path, format: str, name: str) -> None:
     expected = state(1)
-    path = save(expected, tmp_path / "whatever.name", format)
+    path = save(expected, tmp_path / "plain", format).rename(tmp_path / name)
     found = open_checkpoint(path)
     assert_equal({name: one.tensor() for name, one in found.tensors.items()}, expected)
     assert found.key == ("model" if format in ("nested", "distributed") else "")
@@ -142,8 +146,13 @@ def test_several_dictionaries_of_tensors_are_listed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"choose one by key: 'model', 'ema'$"):
         open_checkpoint(path)
     assert open_checkpoint(path, "ema").tensors["w"].tensor().tolist() == [0, 0]
-    with pytest.raises(ValueError, match="no dictionary at key 'none'"):
+    with pytest.raises(ValueError, match="no dictionary of tensors at key 'none'; there are: 'mod"):
         open_checkpoint(path, "none")
+    torch.save({"state": {"model": {"w": torch.ones(2)}}}, path)
+    with pytest.raises(
+        ValueError, match="no dictionary of tensors at key 'state'; there are: 'sta"
+    ):
+        open_checkpoint(path, "state")
 
 
 def test_keys_may_have_dots_in_them_and_other_tensors_do_not_count(tmp_path: Path) -> None:
@@ -181,6 +190,45 @@ class Evil:
         return (Path.touch, (self.path,))
 
 
+class System(Evil):
+    def __reduce__(self) -> Any:
+        return (os.system, (f"touch {self.path}",))
+
+
+def test_what_trainers_write_beside_weights_is_no_code(tmp_path: Path) -> None:
+    history = pytest.importorskip("mmengine.logging").HistoryBuffer([0.5], [1])
+    beside = {
+        "log": {"loss": history},  # mmengine's
+        "args": argparse.Namespace(lr=0.1),  # timm's
+        "hyper_parameters": {"folder": tmp_path},  # Lightning's
+    }
+    paths = []
+    for number in (1.0, 3.0):
+        paths.append(tmp_path / f"{number}.pt")
+        torch.save({"state_dict": {"w": torch.tensor([number])}, **beside}, paths[-1])
+        with pytest.raises(pickle.UnpicklingError):
+            torch.load(paths[-1], weights_only=True)
+    merge(paths, output=tmp_path / "out.pt")
+    merged = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert merged.keys() == {"state_dict"} and merged["state_dict"]["w"].item() == 2
+    for path in paths:  # directly beside the tensors
+        torch.save({"w": torch.ones(1), "best": 3, "args": beside["args"]}, path)
+    with pytest.warns(UserWarning, match=r"objects of classes are not loaded: args of .*3\.0\.pt"):
+        merge(paths, output=tmp_path / "out.pt")
+    assert torch.load(tmp_path / "out.pt", weights_only=True).keys() == {"w", "best"}
+
+
+@pytest.mark.parametrize(
+    ("evil", "told"), [(Evil, r"GLOBAL pathlib\.\S*Path was not an allowed"), (System, "system")]
+)
+def test_the_code_that_is_refused_is_named(tmp_path: Path, evil: Any, told: str) -> None:
+    torch.save({"w": torch.ones(2), "x": evil(tmp_path / "ran")}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=rf"is refused \([^()]*{told}[^()]*\)\. Save") as caught:
+        open_checkpoint(tmp_path / "x.pt")
+    assert "`weights_only` set to `False`" not in str(caught.value)
+    assert "\x1b" not in str(caught.value) and not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("where", ["torch", "pickle", "metadata", "part"])
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path, where: str) -> None:
     mark, path = tmp_path / "ran", tmp_path / "x"
@@ -208,6 +256,29 @@ def test_truncated_files_are_refused(tmp_path: Path, format: str) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"no whole|truncated"):
         open_checkpoint(path).tensors["w"].tensor()
+
+
+@pytest.mark.parametrize("file", ["x.pt", "x/.metadata", "x/__0_0.distcp"])
+def test_damaged_pickles_are_refused_whatever_their_bytes_mean(tmp_path: Path, file: str) -> None:
+    tensors = {"w": torch.ones(9, 2), "n": torch.arange(3)}
+    format = "torch" if file == "x.pt" else "distributed"
+    path = save(tensors, tmp_path / Path(file).parts[0], format)
+    whole = (tmp_path / file).read_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(whole)
+        # Where the pickle is, not where the values are.
+        begin = max(0, damaged.find(b"\x80\x02"))
+        for place in random.integers(begin, min(begin + 400, len(whole)), 3):
+            damaged[place] = random.integers(256)
+        (tmp_path / file).write_bytes(damaged)
+        try:
+            open_checkpoint(path)
+        except ValueError as error:
+            assert str(tmp_path) in str(error)
+            refused += 1
+    assert refused > 100
 
 
 def test_a_file_that_shrinks_after_its_header_was_read_is_named(tmp_path: Path) -> None:

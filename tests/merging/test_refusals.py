@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import ema_fused
 from ema_fused.merging import merge, open_checkpoint
+from ema_fused.merging.choosing import chosen
+from ema_fused.merging.numbers_in_names import numbers_of
 from tests.merging.checkpoint_files import save, state
 
 
@@ -163,6 +166,8 @@ def test_a_run_s_folder_stands_for_its_checkpoints_in_order_of_numbers(tmp_path:
     assert steps(last=2) == [900, 1000]
     assert steps(every=2) == [500, 1000]
     assert steps(every=3, last=1) == [1000]
+    with pytest.warns(UserWarning, match="last is 3, and there are 2 checkpoints to take it of"):
+        assert steps(every=2, last=3) == [500, 1000]
     merge(run, output=tmp_path / "o.pt", schedule="power:0.1")
     by_name = result(tmp_path / "o.pt")["w"]
     merge(run, output=tmp_path / "o.pt", schedule="power:0.1", steps=[100, 500, 900, 1000])
@@ -179,3 +184,102 @@ def test_a_folder_with_two_kinds_of_checkpoints_is_refused(tmp_path: Path) -> No
     (tmp_path / "none").mkdir()
     with pytest.raises(ValueError, match="holds none with a number in its name"):
         merge(tmp_path / "none", output=tmp_path / "o.pt")
+
+
+def test_the_step_in_a_name_counts_whatever_follows_it(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    names = {
+        "epoch=2-step=200-val_loss=0.9.ckpt": 200,
+        "epoch=10-step=1000-val_loss=0.31.ckpt": 1000,
+        "epoch=11-step=1100-val_loss=0.4.ckpt": 1100,
+    }
+    for name, step in names.items():
+        save({"w": torch.tensor([float(step)])}, run / name, "torch")
+    record = merge(run, output=tmp_path / "o.pt")
+    assert [Path(one.path).name for one in record.inputs] == list(names)
+    merge(run, output=tmp_path / "o.pt", schedule="power:0.1")
+    by_name = result(tmp_path / "o.pt")["w"]
+    merge(run, output=tmp_path / "o.pt", schedule="power:0.1", steps=[200, 1000, 1100])
+    assert torch.equal(by_name, result(tmp_path / "o.pt")["w"])
+    assert numbers_of(["step-9-acc97", "step-10-acc95"]) == [(9,), (10,)]
+    assert numbers_of(["e1-s20", "e1-s10", "e2-s10"]) == [(1, 20), (1, 10), (2, 10)]
+    for number in (3, 20, 100):
+        save({"w": torch.ones(1)}, tmp_path / f"s{number}-seed7", "folder")
+    assert [path.name for path in chosen([tmp_path], every=1)] == [
+        "s3-seed7",
+        "s20-seed7",
+        "s100-seed7",
+    ]
+
+
+def test_what_a_shell_lists_is_taken_by_the_numbers(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "run", 200, 1000, 900)
+    listed = sorted(run.iterdir())  # 1000, 200, 900
+    with pytest.warns(UserWarning, match="as a shell lists names, .*step-200.pt to .*step-1000.pt"):
+        record = merge(listed, output=tmp_path / "o.pt", schedule="ema:0.9")
+    by_number = [str(run / f"step-{step}.pt") for step in (200, 900, 1000)]
+    assert [one.path for one in record.inputs] == by_number
+    with pytest.warns(UserWarning, match="as a shell lists names"):
+        record = merge(listed, output=tmp_path / "o.pt", last=1)
+    assert [one.path for one in record.inputs] == by_number[-1:]
+    # Another order is meant, and so is one that weights or steps were given for.
+    for paths, given in (
+        (listed[::-1], {"schedule": "ema:0.9"}),
+        (listed, {"weights": [0.2, 0.3, 0.5]}),
+        (listed, {"schedule": "power:0.1", "steps": [1, 2, 3]}),
+        ([run / "step-200.pt", run / "step-1000.pt"], {}),
+    ):
+        record = merge(paths, output=tmp_path / "o.pt", **given)
+        assert [one.path for one in record.inputs] == list(map(str, paths))
+
+
+def test_numbers_that_tell_no_order_leave_the_given_one(tmp_path: Path) -> None:
+    for names in (["seed-1/step-5", "seed-10/step-5", "seed-2/step-5"], ["w-0.05", "w-0.1"]):
+        paths = []
+        for name in names:
+            path = tmp_path / name
+            path.parent.mkdir(exist_ok=True)
+            paths.append(save({"w": torch.ones(1)}, path, "torch"))
+        if names[0] == "w-0.05":
+            assert chosen(paths) == paths
+    with pytest.warns(UserWarning, match="seed-1/step-5 to .*seed-10/step-5"):
+        chosen([tmp_path / name for name in ("seed-1/step-5", "seed-10/step-5", "seed-2/step-5")])
+
+
+def test_the_last_model_beside_a_run_s_checkpoints_is_told_apart(tmp_path: Path) -> None:
+    run = save(state(1), tmp_path / "run", "folder")  # as a Trainer writes it at the end
+    for step in (500, 1000):
+        save(state(step), run / f"checkpoint-{step}", "sharded")
+    with pytest.warns(UserWarning, match="last is 8, and there are 2"):
+        record = merge(run, output=tmp_path / "out", last=8)
+    assert [Path(one.path).name for one in record.inputs] == ["checkpoint-500", "checkpoint-1000"]
+    with pytest.warns(UserWarning) as told:
+        record = merge(run, output=tmp_path / "alone")
+    assert [one.path for one in record.inputs] == [str(run)]
+    texts = [str(one.message) for one in told]
+    assert any("it also holds 2 more, as checkpoint-1000: --last N" in text for text in texts)
+    assert any("weights of their own: checkpoint-1000, checkpoint-500" in text for text in texts)
+    assert record.carried_over == ("config.json",)
+
+
+def test_a_pipeline_of_several_models_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pipeline").mkdir()
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    for name in ("text_encoder", "text_encoder_2", "unet"):
+        save(state(1), tmp_path / "pipeline" / name, "folder")
+    with pytest.raises(ValueError, match="pipeline of several models; pass the folders of one"):
+        merge([tmp_path / "pipeline"] * 2, output=tmp_path / "out")
+
+
+def test_snapshots_of_two_widths_are_no_list(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    ema = ema_fused.PowerFunctionEMA(model)
+    for _ in range(2):
+        ema.update_parameters(model)
+        ema.save_snapshot(tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"several checkpoints of one step \(snapshot-0+1-0.05.saf"
+    ):
+        merge(tmp_path / "run", output=tmp_path / "o.pt")
+    merge(sorted((tmp_path / "run").glob("*-0.1.*")), output=tmp_path / "o.pt")
