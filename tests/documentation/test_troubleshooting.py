@@ -126,7 +126,6 @@ EXEMPT = {
         "EMAModel.state_dict() of diffusers",
         "weights, no average of a known format",
         "ema_fused: a snapshot of PowerFunctionEMA, sigma_rel ...",
-        "ema_fused: PowerFunctionEMA, sigma_rel ...",
         "Lightning's WeightAveraging and EMAWeightAveraging, and ours",
         "state_dict, current_model_state and averaging_state",
         "state_dict and ema_state_dict",

@@ -40,7 +40,9 @@ def test_a_registered_average_is_saved_and_loaded_to_the_bit(
         assert (state.format, state.steps) == ("ema_fused", 2)
         read = {name: whole(one) for name, one in state.averaged.items()}
         assert differing(read, averages[1]) == []
-        assert (state.raw is not None) == (way == "fsdp2" and path.name == "checkpoint")
+        # Of the weights those that DeepSpeed has written, in files of its own, are not read.
+        has_raw = not way.startswith("zero") and path.name == "checkpoint"
+        assert (state.raw is not None) == has_raw
     for folder in ("exported", "saved"):
         written = load_file(tmp_path / folder / "model.safetensors")
         assert differing(written, averages[3]) == []
