@@ -188,13 +188,14 @@ def one_thread() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="session")
+# Ended with each file: a thread of each group that its tests have made wakes every 10 ms.
+@pytest.fixture(scope="module")
 def two_ranks() -> Iterator[Ranks]:
     with ranks.started(2) as processes:
         yield processes
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def four_ranks() -> Iterator[Ranks]:
     with ranks.started(4) as processes:
         yield processes

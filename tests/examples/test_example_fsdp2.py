@@ -48,7 +48,7 @@ def run(*arguments: str, ranks: int | None = None) -> Run:
     """Started as its user would: by torchrun, or as a plain program."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks]
     program = [*(launcher if ranks else []), EXAMPLE, *arguments]
-    done = processes.run(*program, OMP_NUM_THREADS="1")
+    done = processes.run_fork("torch", *program, OMP_NUM_THREADS="1")
     return Run(done.stdout, done.stderr)
 
 

@@ -25,6 +25,8 @@ _NEEDS = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def processes(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     """So many, each with a GPU of its own."""
+    if request.param > 1:
+        device.needs("several devices: of processes without one the callback's own tests show it")
     device.needs_devices(request.param)
     with ranks.started(request.param, imported=[PROGRAM], kind=device.DEVICE) as started:
         yield started
