@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def chosen(
         if not path.exists():
             raise FileNotFoundError(f"there is nothing at {path}")
     is_part = last is not None or every is not None
-    runs = [_of_a_run(path) if _is_run(path, is_part=is_part) else None for path in paths]
+    runs = [_of_a_run(path, is_part=is_part) for path in paths]
     if not any(runs) and not as_given:
         paths = _by_numbers(paths)
     found = [one for path, inside in zip(paths, runs, strict=True) for one in inside or [path]]
@@ -72,24 +73,27 @@ def chosen(
     return found
 
 
-def _is_run(path: Path, *, is_part: bool) -> bool:
-    """Whether the checkpoints in a folder are meant, of which a part may be asked for."""
+def _of_a_run(path: Path, *, is_part: bool) -> list[Path] | None:
+    """The checkpoints in a folder, in the order of the numbers in their names.
+
+    None: the path is a checkpoint itself, and is meant as one.
+    """
     if not path.is_dir() or (path / ".metadata").is_file():
-        return False
+        return None
     if (path / _PIPELINE).is_file():
         raise ValueError(
             f"{path} is a pipeline of several models; pass the folders of one of them, as "
             f"{path / 'unet'}"
         )
     # Trainers write the last model beside the folders of its checkpoints.
-    return len(weights_in_folder(path)) != 1 or (is_part and bool(_numbered(path)))
-
-
-def _of_a_run(path: Path) -> list[Path]:
-    """The checkpoints in a folder, in the order of the numbers in their names."""
+    is_one_itself = len(weights_in_folder(path)) == 1
+    if is_one_itself and not is_part:
+        return None
     kinds: dict[str, list[Path]] = {}
     for child in _numbered(path):
         kinds.setdefault(kind_of(child.name), []).append(child)
+    if not kinds and is_one_itself:
+        return None
     if not kinds:
         raise ValueError(
             f"{path} is no checkpoint, and holds none with a number in its name, as step-1000"
@@ -107,10 +111,9 @@ def _of_a_run(path: Path) -> list[Path]:
             f"or one by one what is meant"
         )
     numbers = numbers_of([child.name for child in children])
+    counts = Counter(numbers)
     twice = [
-        child.name
-        for number, child in zip(numbers, children, strict=True)
-        if numbers.count(number) > 1
+        child.name for number, child in zip(numbers, children, strict=True) if counts[number] > 1
     ]
     if twice:
         raise ValueError(
