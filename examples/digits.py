@@ -272,7 +272,8 @@ def draw(runs: list[Curves], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _at_least_one(text: str) -> int:
+def at_least_one(text: str) -> int:
+    """The whole number in a command's argument."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1")
@@ -282,8 +283,8 @@ def _at_least_one(text: str) -> int:
 def main() -> None:
     """Train for every seed, measure the updates, print both tables, draw the picture."""
     parser = argparse.ArgumentParser(description="Averaged weights on scikit-learn's digits.")
-    parser.add_argument("--epochs", type=_at_least_one, help="of each training (default: 25)")
-    parser.add_argument("--seeds", type=_at_least_one, help="trainings to run (default: 3)")
+    parser.add_argument("--epochs", type=at_least_one, help="of each training (default: 25)")
+    parser.add_argument("--seeds", type=at_least_one, help="trainings to run (default: 3)")
     parser.add_argument("--output", type=Path, default=Path("digits.png"), help="the picture")
     parser.add_argument("--quick", action="store_true", help="8 epochs and 2 seeds unless given")
     options = parser.parse_args()

@@ -150,8 +150,8 @@ def draw(runs: Sequence[Accuracies], weights: dict[str, list[float]], path: Path
 def main() -> None:
     """Compare for every seed, print the table, draw the picture."""
     parser = argparse.ArgumentParser(description="Merged checkpoints on scikit-learn's digits.")
-    parser.add_argument("--epochs", type=int, help="of each training (default: 16)")
-    parser.add_argument("--seeds", type=int, help="trainings to run (default: 3)")
+    parser.add_argument("--epochs", type=digits.at_least_one, help="of each training (default: 16)")
+    parser.add_argument("--seeds", type=digits.at_least_one, help="trainings to run (default: 3)")
     parser.add_argument("--output", type=Path, default=Path("merging.png"), help="the picture")
     parser.add_argument("--quick", action="store_true", help="4 epochs and 1 seed unless given")
     options = parser.parse_args()
