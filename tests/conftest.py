@@ -61,6 +61,7 @@ _START_RANKS = (
     "tests/modules/test_sharded_refusals.py",
     "tests/modules/test_sharded_sources.py",
     "tests/modules/test_sharded_states.py",
+    "tests/project/test_ranks.py",
     "tests/saving/test_export.py",
     "tests/saving/test_killed_saves.py",
     "tests/saving/test_load_or_start.py",

@@ -6,19 +6,25 @@ The group is gloo's, and the device of the processes the CPU; or NCCL's, with a 
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
+import os
+import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from tests import device
 
 _PATIENCE = 120.0  # seconds, for a collective call and for an answer
+_GRACE = 10.0  # seconds, for the answers of others once a process has failed
 # Imported once, in a process that all others are forks of: it takes each seconds otherwise.
 _IMPORTED = [
     "torch._dynamo",  # which optimizers import
@@ -28,7 +34,12 @@ _IMPORTED = [
 ]
 
 
-def _serve(rank: int, ranks: int, meeting: str, orders: Connection, kind: str) -> None:
+def _stack_file(folder: str, rank: int) -> Path:
+    return Path(folder, f"stack_{rank}")
+
+
+def _serve(rank: int, ranks: int, folder: str, orders: Connection, kind: str) -> None:
+    faulthandler.register(signal.SIGUSR1, _stack_file(folder, rank).open("w"))
     import torch
     import torch.distributed as dist
     from torch.utils import _pytree as pytree
@@ -40,7 +51,7 @@ def _serve(rank: int, ranks: int, meeting: str, orders: Connection, kind: str) -
         device.rehearse()
     dist.init_process_group(
         "nccl" if kind == "cuda" else "gloo",
-        init_method=f"file://{meeting}",
+        init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=ranks,
         timeout=datetime.timedelta(seconds=_PATIENCE),
@@ -85,42 +96,70 @@ class Ranks:
     """
 
     def __init__(self, count: int, imported: Sequence[str] = (), kind: str = "cpu") -> None:
+        self._count, self._imported, self._kind = count, imported, kind
+        self._start()
+
+    def _start(self) -> None:
         # A fork can't use CUDA if an import has asked for GPUs before.
-        context = multiprocessing.get_context("spawn" if kind == "cuda" else "forkserver")
+        context = multiprocessing.get_context("spawn" if self._kind == "cuda" else "forkserver")
         self._folder = tempfile.TemporaryDirectory()
-        self._orders = []
-        self._processes = []
-        for rank in range(count):
+        self._orders: list[Connection] = []
+        self._processes: list[Any] = []
+        for rank in range(self._count):
             here, there = context.Pipe()
             process = context.Process(
                 target=_serve,
-                args=(rank, count, f"{self._folder.name}/meeting", there, kind),
+                args=(rank, self._count, self._folder.name, there, self._kind),
                 daemon=True,
             )
-            with _forked_from_one_with(imported):
+            with _forked_from_one_with(self._imported):
                 process.start()
             there.close()
             self._orders.append(here)
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What ``function`` returns in each process; fails with what it raises there."""
+        """What ``function`` returns in each process; fails with what it raises there.
+
+        After a failure the next call runs in new processes: of the old ones some may wait for one
+        that will not come, and no later test is to fail for that.
+        """
+        if not self._processes:
+            self._start()
         for orders in self._orders:
             orders.send((function, arguments))
-        answers = [self._answer(orders) for orders in self._orders]
-        problems = [answer for done, answer in answers if not done]
+        results, problems = self._answers()
         if problems:
+            self.end()
             raise AssertionError("\n".join(problems))
-        return [answer for _, answer in answers]
+        return [results[rank] for rank in range(self._count)]
 
-    def _answer(self, orders: Connection) -> tuple[bool, Any]:
-        try:
-            if orders.poll(2 * _PATIENCE):
-                answer: tuple[bool, Any] = orders.recv()
-                return answer
-            return False, "a process didn't answer"
-        except EOFError:
-            return False, "a process ended"
+    def _answers(self) -> tuple[dict[int, Any], list[str]]:
+        """What each process returned, and what went wrong, the first first."""
+        results: dict[int, Any] = {}
+        problems: list[str] = []
+        waited_for = {orders: rank for rank, orders in enumerate(self._orders)}
+        while waited_for:
+            ready = wait(waited_for, _GRACE if problems else 2 * _PATIENCE)
+            if not ready:
+                return results, [*problems, *map(self._where, waited_for.values())]
+            for orders in ready:
+                rank = waited_for.pop(orders)
+                try:
+                    done, answer = orders.recv()
+                except (EOFError, ConnectionError):
+                    done, answer = False, "a process ended"
+                if done:
+                    results[rank] = answer
+                else:
+                    problems.append(answer)
+        return results, problems
+
+    def _where(self, rank: int) -> str:
+        os.kill(self._processes[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5)  # in which it writes
+        stack = _stack_file(self._folder.name, rank).read_text()
+        return f"process {rank} didn't answer, and is here:\n{stack}"
 
     def end(self) -> None:
         """Ends the processes, those too that wait for others."""
@@ -132,6 +171,7 @@ class Ranks:
         for process in self._processes:
             process.join(5)
             process.kill()
+        self._orders, self._processes = [], []
         self._folder.cleanup()
 
 

@@ -18,6 +18,7 @@ from ema_fused.saving import checkpoints
 from ema_fused.saving.checkpoints import averaged_state_dict, load_averaged_state_dict
 from tests import device
 from tests.processes import die
+from tests.sharded_models import bits
 
 IN, HIDDEN, OUT = 33, 16, 7
 
@@ -141,13 +142,13 @@ def whole_weights(averaged: AveragedWeights) -> dict[str, Tensor]:
 
 
 def bits_of(engine: Any) -> dict[str, Tensor]:
-    """Copies of all that the engine keeps of the model in this process: pieces and masters."""
+    """What the engine keeps of the model in this process, padding too: pieces and masters."""
     held = {}
     for name, parameter in engine.module.named_parameters():
-        held[f"{name} piece"] = parameter.ds_tensor.detach().clone()
+        held[f"{name} piece"] = bits(parameter.ds_tensor)
         master = deepspeed().utils.safe_get_local_fp32_param(parameter)
         if master is not None:
-            held[f"{name} master"] = master.detach().clone()
+            held[f"{name} master"] = bits(master)
     held |= {name: buffer.clone() for name, buffer in engine.module.named_buffers()}
     return held
 

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from ema_fused.callbacks import lightning as ours
 from tests import device
 from tests.frameworks.callbacks.lightning_on_cpu import ServedRanks, strategy
-from tests.sharded_models import whole_weights
+from tests.sharded_models import bits, whole_weights
 
 IMPORTED = ("lightning.pytorch", "deepspeed", __name__)
 BATCHES = 4  # an epoch
@@ -147,22 +147,19 @@ class Record(Callback):
             self.own[trainer.global_step] = whole(trainer.strategy.model)
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self.before = local_values(pl_module)
+        self.before = local_bits(pl_module)
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        now = local_values(pl_module)
+        now = local_bits(pl_module)
         if not trainer.sanity_checking:  # nothing is swapped there, and FSDP leaves its root whole
             self.kept &= all(map(torch.equal, self.before, now))
         self.losses[trainer.global_step] = float(trainer.callback_metrics["loss"])
 
 
-def local_values(model: nn.Module) -> list[Tensor]:
+def local_bits(model: nn.Module) -> list[Tensor]:
     held = (*model.parameters(), *model.buffers())
     pieces = [getattr(tensor, "ds_tensor", tensor) for tensor in held]
-    return [
-        (piece.to_local() if hasattr(piece, "to_local") else piece).detach().clone()
-        for piece in pieces
-    ]
+    return [bits(piece.to_local() if hasattr(piece, "to_local") else piece) for piece in pieces]
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:

@@ -39,6 +39,7 @@ from ema_fused.saving import checkpoints
 from tests import device
 from tests.digits import digits
 from tests.frameworks.zero3_models import deepspeed
+from tests.sharded_models import bits
 
 WORDS, LENGTH = 17, 16
 MOMENTUM = 0.1
@@ -196,10 +197,10 @@ class AtStart(TrainerCallback):  # type: ignore[misc]
 
 
 def shards_of(trained: nn.Module) -> list[Tensor]:
-    """Copies of what this process holds of the model."""
+    """The bits of what this process holds of the model."""
     held = [getattr(one, "ds_tensor", None) for one in trained.parameters()]
     return [
-        (local(one) if piece is None else piece).detach().clone()
+        bits(local(one) if piece is None else piece)
         for one, piece in zip(trained.parameters(), held, strict=True)
     ]
 
