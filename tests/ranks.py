@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -127,7 +127,8 @@ class Ranks:
         if not self._processes:
             self._start()
         for orders in self._orders:
-            orders.send((function, arguments))
+            with suppress(OSError):  # of a process that has ended, which is told below
+                orders.send((function, arguments))
         results, problems = self._answers()
         if problems:
             self.end()
@@ -164,10 +165,8 @@ class Ranks:
     def end(self) -> None:
         """Ends the processes, those too that wait for others."""
         for orders in self._orders:
-            try:
+            with suppress(OSError):
                 orders.send(None)
-            except OSError:
-                continue
         for process in self._processes:
             process.join(5)
             process.kill()

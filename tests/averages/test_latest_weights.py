@@ -322,7 +322,8 @@ def test_models_without_shapes_or_values_are_averaged_from_their_first_batch_on(
     bare.to_empty(device="cpu")
     steps = generator()
     for model, one in ((lazy, average), (bare, of_bare)):
-        nn.init.ones_(next(model.parameters()))
+        for parameter in model.parameters():
+            nn.init.ones_(parameter)
         recorded = []
         for _ in range(3):
             train(model, steps)

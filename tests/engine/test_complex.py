@@ -16,6 +16,7 @@ from ema_fused import AveragedWeights, ExponentialMovingAverage, Plan
 from ema_fused.engine import backends
 from ema_fused.engine.plan import ARITHMETICS
 from tests import processes
+from tests.engine import instruction_sets
 
 COMPLEX = [torch.complex64, torch.complex128]
 WEIGHTS = [0.0, 1e-3, 0.25, 0.4999, 0.5, 0.75, 1.0, -0.1, -0.7, 1.5]
@@ -113,7 +114,7 @@ def test_every_instruction_set_gives_the_bits_of_torch() -> None:
         "    expected = torch.lerp(a, s, w); Plan([a], [s], backend='cpu').lerp_(w)\n"
         "    assert torch.equal(a, expected), w\n"
     )
-    for capability in ("default", "avx2", "avx512"):
+    for capability in instruction_sets.available():
         processes.run("-c", code, ATEN_CPU_CAPABILITY=capability)
 
 

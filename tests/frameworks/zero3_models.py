@@ -63,6 +63,9 @@ def deepspeed() -> Any:
     import deepspeed
 
     deepspeed.utils.logger.setLevel("ERROR")
+    if device.DEVICE == "cpu":
+        # DeepSpeed refuses float16 on processors that are slow with it.
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     # Or it compiles its own collectives first, for half a minute ...
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # ... and imports torch's compiler, for an optimizer that nobody asks for here.
