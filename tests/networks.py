@@ -111,6 +111,12 @@ def values_of(averaged: BaseAveragedModel, sources: list[float]) -> list[float]:
     return values
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """A copy of a tensor's bits, row by row: a NaN is itself, as in padding that nobody has set."""
+    copied = tensor.detach().clone(memory_format=torch.contiguous_format)
+    return torch.atleast_1d(copied).view(torch.uint8)
+
+
 def snapshot(module: nn.Module) -> dict[str, Tensor]:
     """Copies of everything in ``module``, non-persistent buffers too."""
     tensors = [*module.named_parameters(), *module.named_buffers()]

@@ -157,10 +157,12 @@ class Ranks:
         return results, problems
 
     def _where(self, rank: int) -> str:
+        file = _stack_file(self._folder.name, rank)
+        if not file.exists():
+            return f"process {rank} has not started yet"
         os.kill(self._processes[rank].pid, signal.SIGUSR1)
         time.sleep(0.5)  # in which it writes
-        stack = _stack_file(self._folder.name, rank).read_text()
-        return f"process {rank} didn't answer, and is here:\n{stack}"
+        return f"process {rank} didn't answer, and is here:\n{file.read_text()}"
 
     def end(self) -> None:
         """Ends the processes, those too that wait for others."""

@@ -40,11 +40,6 @@ class Perceptron(nn.Module):
         return self.last(self.norm(self.first(inputs)).relu()) * self.scale
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """A copy of a tensor's bits: a NaN is itself, as in padding that nobody has set."""
-    return tensor.detach().clone().reshape(-1).view(torch.uint8)
-
-
 def perceptron(seed: int = 0) -> Perceptron:
     torch.manual_seed(seed)
     return Perceptron()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +45,6 @@ def test_the_command_prints_the_table_and_draws_the_picture(tmp_path: Path) -> N
     ]
     assert all(50 < float(value) <= 100 for value in rows.values())
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.mark.parametrize("option", ["--epochs", "--seeds"])
-def test_the_command_refuses_to_do_nothing(
-    example: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    option: str,
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["merging_digits.py", option, "0"])
-    with pytest.raises(SystemExit):
-        example.main()
-    assert f"{option}: 0 is less than 1" in capsys.readouterr().err
 
 
 def test_merging_pays_as_a_decay_does(example: Any, tmp_path: Path) -> None:

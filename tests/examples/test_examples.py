@@ -62,15 +62,17 @@ def test_command_prints_both_tables_and_draws_the_picture(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("option", ["--epochs", "--seeds"])
+@pytest.mark.parametrize("program", ["digits", "merging_digits"])
 def test_command_refuses_to_do_nothing(
-    digits: Any,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    program: str,
     option: str,
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["digits.py", option, "0"])
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", option, "0"])
     with pytest.raises(SystemExit):
-        digits.main()
+        importlib.import_module(program).main()
     assert f"{option}: 0 is less than 1" in capsys.readouterr().err
 
 

@@ -17,8 +17,8 @@ from ema_fused.engine.dtensors import is_sharded
 from ema_fused.saving import checkpoints
 from ema_fused.saving.checkpoints import averaged_state_dict, load_averaged_state_dict
 from tests import device
+from tests.networks import bits
 from tests.processes import die
-from tests.sharded_models import bits
 
 IN, HIDDEN, OUT = 33, 16, 7
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-import threading
-import time
+import signal
 
 import pytest
 import torch
@@ -20,11 +19,6 @@ def left_alone() -> None:
     if dist.get_rank() == 1:
         raise ValueError("this one fails first")
     dist.barrier()
-
-
-def ends_later() -> None:
-    if dist.get_rank() == 1:
-        threading.Timer(0.2, os._exit, [3]).start()
 
 
 def summed() -> float:
@@ -47,8 +41,7 @@ def test_a_failure_says_where_the_others_wait_and_leaves_them_to_no_later_test(
 
 def test_a_process_that_has_ended_fails_one_test() -> None:
     with ranks.started(2) as two:
-        two.run(ends_later)
-        time.sleep(0.5)
+        os.kill(two.run(os.getpid)[1], signal.SIGKILL)
         with pytest.raises(AssertionError, match="a process ended"):
             two.run(summed)
         assert two.run(summed) == [2.0, 2.0]

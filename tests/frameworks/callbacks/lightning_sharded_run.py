@@ -25,7 +25,8 @@ from torch.utils.data import DataLoader
 from ema_fused.callbacks import lightning as ours
 from tests import device
 from tests.frameworks.callbacks.lightning_on_cpu import ServedRanks, strategy
-from tests.sharded_models import bits, whole_weights
+from tests.networks import bits
+from tests.sharded_models import whole_weights
 
 IMPORTED = ("lightning.pytorch", "deepspeed", __name__)
 BATCHES = 4  # an epoch

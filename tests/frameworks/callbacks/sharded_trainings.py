@@ -39,7 +39,7 @@ from ema_fused.saving import checkpoints
 from tests import device
 from tests.digits import digits
 from tests.frameworks.zero3_models import deepspeed
-from tests.sharded_models import bits
+from tests.networks import bits
 
 WORDS, LENGTH = 17, 16
 MOMENTUM = 0.1

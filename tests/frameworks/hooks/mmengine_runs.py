@@ -27,7 +27,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from tests.networks import snapshot
+from tests.networks import bits, snapshot
 from tests.threads import on_threads
 
 BATCHES = 5  # in an epoch
@@ -347,15 +347,11 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
 def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
         alike = one.dtype == other.dtype and one.shape == other.shape
-        return alike and torch.equal(_bytes(one), _bytes(other))
+        return alike and torch.equal(bits(one), bits(other))
     if isinstance(one, np.ndarray):
         return one.dtype == other.dtype and one.tobytes() == other.tobytes()
     # A NaN has many bit patterns, and is unequal to itself.
     return bool(one == other) or (one != one and other != other)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)
 
 
 def assert_same_rest(rest: Path, whole: Path) -> None:
